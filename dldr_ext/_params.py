@@ -1,0 +1,170 @@
+"""Lists of parameters: the one place that says which tensors count, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def named_parameters(
+    params: Iterable[Any], argument: str = "params"
+) -> tuple[list[Tensor], list[str] | None]:
+    """The distinct trainable tensors of ``params`` in the order given, and their names if known.
+
+    Parameters
+    ----------
+    params : iterable
+        Tensors, ``(name, tensor)`` pairs as ``model.named_parameters()`` gives them, or parameter
+        groups (dicts with the key ``"params"``). An iterator is used up.
+    argument : str
+        What to call it in messages.
+
+    Returns
+    -------
+    list of Tensor
+        Each tensor once (tied parameters are one object, hence count once). A frozen
+        ``nn.Parameter`` beside trainable ones is left out; if all are frozen (a copy kept for
+        averaging, say) all are kept. A plain tensor is always kept.
+    list of str or None
+        The names, if every tensor came with one.
+
+    Raises
+    ------
+    TypeError
+        Not an iterable of tensors; sparse; a dtype other than float32, bfloat16, float16, float64.
+    ValueError
+        No tensor at all; tensors on several devices.
+    """
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        kind = "a single tensor" if isinstance(params, Tensor) else _kind(params)
+        raise TypeError(f"{argument}: expected an iterable of tensors or of dicts, got {kind}")
+    found: dict[int, tuple[Tensor, str | None]] = {}
+    for name, tensor in _entries(params, argument):
+        _check_tensor(
+            tensor, f"{argument}[{len(found)}]" if name is None else f"{argument}: {name}"
+        )
+        found.setdefault(id(tensor), (tensor, name))
+    if not found:
+        raise ValueError(f"{argument}: expected at least one tensor, got an empty list")
+    pairs = list(found.values())
+    if any(tensor.requires_grad for tensor, _ in pairs):
+        pairs = [pair for pair in pairs if not _frozen(pair[0])]
+    tensors = [tensor for tensor, _ in pairs]
+    names = [name for _, name in pairs if name is not None]
+    for i, tensor in enumerate(tensors):
+        if tensor.device != tensors[0].device:
+            raise ValueError(
+                f"{argument}: expected all tensors on one device, got {argument}[0] on "
+                f"{tensors[0].device} and {argument}[{i}] on {tensor.device}"
+            )
+    return tensors, names if len(names) == len(tensors) else None
+
+
+def unique_parameters(params: Iterable[Any], argument: str = "params") -> list[Tensor]:
+    """The distinct trainable tensors of ``params``: `named_parameters` without the names."""
+    return named_parameters(params, argument)[0]
+
+
+def gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient of each parameter; one that is None is a zero read with stride 0 (no memory).
+
+    Raises
+    ------
+    TypeError
+        A gradient is sparse.
+    """
+    result = []
+    for i, p in enumerate(params):
+        if p.grad is None:
+            result.append(torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape))
+            continue
+        if p.grad.layout != torch.strided:
+            raise TypeError(
+                f"params[{i}]: expected a dense gradient, got {p.grad.layout} for shape "
+                f"{tuple(p.shape)}; build the layer with sparse=False"
+            )
+        result.append(p.grad)
+    return result
+
+
+def check_matches(
+    params: Sequence[Tensor],
+    shapes: Sequence[Sequence[int]],
+    names: Sequence[str] | None = None,
+    what: str = "trajectory",
+    argument: str = "params",
+) -> None:
+    """Checks a list of tensors against the shapes that ``what`` was made with.
+
+    Raises
+    ------
+    ValueError
+        Naming the first tensor that differs, what was expected and what came.
+    """
+    for i, (tensor, shape) in enumerate(zip(params, shapes, strict=False)):
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(
+                f"{argument}[{i}]{_named(names, i)}: expected shape {tuple(shape)}, as in the "
+                f"{what}, got {tuple(tensor.shape)}"
+            )
+    if len(params) != len(shapes):
+        i = min(len(params), len(shapes))
+        first = (
+            f"{argument}[{i}]{_named(names, i)} of shape {tuple(shapes[i])} is missing"
+            if len(params) < len(shapes)
+            else f"{argument}[{i}] of shape {tuple(params[i].shape)} is too many"
+        )
+        raise ValueError(
+            f"{argument}: expected {len(shapes)} tensors, as in the {what}, got {len(params)}: "
+            f"{first}"
+        )
+
+
+def numel(params: Iterable[Tensor]) -> int:
+    """Number of elements of all tensors together."""
+    return sum(p.numel() for p in params)
+
+
+def _entries(params: Iterable[Any], argument: str) -> Iterable[tuple[str | None, Any]]:
+    for entry in params:
+        if isinstance(entry, dict):
+            if "params" not in entry:
+                raise ValueError(
+                    f"{argument}: expected a parameter group with the key 'params', got the keys "
+                    f"{sorted(map(str, entry))}"
+                )
+            group = entry["params"]
+            yield from _entries([group] if isinstance(group, Tensor) else group, argument)
+        elif isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
+            yield entry
+        else:
+            yield None, entry
+
+
+def _check_tensor(tensor: Any, label: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{label}: expected a tensor, got {_kind(tensor)}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{label}: expected a dense tensor, got {tensor.layout}")
+    if tensor.dtype not in DTYPES:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(
+            f"{label}: expected a dtype of {expected}, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
+
+
+def _frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+
+
+def _named(names: Sequence[str] | None, i: int) -> str:
+    return f" ({names[i]})" if names is not None and i < len(names) else ""
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
