@@ -1,0 +1,69 @@
+#include "capability.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace dldr {
+
+namespace portable {
+extern const CpuKernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const CpuKernels kernels;
+}
+namespace avx512 {
+extern const CpuKernels kernels;
+}
+#endif
+
+const std::vector<const CpuKernels*>& available_kernels() {
+  static const std::vector<const CpuKernels*> available = [] {
+    std::vector<const CpuKernels*> found = {&portable::kernels};
+#if defined(__x86_64__)
+    // __builtin_cpu_supports also asks the operating system whether it keeps the registers.
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    if (avx2) found.push_back(&avx2::kernels);
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      found.push_back(&avx512::kernels);
+    }
+#endif
+    return found;
+  }();
+  return available;
+}
+
+const CpuKernels* find_kernels(const std::string& name) {
+  for (const CpuKernels* kernels : available_kernels()) {
+    if (name == kernels->name) return kernels;
+  }
+  return nullptr;
+}
+
+const CpuKernels& active_kernels() {
+  static const CpuKernels& active = []() -> const CpuKernels& {
+    const char* forced = std::getenv("DLDR_CPU_CAPABILITY");
+    if (forced == nullptr || *forced == '\0') return *available_kernels().back();
+    if (const CpuKernels* kernels = find_kernels(forced)) return *kernels;
+    std::string names;
+    for (const CpuKernels* kernels : available_kernels()) {
+      names += names.empty() ? "" : ", ";
+      names += kernels->name;
+    }
+    throw std::runtime_error("ValueError: DLDR_CPU_CAPABILITY: expected one of " + names +
+                             " (what this processor can run), got '" + forced + "'");
+  }();
+  return active;
+}
+
+void reduce_chunks(const double* partials, int64_t chunks, int64_t width, double* sums) {
+  for (int64_t k = 0; k < width; ++k) sums[k] = 0;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t k = 0; k < width; ++k) sums[k] += partials[chunk * width + k];
+  }
+}
+
+}  // namespace dldr

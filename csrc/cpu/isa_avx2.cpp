@@ -1,0 +1,31 @@
+// The kernels for processors with AVX2, FMA and F16C.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "../kernels.h"
+
+// Only what follows is compiled for the larger instruction set: no inline function of a header
+// above can end up in the library in a form that an older processor cannot run.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx,avx2,fma,f16c")
+#endif
+
+#define DLDR_ISA avx2
+#define DLDR_VECTORS "vec_avx2.h"
+#include "kernels.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

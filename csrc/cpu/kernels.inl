@@ -1,0 +1,32 @@
+// Every CPU kernel for one instruction set: the unit that includes this has set the compiler's
+// target, and defines DLDR_ISA (a namespace and the path's name) and DLDR_VECTORS (a header). All
+// that is compiled lives in the unit's own namespace.
+
+namespace dldr {
+namespace DLDR_ISA {
+namespace {
+
+#include "formats.h"
+// formats first: the vectors load and store them
+#include DLDR_VECTORS
+#include "staging.h"
+// staging first: the kernels stage their tiles
+#include "dot_kernel.h"
+// the dot kernel serves project and gram_append
+#include "form_basis_kernel.h"
+#include "gram_append_kernel.h"
+#include "gram_kernel.h"
+#include "project_kernel.h"
+#include "reconstruct_kernel.h"
+#include "trial_kernel.h"
+
+}  // namespace
+
+#define DLDR_NAME(x) DLDR_NAME_(x)
+#define DLDR_NAME_(x) #x
+extern const CpuKernels kernels;
+const CpuKernels kernels = {DLDR_NAME(DLDR_ISA), project, reconstruct, trial,
+                            gram_append,         gram,    form_basis};
+
+}  // namespace DLDR_ISA
+}  // namespace dldr

@@ -1,0 +1,91 @@
+// The torch-free CPU kernels: arguments, and one table of functions for each instruction set.
+// Every function works on chunks [begin, end) of a plan, so that the caller chooses the threads.
+#pragma once
+
+#include "plan.h"
+
+namespace dldr {
+
+// Rows of stored numbers: element i of row r is data[r * stride + i], times
+// scale[r * ceil(numel / kScaleBlock) + i / kScaleBlock] where scale is given.
+struct Rows {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t rows = 0;
+  int64_t numel = 0;
+  int64_t stride = 0;
+  const float* scale = nullptr;
+};
+
+// Arithmetic is float32, or float64 where the rows are float64: `wide` pointers are of that type.
+
+// partials[chunk * rows + r] = sum over the chunk of rows[r, i] * list[i]
+struct ProjectArgs {
+  Plan plan;
+  Rows basis;
+  EntryList list;
+  double* partials = nullptr;
+};
+
+// list[i] = origin[i] + sum over r of theta[r] * basis[r, i]
+struct ReconstructArgs {
+  Plan plan;
+  Rows basis;
+  EntryList list;
+  const void* origin = nullptr;  // wide, or null for zeros
+  const void* theta = nullptr;   // wide
+};
+
+// list[i] = point[i] + alpha * direction[i]
+struct TrialArgs {
+  Plan plan;
+  EntryList list;
+  const void* point = nullptr;
+  const void* direction = nullptr;
+  double alpha = 0;
+  bool wide = false;  // point and direction are float64
+};
+
+// Row `index` = round(list - anchor); partials[chunk * (index + 1) + t] = its product with row t.
+struct GramAppendArgs {
+  Plan plan;
+  Rows snapshots;  // rows [0, index] are touched
+  EntryList list;
+  const void* anchor = nullptr;  // wide
+  int64_t index = 0;
+  void* row = nullptr;         // row `index` of the snapshots
+  float* row_scale = nullptr;  // and of its scale
+  double* partials = nullptr;
+};
+
+// partials[chunk * rows * rows + r * rows + t], t <= r, = product of rows r and t over the chunk
+struct GramArgs {
+  Plan plan;
+  Rows snapshots;
+  double* partials = nullptr;
+};
+
+// out[r, i] = round(sum over t of coefficients[r * T + t] * snapshots[t, i])
+struct FormBasisArgs {
+  Plan plan;
+  Rows snapshots;
+  const double* coefficients = nullptr;
+  int64_t dim = 0;
+  void* out = nullptr;
+  DType out_dtype = DType::f32;
+};
+
+struct CpuKernels {
+  const char* name;
+  void (*project)(const ProjectArgs&, int64_t begin, int64_t end);
+  void (*reconstruct)(const ReconstructArgs&, int64_t begin, int64_t end);
+  void (*trial)(const TrialArgs&, int64_t begin, int64_t end);
+  void (*gram_append)(const GramAppendArgs&, int64_t begin, int64_t end);
+  void (*gram)(const GramArgs&, int64_t begin, int64_t end);
+  void (*form_basis)(const FormBasisArgs&, int64_t begin, int64_t end);
+};
+
+// sums[k] = sum over chunks of partials[chunk * width + k], in order of the chunks.
+void reduce_chunks(const double* partials, int64_t chunks, int64_t width, double* sums);
+
+}  // namespace dldr

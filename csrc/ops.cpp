@@ -1,0 +1,22 @@
+// Every schema of the library. CPU kernels register beside themselves in cpu/, CUDA kernels in
+// cuda/ (another library); fake kernels and autograd formulas in dldr_ext/_registrations.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(dldr_ext, m) {
+  m.def("project(Tensor basis, Tensor[] tensors, *, Tensor? scale=None) -> Tensor");
+  m.def(
+      "reconstruct(Tensor? origin, Tensor basis, Tensor theta, *, Tensor? scale=None) -> Tensor");
+  m.def(
+      "reconstruct_(Tensor(a!)[] params, Tensor? origin, Tensor basis, Tensor theta, *, "
+      "Tensor? scale=None) -> ()");
+  m.def("trial_(Tensor(a!)[] params, Tensor point, Tensor direction, float alpha) -> ()");
+  m.def("gram(Tensor snapshots, *, Tensor? scale=None) -> Tensor");
+  m.def(
+      "gram_append_(Tensor(a!) snapshots, Tensor(b!) gram, int index, Tensor[] params, "
+      "Tensor anchor, *, Tensor(c!)? scale=None) -> ()");
+  m.def(
+      "form_basis(Tensor snapshots, Tensor coefficients, *, Tensor? scale=None, "
+      "ScalarType? dtype=None) -> Tensor");
+  m.def("_cpu_capability() -> str");
+  m.def("_cpu_capabilities() -> str");
+}

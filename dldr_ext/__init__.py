@@ -1,0 +1,52 @@
+"""Train neural networks in tiny subspaces: fused ops, DLDR and P-BFGS for PyTorch.
+
+Dynamic Linear Dimensionality Reduction (DLDR) follows Li, Tan, Huang, Tao, Liu and Huang, "Low
+Dimensional Trajectory Hypothesis is True: DNNs Can Be Trained in Tiny Subspaces", IEEE TPAMI 2022
+(arXiv:2103.11154).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import _library
+
+_library.load()
+
+from . import ops  # noqa: E402  (the ops exist only once the library is loaded)
+from .optim import PBFGS, PSGD, Status  # noqa: E402
+from .subspace import Subspace  # noqa: E402
+from .trajectory import Trajectory  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = ["PBFGS", "PSGD", "Status", "Subspace", "Trajectory", "build_info", "ops"]
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation is and what it can run.
+
+    Returns
+    -------
+    dict
+        ``version``; ``cpu_capability``, the instruction-set path in use ("portable", "avx2" or
+        "avx512"; forced with the environment variable ``DLDR_CPU_CAPABILITY`` before the first op
+        runs); ``cpu_capabilities``, all paths that this machine can run; ``cuda`` (True if the
+        CUDA kernels are loaded); ``cuda_archs``, the architectures they were compiled for;
+        ``torch_target``, the oldest torch release whose stable ABI the libraries use; ``torch``,
+        the release that runs now; ``built_with``, the release and compiler of the build.
+    """
+    metadata = _library.build_metadata()
+    cuda = _library.cuda_loaded()
+    return {
+        "version": __version__,
+        "cpu_capability": torch.ops.dldr_ext._cpu_capability(),
+        "cpu_capabilities": torch.ops.dldr_ext._cpu_capabilities().split(","),
+        "cuda": cuda,
+        "cuda_archs": metadata.get("cuda_archs", []) if cuda else [],
+        "torch_target": _library.TORCH_TARGET,
+        "torch": torch.__version__,
+        "built_with": metadata,
+    }
