@@ -1,0 +1,9 @@
+"""Optimizers in a subspace."""
+
+from __future__ import annotations
+
+from .pbfgs import PBFGS
+from .psgd import PSGD
+from .status import Status
+
+__all__ = ["PBFGS", "PSGD", "Status"]
