@@ -3,20 +3,20 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(dldr_ext, m) {
-  m.def("project(Tensor basis, Tensor[] tensors, *, Tensor? scale=None) -> Tensor");
+  // scale is not keyword-only: torch.library.register_autograd does not take such tensors.
+  m.def("project(Tensor basis, Tensor[] tensors, Tensor? scale=None) -> Tensor");
+  m.def("reconstruct(Tensor? origin, Tensor basis, Tensor theta, Tensor? scale=None) -> Tensor");
   m.def(
-      "reconstruct(Tensor? origin, Tensor basis, Tensor theta, *, Tensor? scale=None) -> Tensor");
-  m.def(
-      "reconstruct_(Tensor(a!)[] params, Tensor? origin, Tensor basis, Tensor theta, *, "
+      "reconstruct_(Tensor(a!)[] params, Tensor? origin, Tensor basis, Tensor theta, "
       "Tensor? scale=None) -> ()");
   m.def("trial_(Tensor(a!)[] params, Tensor point, Tensor direction, float alpha) -> ()");
-  m.def("gram(Tensor snapshots, *, Tensor? scale=None) -> Tensor");
+  m.def("gram(Tensor snapshots, Tensor? scale=None) -> Tensor");
   m.def(
       "gram_append_(Tensor(a!) snapshots, Tensor(b!) gram, int index, Tensor[] params, "
-      "Tensor anchor, *, Tensor(c!)? scale=None) -> ()");
+      "Tensor anchor, Tensor(c!)? scale=None) -> ()");
   m.def(
-      "form_basis(Tensor snapshots, Tensor coefficients, *, Tensor? scale=None, "
-      "ScalarType? dtype=None) -> Tensor");
+      "form_basis(Tensor snapshots, Tensor coefficients, Tensor? scale=None, "
+      "*, ScalarType? dtype=None) -> Tensor");
   m.def("_cpu_capability() -> str");
   m.def("_cpu_capabilities() -> str");
 }

@@ -15,7 +15,10 @@ from . import _library
 
 _library.load()
 
-from . import ops  # noqa: E402  (the ops exist only once the library is loaded)
+from . import (  # noqa: E402  (the ops exist only once the library is loaded)
+    _registrations,  # noqa: F401  (registers on import)
+    ops,
+)
 from .optim import PBFGS, PSGD, Status  # noqa: E402
 from .subspace import Subspace  # noqa: E402
 from .trajectory import Trajectory  # noqa: E402

@@ -55,11 +55,11 @@ def project(
     Returns
     -------
     Tensor, shape (d,)
-        float32 (float64 for a float64 basis). Not differentiable.
+        float32 (float64 for a float64 basis). Differentiable in the tensors (backward is
+        `reconstruct`).
     """
     tensors = _fill_none(basis, tensors)
-    with torch.no_grad():
-        return _call("project", _raw.project.default, basis, tensors, scale=scale)
+    return _call("project", _raw.project.default, basis, tensors, scale=scale)
 
 
 def reconstruct(
@@ -100,9 +100,7 @@ def reconstruct_(
     and memory formats. Works on leaves that require a gradient (outside autograd).
     """
     with torch.no_grad():
-        _call(
-            "reconstruct_", _raw.reconstruct_.default, params, origin, basis, theta, scale=scale
-        )
+        _call("reconstruct_", _raw.reconstruct_.default, params, origin, basis, theta, scale=scale)
     _written(*params)
 
 
