@@ -41,7 +41,7 @@ def named_parameters(
         No tensor at all; tensors on several devices.
     """
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
-        kind = "a single tensor" if isinstance(params, Tensor) else _kind(params)
+        kind = "a single tensor" if isinstance(params, Tensor) else type_name(params)
         raise TypeError(f"{argument}: expected an iterable of tensors or of dicts, got {kind}")
     found: dict[int, tuple[Tensor, str | None]] = {}
     for name, tensor in _entries(params, argument):
@@ -130,6 +130,32 @@ def numel(params: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in params)
 
 
+def flatten(params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The values of all tensors as one flat vector of ``dtype``, in logical order.
+
+    Raises
+    ------
+    ValueError
+        The tensors are on the meta device: they have no values.
+    """
+    if params[0].device.type == "meta":
+        raise ValueError("params: expected tensors with values, got tensors on the meta device")
+    flat = torch.empty(numel(params), dtype=dtype, device=params[0].device)
+    for piece, p in zip(flat.split([p.numel() for p in params]), params, strict=True):
+        piece.view(p.shape).copy_(p.detach())
+    return flat
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def type_name(value: object) -> str:
+    """The name of the type of a value, for messages."""
+    return "None" if value is None else type(value).__name__
+
+
 def _entries(params: Iterable[Any], argument: str) -> Iterable[tuple[str | None, Any]]:
     for entry in params:
         if isinstance(entry, dict):
@@ -148,14 +174,12 @@ def _entries(params: Iterable[Any], argument: str) -> Iterable[tuple[str | None,
 
 def _check_tensor(tensor: Any, label: str) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{label}: expected a tensor, got {_kind(tensor)}")
+        raise TypeError(f"{label}: expected a tensor, got {type_name(tensor)}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{label}: expected a dense tensor, got {tensor.layout}")
     if tensor.dtype not in DTYPES:
-        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(
-            f"{label}: expected a dtype of {expected}, got {str(tensor.dtype).removeprefix('torch.')}"
-        )
+        expected = ", ".join(map(dtype_name, DTYPES))
+        raise TypeError(f"{label}: expected a dtype of {expected}, got {dtype_name(tensor.dtype)}")
 
 
 def _frozen(tensor: Tensor) -> bool:
@@ -164,7 +188,3 @@ def _frozen(tensor: Tensor) -> bool:
 
 def _named(names: Sequence[str] | None, i: int) -> str:
     return f" ({names[i]})" if names is not None and i < len(names) else ""
-
-
-def _kind(value: Any) -> str:
-    return "None" if value is None else type(value).__name__

@@ -1,0 +1,137 @@
+"""What a stored basis may be: checks, and the 8-bit formats with one scale per row and block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import _pca, ops
+from ._params import DTYPES, dtype_name, type_name
+
+# The 8-bit formats, and the largest magnitude that each uses.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_FORMATS = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
+
+# A block whose largest magnitude is below this is stored as zeros: its scale would be subnormal.
+_SMALLEST = 448 * torch.finfo(torch.float32).tiny
+
+
+def blocks(columns: int) -> int:
+    """Number of scale blocks in a row."""
+    return -(-columns // ops.SCALE_BLOCK)
+
+
+def quantize(basis: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, Tensor]:
+    """Rounds a basis (d, n) to 8 bits, chunk by chunk; returns it and its scale."""
+    if format not in _FORMATS:
+        raise ValueError(f"format: expected one of {sorted(_FORMATS)}, got {format!r}")
+    dtype = _FORMATS[format]
+    rows, columns = basis.shape
+    result = torch.empty((rows, columns), dtype=dtype, device=basis.device)
+    scales = torch.empty((rows, blocks(columns)), dtype=torch.float32, device=basis.device)
+    step = _pca.column_step(rows)
+    for begin in range(0, columns, step):
+        chunk = _chunk(basis, scale, begin, step)
+        width = chunk.shape[1]
+        chunk = functional.pad(chunk, (0, -width % ops.SCALE_BLOCK))
+        chunk = chunk.view(rows, -1, ops.SCALE_BLOCK)
+        peak = chunk.abs().amax(2, keepdim=True)
+        if not bool(peak.isfinite().all()):
+            raise ValueError("basis: expected finite values, got NaN or Inf")
+        peak = torch.where(peak < _SMALLEST, 0, peak)
+        inverse = torch.where(peak > 0, LARGEST[dtype] / peak, 0)
+        # A rounding error of the product may pass the largest value by an ulp.
+        values = (chunk * inverse).clamp_(-LARGEST[dtype], LARGEST[dtype])
+        if dtype == torch.int8:
+            values.round_()
+        block = begin // ops.SCALE_BLOCK
+        result[:, begin : begin + width] = values.view(rows, -1)[:, :width].to(dtype)
+        scales[:, block : block + peak.shape[1]] = peak[:, :, 0] / LARGEST[dtype]
+    return result, scales
+
+
+def dequantize(basis: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of an 8-bit basis in ``dtype``, chunk by chunk."""
+    result = torch.empty(basis.shape, dtype=dtype, device=basis.device)
+    step = _pca.column_step(basis.shape[0])
+    for begin in range(0, basis.shape[1], step):
+        result[:, begin : begin + step] = _chunk(basis, scale, begin, step)
+    return result
+
+
+def checked_basis(basis: Any) -> Tensor:
+    if not isinstance(basis, Tensor):
+        raise TypeError(f"basis: expected a tensor, got {type_name(basis)}")
+    if basis.dtype not in (*DTYPES, *LARGEST):
+        expected = ", ".join(map(dtype_name, (*DTYPES, *LARGEST)))
+        raise TypeError(f"basis: expected a dtype of {expected}, got {dtype_name(basis.dtype)}")
+    if basis.layout != torch.strided:
+        raise TypeError(f"basis: expected a dense tensor, got {basis.layout}")
+    if basis.dim() != 2 or not 1 <= basis.shape[0] <= _pca.MAX_DIM or basis.shape[1] == 0:
+        raise ValueError(
+            f"basis: expected shape (d, n) with 1 <= d <= {_pca.MAX_DIM} rows and n >= 1 columns, "
+            f"got {tuple(basis.shape)}"
+        )
+    return basis.detach().contiguous()
+
+
+def checked_scale(scale: Any, basis: Tensor) -> Tensor | None:
+    quantized = basis.dtype in LARGEST
+    if scale is None:
+        if quantized:
+            raise ValueError(f"scale: a basis of {dtype_name(basis.dtype)} needs one, got None")
+        return None
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"scale: expected a tensor, got {type_name(scale)}")
+    if not quantized:
+        raise ValueError(
+            f"scale: expected None for a basis of {dtype_name(basis.dtype)}, got a tensor"
+        )
+    if scale.dtype != torch.float32:
+        raise TypeError(f"scale: expected float32, got {dtype_name(scale.dtype)}")
+    shape = (basis.shape[0], blocks(basis.shape[1]))
+    if scale.shape != shape:
+        raise ValueError(
+            f"scale: expected shape {shape}, one for each row and block of {ops.SCALE_BLOCK} "
+            f"columns, got {tuple(scale.shape)}"
+        )
+    if scale.device != basis.device:
+        raise ValueError(f"scale: expected device {basis.device}, as basis, got {scale.device}")
+    if not bool(scale.isfinite().all()):
+        raise ValueError("scale: expected finite values, got NaN or Inf")
+    return scale.detach().contiguous()
+
+
+def checked_origin(origin: Any, basis: Tensor) -> Tensor:
+    if not isinstance(origin, Tensor):
+        raise TypeError(f"origin: expected a tensor, got {type_name(origin)}")
+    if origin.dtype not in DTYPES or origin.layout != torch.strided:
+        raise TypeError(
+            f"origin: expected a dense floating-point tensor, got {dtype_name(origin.dtype)}, "
+            f"{origin.layout}"
+        )
+    if origin.shape != (basis.shape[1],):
+        raise ValueError(
+            f"origin: expected shape ({basis.shape[1]},), the columns of basis, got "
+            f"{tuple(origin.shape)}"
+        )
+    if origin.device != basis.device:
+        raise ValueError(f"origin: expected device {basis.device}, as basis, got {origin.device}")
+    wide = torch.float64 if basis.dtype == torch.float64 else torch.float32
+    origin = origin.detach().to(wide).contiguous()
+    if not bool(origin.isfinite().all()):
+        raise ValueError("origin: expected finite values, got NaN or Inf")
+    return origin
+
+
+def _chunk(basis: Tensor, scale: Tensor | None, begin: int, step: int) -> Tensor:
+    """Columns [begin, begin + step) in float32; ``begin`` is a multiple of the block size."""
+    chunk = basis[:, begin : begin + step].to(torch.float32)
+    if scale is not None:
+        block = begin // ops.SCALE_BLOCK
+        factors = scale[:, block : block + blocks(chunk.shape[1])]
+        chunk = chunk * factors.repeat_interleave(ops.SCALE_BLOCK, 1)[:, : chunk.shape[1]]
+    return chunk

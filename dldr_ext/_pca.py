@@ -1,0 +1,152 @@
+"""The small problem of a principal component analysis: from a Gram matrix to coefficients.
+
+T snapshots of n numbers each, T far below n: the directions come from the T x T Gram matrix K (the
+"method of snapshots"), float64 throughout. Only `exact_gram` reads the snapshots.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+MAX_DIM = 1024
+
+# Relative to the largest eigenvalue of the Gram matrix, as it is before it is centred: eigenvalues
+# up to this are not told from zero.
+#
+# The ops add products of float32 numbers in float32 within a tile of some thousand elements and in
+# float64 beyond it, so that each entry of K is off by some 1e-7 of |x_i| |x_j| at most (much less
+# where many tiles average it out). A symmetric error E moves each eigenvalue by at most ||E||: an
+# eigenvalue of 1e-7 of the largest may be all error, and its eigenvector arbitrary. In float64 the
+# same holds with 2^-53 in the place of 2^-24.
+_RANK_TOLERANCE = 2.0**-22
+_RANK_TOLERANCE_FLOAT64 = 2.0**-44
+
+_CHUNK_BYTES = 1 << 25
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues (T,), descending, none negative; eigenvectors as rows (T, T); rank; their sum."""
+
+    values: Tensor
+    vectors: Tensor
+    rank: int
+    total: float
+
+    def explained(self, count: int) -> Tensor:
+        """Share of the variance along each of the first ``count`` directions."""
+        return self.values[:count] / self.total
+
+
+def checked_dim(dim: int, limit: int, have: str) -> int:
+    """``dim`` as an int, if 1 <= dim <= min(limit, 1024); ``have`` says where the limit is from."""
+    result = operator.index(dim)
+    limit = min(limit, MAX_DIM)
+    if not 1 <= result <= limit:
+        raise ValueError(f"dim: expected 1 <= dim <= {limit} ({have}), got {result}")
+    return result
+
+
+def rank_tolerance(dtype: torch.dtype) -> float:
+    """Share of the largest eigenvalue below which one counts as zero, for snapshots of a dtype."""
+    return _RANK_TOLERANCE_FLOAT64 if dtype == torch.float64 else _RANK_TOLERANCE
+
+
+def spectrum(gram: Tensor, tolerance: float, *, center: bool = True) -> Spectrum:
+    """Eigenvalues and eigenvectors of K or, centred, of H K H with H = I - 11^T / T.
+
+    Signs are set as scikit-learn's svd_flip does: the largest entry of each eigenvector, by
+    magnitude, is positive.
+    """
+    gram = gram.detach().cpu()
+    largest = float(torch.linalg.eigvalsh(gram)[-1])
+    values, vectors = torch.linalg.eigh(centered(gram) if center else gram)
+    values, vectors = values.flip(0).clamp_min(0), vectors.T.flip(0)
+    peaks = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    vectors = torch.where(peaks < 0, -vectors, vectors)
+    rank = int((values > tolerance * largest).sum())
+    return Spectrum(values, vectors, rank, float(values.sum()))
+
+
+def centered(gram: Tensor) -> Tensor:
+    """H K H, symmetric to the bit."""
+    columns = gram.mean(0)
+    result = gram - columns[None, :] - columns[:, None] + columns.mean()
+    return (result + result.T) / 2
+
+
+def coefficients(found: Spectrum, dim: int, *, center: bool = True) -> Tensor:
+    """C = diag(1 / sigma) V_d^T H, shape (d, T): the basis is C X."""
+    result = found.vectors[:dim] / found.values[:dim, None].sqrt()
+    return result - result.mean(1, keepdim=True) if center else result
+
+
+def exact_gram(snapshots: Tensor, *, relative: bool = False) -> Tensor:
+    """Gram matrix summed in float64 throughout, chunk by chunk; shape (T, T), float64.
+
+    The float32 sums of `ops.gram` are off by up to 1e-7 of the largest eigenvalue, which a
+    direction with 1e-3 of the variance feels as 1e-4: its basis row would be that far from unit
+    length and from orthogonal to the first. One more pass with float64 sums removes that.
+
+    Parameters
+    ----------
+    snapshots : Tensor, shape (T, n)
+    relative : bool
+        Of the differences from the first row. Raw weights differ by little, so that the Gram
+        matrix of the weights themselves would lose these differences.
+    """
+    rows, numel = snapshots.shape
+    gram = torch.zeros(rows, rows, dtype=torch.float64, device=snapshots.device)
+    step = column_step(rows)
+    for begin in range(0, numel, step):
+        chunk = snapshots[:, begin : begin + step].to(torch.float64)
+        if relative:
+            chunk = chunk - chunk[:1]
+        gram += ops.gram(chunk.contiguous())
+    return gram
+
+
+def column_step(rows: int) -> int:
+    """Columns of a float64 chunk of some 32 MB: a multiple of 4096 set by the rows alone."""
+    return max(4096, _CHUNK_BYTES // (8 * rows) // 4096 * 4096)
+
+
+def orthonormalize_(basis: Tensor) -> None:
+    """Makes linearly independent rows orthonormal in place, chunk by chunk (Cholesky QR).
+
+    Row i stays in the span of rows 0 to i.
+    """
+    factor = torch.linalg.cholesky(exact_gram(basis).cpu())
+    identity = torch.eye(len(factor), dtype=torch.float64)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).to(basis.device)
+    step = column_step(len(factor))
+    for begin in range(0, basis.shape[1], step):
+        chunk = basis[:, begin : begin + step]
+        chunk.copy_(ops.form_basis(chunk.contiguous(), inverse))
+
+
+def gram_schmidt(gram: Tensor, dim: int) -> Tensor:
+    """Coefficients (r, T) of the first ``dim`` linearly independent rows, orthonormalised in order.
+
+    Works on the Gram matrix alone. A row whose part orthogonal to the earlier ones has a squared
+    length of less than 2^-44 of its own is left out: r may be less than ``dim``.
+    """
+    gram = gram.detach().cpu()
+    found: list[Tensor] = []
+    for t in range(len(gram)):
+        if len(found) == dim:
+            break
+        row = torch.zeros(len(gram), dtype=torch.float64)
+        row[t] = 1
+        for _ in range(2):  # twice is enough (Kahan and Parlett)
+            for earlier in found:
+                row -= (earlier @ gram @ row) * earlier
+        square = float(row @ gram @ row)
+        if square > _RANK_TOLERANCE_FLOAT64 * float(gram[t, t]):
+            found.append(row / square**0.5)
+    return torch.stack(found) if found else torch.zeros(0, len(gram), dtype=torch.float64)

@@ -1,0 +1,361 @@
+"""Linear subspaces of the weights: w = w0 + P theta."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _basis, _pca, _snapshots, ops, storage
+from ._params import (
+    DTYPES,
+    check_matches,
+    dtype_name,
+    flatten,
+    named_parameters,
+    numel,
+    unique_parameters,
+)
+
+if TYPE_CHECKING:
+    from .parametrize import SubspaceModule
+
+_KIND, _VERSION = "subspace", 1
+
+
+class Subspace:
+    """The weights w = w0 + P theta: a basis, and the point that theta = 0 stands for.
+
+    Parameters
+    ----------
+    basis : Tensor, shape (d, n)
+        P^T: basis vectors as rows, meant to be orthonormal; 1 <= d <= 1024. float32, bfloat16,
+        float16 or float64; int8 or float8_e4m3fn together with ``scale``. Kept, not copied, if
+        contiguous.
+    origin : Tensor, shape (n,)
+        w0. Kept as float32 (float64 with a float64 basis); another floating dtype is converted.
+    scale : Tensor, shape (d, ceil(n / 256)), float32, optional
+        Element i of row r stands for ``basis[r, i] * scale[r, i // 256]``.
+    explained_variance_ratio, singular_values : Tensor, shape (d,), optional
+        What is known of the directions; kept as float64 on the CPU.
+    shapes : sequence of shapes, optional
+        Of the parameters, in order: lists of tensors are then checked against it.
+    names : sequence of str, optional
+        Of the parameters, in order.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        basis: Tensor,
+        origin: Tensor,
+        *,
+        scale: Tensor | None = None,
+        explained_variance_ratio: Tensor | None = None,
+        singular_values: Tensor | None = None,
+        shapes: Iterable[Sequence[int]] | None = None,
+        names: Iterable[str] | None = None,
+    ) -> None:
+        self.basis = _basis.checked_basis(basis)
+        self.scale = _basis.checked_scale(scale, self.basis)
+        self.origin = _basis.checked_origin(origin, self.basis)
+        self.explained_variance_ratio = self._per_direction(
+            "explained_variance_ratio", explained_variance_ratio
+        )
+        self.singular_values = self._per_direction("singular_values", singular_values)
+        self.shapes = None if shapes is None else [tuple(map(int, shape)) for shape in shapes]
+        self.names = None if names is None else [str(name) for name in names]
+        if self.shapes is not None and sum(map(math.prod, self.shapes)) != self.numel:
+            raise ValueError(
+                f"shapes: expected {self.numel} elements in all (columns of basis), got "
+                f"{sum(map(math.prod, self.shapes))}"
+            )
+        if self.names is not None and len(self.names) != len(self.shapes or ()):
+            raise ValueError(
+                f"names: expected one for each of {len(self.shapes or ())} shapes, got "
+                f"{len(self.names)}"
+            )
+
+    @property
+    def dim(self) -> int:
+        """d, the number of directions."""
+        return self.basis.shape[0]
+
+    @property
+    def numel(self) -> int:
+        """n, the number of weights."""
+        return self.basis.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the basis is."""
+        return self.basis.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored basis."""
+        return self.basis.dtype
+
+    def __repr__(self) -> str:
+        return (
+            f"Subspace(dim={self.dim}, numel={self.numel}, dtype={dtype_name(self.dtype)}, "
+            f"device={self.device})"
+        )
+
+    def project(self, tensors: Sequence[Tensor | None] | Tensor) -> Tensor:
+        """Coordinates P^T g of a gradient (or any vector).
+
+        Parameters
+        ----------
+        tensors : sequence of Tensor or None
+            One for each parameter, in order; None counts as zeros. Or one flat vector (n,).
+
+        Returns
+        -------
+        Tensor, shape (d,)
+            float32 (float64 for a float64 basis).
+        """
+        listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        if self.shapes is not None and len(listed) == len(self.shapes):
+            zero = torch.zeros((), device=self.device)
+            listed = [
+                zero.expand(shape) if tensor is None else tensor
+                for tensor, shape in zip(listed, self.shapes, strict=True)
+            ]
+        if all(isinstance(tensor, Tensor) for tensor in listed):
+            self._check_list(listed, "tensors")
+        return ops.project(self.basis, listed, scale=self.scale)
+
+    def coordinates(self, params: Iterable[Any] | Tensor) -> Tensor:
+        """Coordinates P^T (w - w0) of weights, shape (d,).
+
+        The difference is taken first: it is small, and the projections of w and of w0 would cancel.
+        """
+        listed = self._weights(params)
+        difference = flatten(listed, self.origin.dtype).sub_(self.origin)
+        return ops.project(self.basis, [difference], scale=self.scale)
+
+    def reconstruct(self, theta: Tensor) -> Tensor:
+        """Flat weights w0 + P theta, shape (n,); differentiable in theta."""
+        return ops.reconstruct(self.origin, self.basis, theta, scale=self.scale)
+
+    def reconstruct_(self, params: Iterable[Any], theta: Tensor) -> None:
+        """Writes w0 + P theta into the parameters, rounded once to the dtype of each."""
+        listed = self._weights(params)
+        ops.reconstruct_(listed, self.origin, self.basis, theta, scale=self.scale)
+
+    def quantize(self, format: str) -> Subspace:
+        """The same subspace with the basis in 8 bits.
+
+        Parameters
+        ----------
+        format : "int8" or "float8_e4m3fn"
+            With one float32 scale for each row and block of 256: the largest magnitude in the
+            block over 127 or 448. A block of zeros has scale 0.
+
+        Returns
+        -------
+        Subspace
+            Its rows are those of this one rounded, hence orthonormal up to that rounding.
+
+        Raises
+        ------
+        ValueError
+            Another format; the basis holds NaN or Inf.
+        """
+        basis, scale = _basis.quantize(self.basis, self.scale, format)
+        return self._with(basis, self.origin, scale)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Subspace:
+        """The same subspace on another device or with another dtype of the basis.
+
+        Parameters
+        ----------
+        device : torch.device, optional
+        dtype : torch.dtype, optional
+            float32, bfloat16, float16 or float64; from an 8-bit basis this dequantises. The origin
+            becomes float64 with float64, else float32.
+
+        Returns
+        -------
+        Subspace
+            ``self`` if nothing changes.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        device = self.device if device is None else torch.device(device)
+        if dtype != self.dtype and dtype not in DTYPES:
+            expected = ", ".join(map(dtype_name, DTYPES))
+            raise ValueError(
+                f"dtype: expected one of {expected}, got {dtype}; for int8 or float8_e4m3fn use "
+                "quantize()"
+            )
+        basis, scale, origin = self.basis, self.scale, self.origin
+        if dtype != self.dtype:
+            if scale is None:
+                basis = basis.to(dtype)
+            else:
+                basis, scale = _basis.dequantize(basis, scale, dtype), None
+            origin = origin.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        basis, origin = basis.to(device), origin.to(device)
+        scale = None if scale is None else scale.to(device)
+        if basis is self.basis:
+            return self
+        return self._with(basis, origin, scale)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves as a safetensors file; an earlier file is replaced once all is written."""
+        tensors = {"basis": self.basis, "origin": self.origin}
+        for name in ("scale", "explained_variance_ratio", "singular_values"):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name)
+        metadata = {"shapes": self.shapes, "names": self.names}
+        storage.save(path, _KIND, _VERSION, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Subspace:
+        """Loads a saved subspace onto ``device``.
+
+        Raises
+        ------
+        ValueError
+            The file is truncated, corrupt or something else: with the path and what was found.
+        """
+        with storage.Reader(path, _KIND, _VERSION) as file:
+            tensors = {name: file.read(name, device) for name in file.names()}
+            try:
+                return cls(**tensors, **file.metadata)
+            except (TypeError, ValueError) as error:
+                raise file.error(f"not a usable subspace: {error}") from error
+
+    @classmethod
+    def random(
+        cls,
+        params: Iterable[Any],
+        dim: int,
+        *,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Subspace:
+        """A random orthonormal basis at the current weights: the control experiment.
+
+        Parameters
+        ----------
+        params : iterable of Tensor
+            ``model.parameters()``, or ``model.named_parameters()`` to keep the names too.
+        dim : int
+            1 <= dim <= min(n, 1024).
+        generator : torch.Generator, optional
+            On the device of the parameters.
+        dtype : torch.dtype
+            Of the basis: float32, bfloat16, float16 or float64.
+
+        Returns
+        -------
+        Subspace
+            Uniformly distributed over all subspaces of this dimension.
+        """
+        listed, names = named_parameters(params)
+        n, device = numel(listed), listed[0].device
+        dim = _pca.checked_dim(dim, n, f"the parameters have {n} elements")
+        if dtype not in DTYPES:
+            expected = ", ".join(map(dtype_name, DTYPES))
+            raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        origin = flatten(listed, wide)
+        basis = torch.empty((dim, n), dtype=dtype, device=device)
+        for row in basis:
+            row.copy_(torch.randn(n, generator=generator, dtype=wide, device=device))
+        for _ in range(2):  # the second removes what the first leaves where n is close to dim
+            _pca.orthonormalize_(basis)
+        return cls(basis, origin, shapes=[tuple(p.shape) for p in listed], names=names)
+
+    @classmethod
+    def from_snapshots(
+        cls,
+        snapshots: Tensor | Sequence[Any],
+        dim: int,
+        orthonormal: str = "pca",
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Subspace:
+        """A subspace from weights that were kept by other means.
+
+        Parameters
+        ----------
+        snapshots : Tensor, shape (T, n), or sequence
+            Raw weights (not deltas), one row each; or T lists of tensors, or T dicts of name and
+            tensor (parameters only, no integer buffers).
+        dim : int
+            Number of directions: at most T - 1 for "pca", T for "qr".
+        orthonormal : "pca" or "qr"
+            "pca": the principal directions, centred; theta = 0 is the first snapshot (DLDR,
+            arXiv:2103.11154). "qr": the first ``dim`` snapshots themselves, orthonormalised in
+            order, not centred; theta = 0 is the zero vector, so that w = P theta takes in each of
+            these snapshots and all their averages (trainable weight averaging: Li, Huang, Tao, Wu,
+            Huang, "Trainable Weight Averaging", arXiv:2205.13104).
+        dtype : torch.dtype, optional
+            Of the basis. Default: the snapshots' (lists: float32, or float64 if any tensor is).
+
+        Warns
+        -----
+        UserWarning
+            ``dim`` is above the numerical rank: the directions up to the rank are returned.
+        """
+        return cls(**_snapshots.subspace_arguments(snapshots, dim, orthonormal, dtype))
+
+    def parametrize(self, model: nn.Module) -> SubspaceModule:
+        """The model as a function of theta: a module whose only parameter is theta, shape (d,).
+
+        See `dldr_ext.parametrize.SubspaceModule`.
+        """
+        from .parametrize import SubspaceModule
+
+        return SubspaceModule(model, self)
+
+    def _with(self, basis: Tensor, origin: Tensor, scale: Tensor | None) -> Subspace:
+        return Subspace(
+            basis,
+            origin,
+            scale=scale,
+            explained_variance_ratio=self.explained_variance_ratio,
+            singular_values=self.singular_values,
+            shapes=self.shapes,
+            names=self.names,
+        )
+
+    def _weights(self, params: Iterable[Any] | Tensor) -> list[Tensor]:
+        listed = unique_parameters([params] if isinstance(params, Tensor) else params)
+        self._check_list(listed, "params")
+        return listed
+
+    def _check_list(self, tensors: Sequence[Any], argument: str) -> None:
+        """Checks against the shapes if known; one flat vector will always do."""
+        flat = len(tensors) == 1 and tensors[0].shape == (self.numel,)
+        if self.shapes is not None and not flat:
+            check_matches(tensors, self.shapes, self.names, "subspace", argument)
+        elif numel(tensors) != self.numel:
+            raise ValueError(
+                f"{argument}: expected {self.numel} elements in all (columns of basis), got "
+                f"{numel(tensors)}"
+            )
+
+    def _per_direction(self, argument: str, value: Any) -> Tensor | None:
+        if value is None:
+            return None
+        value = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        if value.shape != (self.dim,):
+            raise ValueError(
+                f"{argument}: expected shape ({self.dim},), one for each row of basis, got "
+                f"{tuple(value.shape)}"
+            )
+        return value

@@ -1,0 +1,396 @@
+"""Recorded training trajectories and their principal directions (DLDR, arXiv:2103.11154)."""
+
+from __future__ import annotations
+
+import operator
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _pca, ops
+from ._params import (
+    DTYPES,
+    check_matches,
+    dtype_name,
+    flatten,
+    named_parameters,
+    numel,
+    type_name,
+)
+from .storage import Reader, save
+from .subspace import Subspace
+
+_STORAGES = ("device",)
+_KIND, _VERSION = "trajectory", 1
+_DEFAULT_DIM = 40
+
+
+class Trajectory:
+    """Snapshots of a list of parameters, as deltas from an anchor, with their Gram matrix.
+
+    Parameters
+    ----------
+    params : iterable of Tensor
+        The parameters to record, n elements in all: ``model.parameters()``, or
+        ``model.named_parameters()`` to keep the names too. Tied ones count once, frozen ones not.
+    capacity : int
+        Most snapshots. Memory is touched only as snapshots come in.
+    dtype : torch.dtype
+        Of the stored deltas: float32, bfloat16, float16 or float64.
+    storage : str
+        "device": where the parameters are.
+    anchor : Tensor of shape (n,) or list of tensors like ``params``, optional
+        What the deltas are taken from. Default: the first snapshot.
+
+    Notes
+    -----
+    A stored row is ``round_to(dtype, w_t - a)``, computed in float32 (float64 for float64
+    snapshots). The Gram matrix is that of the stored rows and grows with each snapshot in the
+    same pass over memory.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        capacity: int = 81,
+        dtype: torch.dtype = torch.bfloat16,
+        storage: str = "device",
+        *,
+        anchor: Tensor | Sequence[Tensor] | None = None,
+    ) -> None:
+        self.params, self.names = named_parameters(params)
+        self.shapes = [tuple(p.shape) for p in self.params]
+        self.numel = numel(self.params)
+        self.device = self.params[0].device
+        self.capacity = _capacity(capacity)
+        if storage not in _STORAGES:
+            raise ValueError(f"storage: expected one of {list(_STORAGES)}, got {storage!r}")
+        self.storage = storage
+        if dtype not in DTYPES:
+            expected = ", ".join(map(dtype_name, DTYPES))
+            found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+            raise ValueError(f"dtype: expected one of {expected}, got {found}")
+        if self.numel == 0:
+            raise ValueError("params: expected at least one element, got tensors of size 0")
+        self.dtype = dtype
+        self._length = 0
+        self._anchor = None if anchor is None else self._given_anchor(anchor)
+        self._snapshots = torch.empty((self.capacity, self.numel), dtype=dtype, device=self.device)
+        self._gram = torch.zeros(
+            (self.capacity, self.capacity), dtype=torch.float64, device=self.device
+        )
+
+    def __len__(self) -> int:
+        """Number of snapshots, T."""
+        return self._length
+
+    def __repr__(self) -> str:
+        return (
+            f"Trajectory({len(self)} of {self.capacity} snapshots, numel={self.numel}, "
+            f"dtype={dtype_name(self.dtype)}, device={self.device})"
+        )
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """The anchor, (n,) float32 (float64 for float64 snapshots); None before the first one."""
+        return self._anchor
+
+    @property
+    def snapshots(self) -> Tensor:
+        """The stored deltas X, shape (T, n): a view."""
+        return self._snapshots[: self._length]
+
+    @property
+    def gram(self) -> Tensor:
+        """K = X X^T of the stored rows, shape (T, T), float64: a copy."""
+        return self._gram[: self._length, : self._length].clone()
+
+    def record(self) -> int:
+        """Stores the current parameters as one more snapshot.
+
+        Returns
+        -------
+        int
+            Its index.
+
+        Raises
+        ------
+        ValueError
+            The trajectory is full; a parameter changed its shape or device since the trajectory
+            was made; a delta is NaN or Inf. The trajectory is then as it was before.
+        """
+        index = self._length
+        if index == self.capacity:
+            raise ValueError(
+                f"the trajectory is full: it holds {self.capacity} snapshots, its capacity"
+            )
+        self._check_params()
+        anchor = self._anchor if self._anchor is not None else flatten(self.params, self._wide())
+        ops.gram_append_(self._snapshots, self._gram, index, self.params, anchor)
+        if not bool(self._gram[index, : index + 1].isfinite().all()):
+            self._gram[index, : index + 1] = 0
+            self._gram[: index + 1, index] = 0
+            raise ValueError(self._why_not_finite(anchor))
+        self._anchor = anchor
+        self._length += 1
+        return index
+
+    def explained_variance_ratio(self) -> Tensor:
+        """Share of the variance along each principal direction, shape (rank,), float64, descending.
+
+        On the CPU. From the Gram matrix alone, hence cheap at any time during training.
+
+        Raises
+        ------
+        ValueError
+            Fewer than two snapshots.
+        """
+        found = self._spectrum(center=True)
+        return found.explained(found.rank)
+
+    def subspace(
+        self,
+        dim: int | None = None,
+        *,
+        explained: float | None = None,
+        start: str | int = "first",
+        center: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> Subspace:
+        """The principal directions of the trajectory.
+
+        Parameters
+        ----------
+        dim : int, optional
+            Number of directions, at most T - 1 (T if not centred). Default: 40, or as many as
+            there are.
+        explained : float in (0, 1], optional
+            Instead of ``dim``: as many directions as explain this share of the variance.
+        start : "first", "last", "mean" or int
+            The snapshot that theta = 0 stands for. It is rebuilt from the anchor and the stored
+            delta, hence rounded to ``dtype`` in what it differs from the anchor.
+        center : bool
+            Subtract the mean of the snapshots, as a principal component analysis does.
+        dtype : torch.dtype, optional
+            Of the basis: float32, bfloat16, float16 or float64. Default: the snapshots'.
+
+        Returns
+        -------
+        Subspace
+            Signs are such that the largest entry, by magnitude, of each eigenvector over the
+            snapshots is positive.
+
+        Raises
+        ------
+        ValueError
+            Fewer than two snapshots; ``dim`` out of range, or together with ``explained``; all
+            snapshots the same.
+
+        Warns
+        -----
+        UserWarning
+            ``dim`` is above the numerical rank: the directions up to the rank are returned.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in DTYPES:
+            expected = ", ".join(map(dtype_name, DTYPES))
+            raise ValueError(
+                f"dtype: expected one of {expected}, got {dtype}; for int8 or float8_e4m3fn use "
+                "Subspace.quantize"
+            )
+        found = self._spectrum(center)
+        count = self._count(found, dim, explained, center)
+        weights = self._start_weights(start)
+        if self.dtype != torch.float64:
+            # Only its leading part is used: how many directions there are was decided above.
+            exact = _pca.exact_gram(self.snapshots)
+            found = _pca.spectrum(exact, 0.0, center=center)
+        coefficients = _pca.coefficients(found, count, center=center).to(self.device)
+        basis = ops.form_basis(self.snapshots, coefficients, dtype=dtype)
+        return Subspace(
+            basis,
+            self._origin(weights, torch.float64 if dtype == torch.float64 else torch.float32),
+            explained_variance_ratio=found.explained(count),
+            singular_values=found.values[:count].sqrt(),
+            shapes=self.shapes,
+            names=self.names,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the trajectory as a safetensors file; an earlier file is replaced at the end.
+
+        Raises
+        ------
+        ValueError
+            Nothing was recorded.
+        """
+        if self._anchor is None or len(self) == 0:
+            raise ValueError("the trajectory is empty: nothing to save")
+        tensors = {"snapshots": self.snapshots, "gram": self.gram, "anchor": self._anchor}
+        metadata = {
+            "shapes": self.shapes,
+            "names": self.names,
+            "dtype": dtype_name(self.dtype),
+            "capacity": self.capacity,
+            "length": len(self),
+        }
+        save(path, _KIND, _VERSION, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], params: Iterable[Any]) -> Trajectory:
+        """Loads a saved trajectory onto ``params``, to go on with it as if never interrupted.
+
+        Parameters
+        ----------
+        path : path
+        params : iterable of Tensor
+            As in the constructor: the same shapes (and names, where both are known) in the same
+            order. Their values do not matter.
+
+        Raises
+        ------
+        ValueError
+            The file is truncated, corrupt or something else; the parameters do not match.
+        """
+        with Reader(path, _KIND, _VERSION) as file:
+            params, names = named_parameters(params)
+            saved = file.metadata
+            check_matches(params, saved["shapes"], saved["names"], f"trajectory {path}")
+            if names is not None and saved["names"] is not None and names != saved["names"]:
+                i, name = next(
+                    (i, name) for i, name in enumerate(names) if name != saved["names"][i]
+                )
+                raise ValueError(
+                    f"params[{i}]: expected the name {saved['names'][i]}, as in the trajectory "
+                    f"{path}, got {name}"
+                )
+            result = cls(params, saved["capacity"], getattr(torch, saved["dtype"]))
+            length = saved["length"]
+            result.names = saved["names"] if names is None else names
+            result._anchor = torch.empty(result.numel, dtype=result._wide(), device=result.device)
+            file.read_into("anchor", result._anchor)
+            file.read_into("snapshots", result._snapshots[:length])
+            file.read_into("gram", result._gram[:length, :length])
+            result._length = length
+        return result
+
+    def _wide(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def _given_anchor(self, anchor: Tensor | Sequence[Tensor]) -> Tensor:
+        tensors = [anchor] if isinstance(anchor, Tensor) else list(anchor)
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                found = tensor.dtype if isinstance(tensor, Tensor) else type_name(tensor)
+                raise TypeError(f"anchor[{i}]: expected a floating-point tensor, got {found}")
+            if tensor.device != self.device:
+                raise ValueError(f"anchor[{i}]: expected device {self.device}, got {tensor.device}")
+        if isinstance(anchor, Tensor):
+            check_matches(tensors, [(self.numel,)], what="parameters (flat)", argument="anchor")
+        else:
+            check_matches(tensors, self.shapes, self.names, "parameters", "anchor")
+        flat = flatten(tensors, self._wide())
+        if not bool(flat.isfinite().all()):
+            raise ValueError("anchor: expected finite values, got NaN or Inf")
+        return flat
+
+    def _check_params(self) -> None:
+        check_matches(self.params, self.shapes, self.names, "trajectory when it was made")
+        for i, p in enumerate(self.params):
+            if p.device != self.device:
+                raise ValueError(
+                    f"params[{i}]: expected device {self.device}, as when the trajectory was "
+                    f"made, got {p.device}"
+                )
+
+    def _why_not_finite(self, anchor: Tensor) -> str:
+        for i, p in enumerate(self.params):
+            if not bool(p.detach().isfinite().all()):
+                name = f" ({self.names[i]})" if self.names else ""
+                return f"params[{i}]{name}: expected finite values, got NaN or Inf; not recorded"
+        pieces = anchor.split([p.numel() for p in self.params])
+        largest = max(
+            float((p.detach().reshape(-1) - piece).abs().max())
+            for p, piece in zip(self.params, pieces, strict=True)
+            if p.numel()
+        )
+        return (
+            f"a difference from the anchor of {largest:.3g} overflows: {dtype_name(self.dtype)} "
+            f"holds {torch.finfo(self.dtype).max:.3g} at most, and its square must stay below "
+            f"{torch.finfo(self._wide()).max:.3g}; not recorded"
+        )
+
+    def _spectrum(self, center: bool) -> _pca.Spectrum:
+        if len(self) < 2:
+            raise ValueError(
+                f"expected at least two snapshots, the trajectory holds {len(self)}: call record()"
+            )
+        return _pca.spectrum(self.gram, _pca.rank_tolerance(self.dtype), center=center)
+
+    def _count(
+        self, found: _pca.Spectrum, dim: int | None, explained: float | None, center: bool
+    ) -> int:
+        """How many directions to keep."""
+        if dim is not None and explained is not None:
+            raise ValueError(f"expected dim or explained, got both: {dim} and {explained}")
+        limit = len(self) - 1 if center else len(self)
+        if dim is not None:
+            have = f"{len(self)} {'centred ' if center else ''}snapshots"
+            dim = _pca.checked_dim(dim, limit, have)
+        if found.rank == 0:
+            raise ValueError(
+                f"the {len(self)} snapshots do not differ (more than rounding explains): there is "
+                "no direction to keep"
+            )
+        if explained is not None:
+            if not 0 < explained <= 1:
+                raise ValueError(f"explained: expected 0 < explained <= 1, got {explained}")
+            sums = found.explained(found.rank).cumsum(0)
+            return min(int((sums < explained).sum()) + 1, found.rank, _pca.MAX_DIM)
+        if dim is None:
+            return min(_DEFAULT_DIM, found.rank)
+        if dim > found.rank:
+            warnings.warn(
+                f"dim = {dim} is above the numerical rank of the trajectory: kept "
+                f"{found.rank} directions",
+                UserWarning,
+                stacklevel=3,
+            )
+        return min(dim, found.rank)
+
+    def _start_weights(self, start: str | int) -> Tensor:
+        """Weights over the snapshots of the point that theta = 0 stands for, (1, T)."""
+        weights = torch.zeros(1, len(self), dtype=torch.float64, device=self.device)
+        named = {"first": 0, "last": len(self) - 1}
+        if isinstance(start, str):
+            if start == "mean":
+                return weights.fill_(1 / len(self))
+            if start not in named:
+                raise ValueError(
+                    f"start: expected 'first', 'last', 'mean' or an index, got {start!r}"
+                )
+            index = named[start]
+        else:
+            index = operator.index(start)
+            if not -len(self) <= index < len(self):
+                raise ValueError(
+                    f"start: expected an index of the {len(self)} snapshots, got {index}"
+                )
+        weights[0, index] = 1
+        return weights
+
+    def _origin(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        assert self._anchor is not None
+        delta = ops.form_basis(self.snapshots, weights, dtype=self._wide())[0]
+        return delta.add_(self._anchor).to(dtype)
+
+
+def _capacity(capacity: int) -> int:
+    result = operator.index(capacity)
+    if result < 1:
+        raise ValueError(f"capacity: expected at least 1 snapshot, got {result}")
+    return result
