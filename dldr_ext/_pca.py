@@ -16,31 +16,35 @@ from . import ops
 
 MAX_DIM = 1024
 
-# Relative to the largest eigenvalue of the Gram matrix, as it is before it is centred: eigenvalues
-# up to this are not told from zero.
+# Shares of the largest eigenvalue (of the Gram matrix before it is centred) up to which one is not
+# told from zero.
 #
 # The ops add products of float32 numbers in float32 within a tile of some thousand elements and in
-# float64 beyond it, so that each entry of K is off by some 1e-7 of |x_i| |x_j| at most (much less
-# where many tiles average it out). A symmetric error E moves each eigenvalue by at most ||E||: an
-# eigenvalue of 1e-7 of the largest may be all error, and its eigenvector arbitrary. In float64 the
-# same holds with 2^-53 in the place of 2^-24.
-_RANK_TOLERANCE = 2.0**-22
-_RANK_TOLERANCE_FLOAT64 = 2.0**-44
+# float64 beyond it: each entry of their K is off by some 1e-7 of |x_i| |x_j| at most (far less
+# where many tiles average it out). A symmetric error E moves each eigenvalue by at most ||E||, so
+# that one of 1e-7 of the largest may be all error, and its eigenvector arbitrary.
+_FLOAT32_SUMS = 2.0**-22
+# With float64 sums: a few roundings of the sums and of the eigensolver; and where the snapshots are
+# float32 or less, 4e-6 in terms of singular values, the length that a direction of float32 updates
+# loses in the noise of their own arithmetic.
+_FLOAT64_SUMS, _FLOAT64_SUMS_OF_FLOAT32 = 2.0**-44, 2.0**-36
+# A float32 weight is off by up to 2^-24 of itself (2^-25.3 in the root mean square), independently
+# in each snapshot: a direction with an eigenvalue below this share of |w|^2 is made of just that.
+_WEIGHTS, _WEIGHTS_OF_FLOAT64 = 2.0**-48, 2.0**-104
 
 _CHUNK_BYTES = 1 << 25
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues (T,), descending, none negative; eigenvectors as rows (T, T); rank; their sum."""
+    """Eigenvalues (T,), descending, none negative; eigenvectors as rows (T, T); rank."""
 
     values: Tensor
     vectors: Tensor
     rank: int
-    total: float
 
     def explained(self, count: int) -> Tensor:
         """Share of the variance along each of the first ``count`` directions."""
-        return self.values[:count] / self.total
+        return self.values[:count] / self.values.sum()
 
 
 def checked_dim(dim: int, limit: int, have: str) -> int:
@@ -52,25 +56,43 @@ def checked_dim(dim: int, limit: int, have: str) -> int:
     return result
 
 
-def rank_tolerance(dtype: torch.dtype) -> float:
-    """Share of the largest eigenvalue below which one counts as zero, for snapshots of a dtype."""
-    return _RANK_TOLERANCE_FLOAT64 if dtype == torch.float64 else _RANK_TOLERANCE
+def stored_spectrum(gram: Tensor, dtype: torch.dtype) -> Spectrum:
+    """Centred spectrum of a Gram matrix that the ops made of snapshots of ``dtype``."""
+    share = _FLOAT64_SUMS if dtype == torch.float64 else _FLOAT32_SUMS
+    return _spectrum(gram, True, share, 0.0)
 
 
-def spectrum(gram: Tensor, tolerance: float, *, center: bool = True) -> Spectrum:
+def exact_spectrum(gram: Tensor, double: bool, weights: Tensor, *, center: bool) -> Spectrum:
+    """Spectrum of an `exact_gram`.
+
+    Parameters
+    ----------
+    gram : Tensor, shape (T, T)
+    double : bool
+        The weights and the snapshots are float64 (else at least one of them is float32 or less).
+    weights : Tensor, shape (n,)
+        One point of the trajectory: how large the weights are.
+    center : bool
+    """
+    square = float(torch.linalg.vector_norm(weights, dtype=torch.float64)) ** 2
+    if double:
+        return _spectrum(gram, center, _FLOAT64_SUMS, _WEIGHTS_OF_FLOAT64 * square)
+    return _spectrum(gram, center, _FLOAT64_SUMS_OF_FLOAT32, _WEIGHTS * square)
+
+
+def _spectrum(gram: Tensor, center: bool, share: float, floor: float) -> Spectrum:
     """Eigenvalues and eigenvectors of K or, centred, of H K H with H = I - 11^T / T.
 
     Signs are set as scikit-learn's svd_flip does: the largest entry of each eigenvector, by
     magnitude, is positive.
     """
     gram = gram.detach().cpu()
-    largest = float(torch.linalg.eigvalsh(gram)[-1])
+    floor = max(floor, share * float(torch.linalg.eigvalsh(gram)[-1]))
     values, vectors = torch.linalg.eigh(centered(gram) if center else gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.T.flip(0)
     peaks = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
     vectors = torch.where(peaks < 0, -vectors, vectors)
-    rank = int((values > tolerance * largest).sum())
-    return Spectrum(values, vectors, rank, float(values.sum()))
+    return Spectrum(values, vectors, int((values > floor).sum()))
 
 
 def centered(gram: Tensor) -> Tensor:
@@ -147,6 +169,6 @@ def gram_schmidt(gram: Tensor, dim: int) -> Tensor:
             for earlier in found:
                 row -= (earlier @ gram @ row) * earlier
         square = float(row @ gram @ row)
-        if square > _RANK_TOLERANCE_FLOAT64 * float(gram[t, t]):
+        if square > _FLOAT64_SUMS * float(gram[t, t]):
             found.append(row / square**0.5)
     return torch.stack(found) if found else torch.zeros(0, len(gram), dtype=torch.float64)

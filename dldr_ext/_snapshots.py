@@ -35,14 +35,14 @@ def subspace_arguments(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     known: dict[str, Any] = {"shapes": shapes, "names": names}
     if pca:
-        found = _pca.spectrum(gram, _pca.rank_tolerance(rows.dtype))
+        origin = rows[0].to(wide, copy=True)
+        found = _pca.exact_spectrum(gram, rows.dtype == torch.float64, origin, center=True)
         kept = min(dim, found.rank)
         _check_rank(kept, dim, "the snapshots do not differ")
         # The rows of C sum to zero: C X is the same for the weights as for their differences.
         known["explained_variance_ratio"] = found.explained(kept)
         known["singular_values"] = found.values[:kept].sqrt()
         combine = _pca.coefficients(found, kept)
-        origin = rows[0].to(wide, copy=True)
     else:
         combine = _pca.gram_schmidt(gram, dim)
         _check_rank(len(combine), dim, "the snapshots are all zero")

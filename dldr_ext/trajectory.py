@@ -142,14 +142,16 @@ class Trajectory:
     def explained_variance_ratio(self) -> Tensor:
         """Share of the variance along each principal direction, shape (rank,), float64, descending.
 
-        On the CPU. From the Gram matrix alone, hence cheap at any time during training.
+        On the CPU. From the Gram matrix alone, hence cheap at any time during training; directions
+        below 2^-22 of the largest (2^-44 for float64 snapshots) are not told from its rounding.
 
         Raises
         ------
         ValueError
             Fewer than two snapshots.
         """
-        found = self._spectrum(center=True)
+        self._check_length()
+        found = _pca.stored_spectrum(self.gram, self.dtype)
         return found.explained(found.rank)
 
     def subspace(
@@ -202,18 +204,19 @@ class Trajectory:
                 f"dtype: expected one of {expected}, got {dtype}; for int8 or float8_e4m3fn use "
                 "Subspace.quantize"
             )
-        found = self._spectrum(center)
-        count = self._count(found, dim, explained, center)
-        weights = self._start_weights(start)
-        if self.dtype != torch.float64:
-            # Only its leading part is used: how many directions there are was decided above.
-            exact = _pca.exact_gram(self.snapshots)
-            found = _pca.spectrum(exact, 0.0, center=center)
+        self._check_length()
+        count = self._checked_count(dim, explained, center)
+        origin = self._origin(start, torch.float64 if dtype == torch.float64 else torch.float32)
+        # The stored Gram matrix serves to watch the trajectory; the basis needs more digits of it.
+        double = all(t.dtype == torch.float64 for t in (self._snapshots, *self.params))
+        gram = self.gram if self.dtype == torch.float64 else _pca.exact_gram(self.snapshots)
+        found = _pca.exact_spectrum(gram, double, origin, center=center)
+        count = self._kept(found, count, dim, explained)
         coefficients = _pca.coefficients(found, count, center=center).to(self.device)
         basis = ops.form_basis(self.snapshots, coefficients, dtype=dtype)
         return Subspace(
             basis,
-            self._origin(weights, torch.float64 if dtype == torch.float64 else torch.float32),
+            origin,
             explained_variance_ratio=found.explained(count),
             singular_values=found.values[:count].sqrt(),
             shapes=self.shapes,
@@ -324,68 +327,66 @@ class Trajectory:
             f"{torch.finfo(self._wide()).max:.3g}; not recorded"
         )
 
-    def _spectrum(self, center: bool) -> _pca.Spectrum:
+    def _check_length(self) -> None:
         if len(self) < 2:
             raise ValueError(
                 f"expected at least two snapshots, the trajectory holds {len(self)}: call record()"
             )
-        return _pca.spectrum(self.gram, _pca.rank_tolerance(self.dtype), center=center)
 
-    def _count(
-        self, found: _pca.Spectrum, dim: int | None, explained: float | None, center: bool
-    ) -> int:
-        """How many directions to keep."""
+    def _checked_count(self, dim: int | None, explained: float | None, center: bool) -> int:
+        """The most directions that were asked for."""
         if dim is not None and explained is not None:
             raise ValueError(f"expected dim or explained, got both: {dim} and {explained}")
+        if explained is not None and not 0 < explained <= 1:
+            raise ValueError(f"explained: expected 0 < explained <= 1, got {explained}")
         limit = len(self) - 1 if center else len(self)
-        if dim is not None:
-            have = f"{len(self)} {'centred ' if center else ''}snapshots"
-            dim = _pca.checked_dim(dim, limit, have)
+        if dim is None:
+            return min(limit, _pca.MAX_DIM if explained is not None else _DEFAULT_DIM)
+        return _pca.checked_dim(dim, limit, f"{len(self)} {'centred ' * center}snapshots")
+
+    def _kept(
+        self, found: _pca.Spectrum, count: int, dim: int | None, explained: float | None
+    ) -> int:
+        """How many directions to keep, of at most ``count``."""
         if found.rank == 0:
             raise ValueError(
-                f"the {len(self)} snapshots do not differ (more than rounding explains): there is "
-                "no direction to keep"
+                f"the {len(self)} snapshots do not differ (by more than rounding explains): there "
+                "is no direction to keep"
             )
         if explained is not None:
-            if not 0 < explained <= 1:
-                raise ValueError(f"explained: expected 0 < explained <= 1, got {explained}")
             sums = found.explained(found.rank).cumsum(0)
-            return min(int((sums < explained).sum()) + 1, found.rank, _pca.MAX_DIM)
-        if dim is None:
-            return min(_DEFAULT_DIM, found.rank)
-        if dim > found.rank:
+            count = min(int((sums < explained).sum()) + 1, count)
+        elif dim is not None and dim > found.rank:
             warnings.warn(
                 f"dim = {dim} is above the numerical rank of the trajectory: kept "
                 f"{found.rank} directions",
                 UserWarning,
                 stacklevel=3,
             )
-        return min(dim, found.rank)
+        return min(count, found.rank)
 
-    def _start_weights(self, start: str | int) -> Tensor:
-        """Weights over the snapshots of the point that theta = 0 stands for, (1, T)."""
-        weights = torch.zeros(1, len(self), dtype=torch.float64, device=self.device)
-        named = {"first": 0, "last": len(self) - 1}
+    def _origin(self, start: str | int, dtype: torch.dtype) -> Tensor:
+        """The point that theta = 0 stands for."""
+        assert self._anchor is not None
         if isinstance(start, str):
-            if start == "mean":
-                return weights.fill_(1 / len(self))
-            if start not in named:
+            if start not in ("first", "last", "mean"):
                 raise ValueError(
                     f"start: expected 'first', 'last', 'mean' or an index, got {start!r}"
                 )
-            index = named[start]
+            index = 0 if start == "first" else len(self) - 1
         else:
             index = operator.index(start)
             if not -len(self) <= index < len(self):
                 raise ValueError(
                     f"start: expected an index of the {len(self)} snapshots, got {index}"
                 )
-        weights[0, index] = 1
-        return weights
-
-    def _origin(self, weights: Tensor, dtype: torch.dtype) -> Tensor:
-        assert self._anchor is not None
-        delta = ops.form_basis(self.snapshots, weights, dtype=self._wide())[0]
+        if start == "mean":
+            weights = torch.full((1, len(self)), 1 / len(self), dtype=torch.float64)
+            delta = ops.form_basis(
+                self.snapshots, weights.to(self.device), dtype=self._anchor.dtype
+            )[0]
+        else:
+            delta = self.snapshots[index].to(self._anchor.dtype, copy=True)
         return delta.add_(self._anchor).to(dtype)
 
 
