@@ -64,6 +64,11 @@ def save(
         On any device, with any strides.
     metadata : mapping
         Anything that JSON can hold.
+
+    Raises
+    ------
+    OSError, TypeError
+        The file cannot be written; a tensor or the metadata cannot be stored.
     """
     target = Path(os.path.realpath(path))  # of a symbolic link, the file that it points to
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -206,6 +211,8 @@ def _write(
     }
     end = 0
     for name, tensor in tensors.items():
+        if tensor.dtype not in _FORMAT_NAMES:
+            raise TypeError(f"{name}: cannot save a tensor of dtype {dtype_name(tensor.dtype)}")
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _FORMAT_NAMES[tensor.dtype],

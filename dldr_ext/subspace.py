@@ -275,7 +275,8 @@ class Subspace:
         basis = torch.empty((dim, n), dtype=dtype, device=device)
         for row in basis:
             row.copy_(torch.randn(n, generator=generator, dtype=wide, device=device))
-        for _ in range(2):  # the second removes what the first leaves where n is close to dim
+        # Gaussian rows are far from parallel, unless n is close to dim: a second round, then.
+        for _ in range(1 if n >= 2 * dim else 2):
             _pca.orthonormalize_(basis)
         return cls(basis, origin, shapes=[tuple(p.shape) for p in listed], names=names)
 

@@ -1,0 +1,574 @@
+"""Recording, principal directions against float64 and scikit-learn, save and load, bad input."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+from torch import nn
+
+import dldr_ext
+from dldr_ext import Subspace, Trajectory, _pca, storage, trajectory
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def parameters(dtype=torch.float32):
+    """Several shapes and formats: 2 * 3 * 3 * 3 + 7 + 11 * 5 + 1 = 117 elements."""
+    image = torch.randn(2, 3, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+    tensors = [image, torch.randn(7, dtype=dtype), torch.randn(5, 11, dtype=dtype).T]
+    return [nn.Parameter(t) for t in (*tensors, torch.randn((), dtype=dtype))]
+
+
+def flat(params):
+    return torch.cat([p.detach().reshape(-1) for p in params])
+
+
+def walk(params, count, record, step=0.1):
+    """Random steps of decreasing size along directions that keep their place; the points."""
+    points = []
+    for t in range(count):
+        points.append(flat(params))
+        record()
+        with torch.no_grad():
+            for p in params:
+                p.add_(torch.randn(p.shape, dtype=torch.float64).to(p.dtype), alpha=step / (t + 1))
+    return torch.stack(points)
+
+
+def recorded(count=12, dtype=torch.float32, **options):
+    params = parameters(torch.float64 if dtype == torch.float64 else torch.float32)
+    result = Trajectory(params, capacity=count + 3, dtype=dtype, **options)
+    points = walk(params, count, result.record)
+    return result, params, points
+
+
+def gram_of(rows):
+    return rows.double() @ rows.double().T
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_are_rounded_deltas_and_gram_is_that_of_the_rows(dtype):
+    trajectory, _, points = recorded(dtype=dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert trajectory.anchor.dtype == wide
+    assert torch.equal(trajectory.anchor, points[0].to(wide))
+    assert torch.equal(trajectory.snapshots, (points.to(wide) - points[0].to(wide)).to(dtype))
+    gram = trajectory.gram
+    assert gram.dtype == torch.float64 and torch.equal(gram, gram.T)
+    expected = gram_of(trajectory.snapshots)
+    tolerance = 1e-14 if dtype == torch.float64 else 2e-7
+    assert (gram - expected).abs().max() <= tolerance * expected.max()
+
+
+def test_indices_length_repr_and_views():
+    params = parameters()
+    trajectory = Trajectory(params, capacity=4)
+    assert len(trajectory) == 0 and trajectory.anchor is None
+    assert [trajectory.record() for _ in range(3)] == [0, 1, 2]
+    assert len(trajectory) == 3 and trajectory.gram.shape == (3, 3)
+    assert trajectory.snapshots.shape == (3, 117)
+    assert repr(trajectory) == (
+        "Trajectory(3 of 4 snapshots, numel=117, dtype=bfloat16, device=cpu)"
+    )
+    trajectory.gram.fill_(7)
+    assert not trajectory.gram.any()
+
+
+def test_tied_and_frozen_parameters():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    model[1].bias.requires_grad_(False)
+    trajectory = Trajectory(model.named_parameters(), capacity=2)
+    assert trajectory.numel == 20 and trajectory.names == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_given_anchor(as_list):
+    params = parameters()
+    given = [torch.randn_like(p) for p in params]
+    anchor = flat(given)
+    trajectory = Trajectory(
+        params, capacity=2, dtype=torch.float32, anchor=given if as_list else anchor
+    )
+    trajectory.record()
+    assert torch.equal(trajectory.snapshots[0], flat(params) - anchor)
+    before = trajectory.anchor.clone()
+    anchor.zero_()
+    assert torch.equal(trajectory.anchor, before), "the anchor must be a copy"
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("center", [True, False])
+def test_basis_against_a_float64_decomposition(dtype, center):
+    trajectory, _, _ = recorded(dtype=dtype)
+    subspace = trajectory.subspace(8, center=center, dtype=torch.float64)
+    rows = trajectory.snapshots.double()
+    _, sigma, vectors = torch.linalg.svd(rows - rows.mean(0) * center, full_matrices=False)
+    overlap = subspace.basis @ vectors[:8].T
+    assert (overlap.abs() - torch.eye(8)).abs().max() < 1e-8
+    torch.testing.assert_close(subspace.singular_values, sigma[:8], rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        subspace.explained_variance_ratio, (sigma**2 / (sigma**2).sum())[:8], rtol=1e-9, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_basis_is_orthonormal_up_to_its_own_rounding(dtype):
+    trajectory, _, _ = recorded(dtype=dtype)
+    subspace = trajectory.subspace(11)
+    assert subspace.dtype == dtype and subspace.basis.shape == (11, 117)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
+    assert (gram_of(subspace.basis) - torch.eye(11)).abs().max() < tolerance
+
+
+def test_weak_directions_are_as_orthonormal_as_strong_ones(cpu_capability):
+    """Sums in float32 would leave the last of these off by 1e-7 * 4^9 = 0.03."""
+    n, count = 20_000, 12
+    directions = torch.linalg.qr(torch.randn(n, 10, dtype=torch.float64)).Q.T
+    lengths = 2.0 ** -torch.arange(10, dtype=torch.float64)
+    points = torch.randn(count, 10, dtype=torch.float64) * lengths @ directions
+    param = torch.zeros(n)
+    trajectory = Trajectory([param], capacity=count, dtype=torch.float32, anchor=torch.zeros(n))
+    for point in points:
+        param.copy_(point)
+        trajectory.record()
+    subspace = trajectory.subspace(10)
+    assert (gram_of(subspace.basis) - torch.eye(10)).abs().max() < 1e-6
+    components = torch.from_numpy(PCA(10, svd_solver="full").fit(points.numpy()).components_)
+    overlap = (subspace.basis.double() @ components.T).abs()
+    assert (overlap - torch.eye(10)).abs().max() < 1e-5
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(2, 14),
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=5),
+    seed=st.integers(0, 2**16),
+    data=st.data(),
+)
+def test_record_then_subspace_is_principal_component_analysis(count, sizes, seed, data):
+    torch.manual_seed(seed)
+    params = [torch.randn(size) for size in sizes]
+    trajectory = Trajectory(params, capacity=count, dtype=torch.float32)
+    points = walk(params, count, trajectory.record, step=1.0).double()
+    dim = data.draw(st.integers(1, min(count - 1, sum(sizes))))
+    subspace = trajectory.subspace(dim)
+    pca = PCA(dim, svd_solver="full").fit(points.numpy())
+    ratio = torch.from_numpy(pca.explained_variance_ratio_)
+    torch.testing.assert_close(subspace.explained_variance_ratio, ratio, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        subspace.singular_values, torch.from_numpy(pca.singular_values_), rtol=1e-4, atol=1e-5
+    )
+    # Components are unique only where the singular values are apart.
+    sigma = torch.linalg.svdvals(points - points.mean(0))
+    components = torch.from_numpy(pca.components_)
+    for i in range(dim):
+        others = [abs(float(sigma[i] - s)) for j, s in enumerate(sigma) if j != i]
+        gap = min(others, default=1.0)
+        if gap > 1e-2 * float(sigma[0]):
+            overlap = abs(float(components[i] @ subspace.basis[i].double()))
+            assert overlap == pytest.approx(1, abs=1e-5)
+
+
+def test_sign_convention_and_determinism():
+    trajectory, _, _ = recorded()
+    subspace = trajectory.subspace(6)
+    again = trajectory.subspace(6)
+    assert torch.equal(subspace.basis, again.basis)
+    # An eigenvector over the snapshots is the centred snapshots' coordinate, over sigma.
+    rows = trajectory.snapshots.double()
+    vectors = subspace.basis.double() @ (rows - rows.mean(0)).T
+    peaks = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    assert (peaks > 0).all()
+
+
+def test_explained_variance_ratio_of_the_trajectory():
+    trajectory, _, points = recorded(dtype=torch.float32)
+    ratio = trajectory.explained_variance_ratio()
+    sigma = torch.linalg.svdvals(points.double() - points.double().mean(0))[:11]
+    assert ratio.dtype == torch.float64 and ratio.shape == (11,)
+    torch.testing.assert_close(ratio, sigma**2 / (sigma**2).sum(), rtol=1e-3, atol=1e-7)
+    assert (ratio.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99, 1.0])
+def test_dimension_from_the_explained_share(share):
+    trajectory, _, _ = recorded()
+    sums = trajectory.subspace(11).explained_variance_ratio.cumsum(0)
+    dim = trajectory.subspace(explained=share).dim
+    assert share == 1 or sums[dim - 1] >= share
+    assert dim == 1 or sums[dim - 2] < share
+
+
+@pytest.mark.parametrize("start", ["first", "last", "mean", 0, 4, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_start(start, dtype):
+    trajectory, _, points = recorded(dtype=dtype)
+    named = {"first": points[0], "last": points[-1], "mean": points.mean(0)}
+    expected = named[start] if isinstance(start, str) else points[start]
+    origin = trajectory.subspace(3, start=start).origin
+    assert origin.dtype == dtype
+    torch.testing.assert_close(origin, expected, rtol=1e-6, atol=1e-6)
+    if start == "first":
+        assert torch.equal(origin, points[0])
+
+
+@pytest.mark.parametrize("stored", FLOATS, ids=str)
+@pytest.mark.parametrize("wanted", FLOATS, ids=str)
+def test_dtype_of_the_basis(stored, wanted):
+    trajectory, _, _ = recorded(dtype=stored)
+    subspace = trajectory.subspace(4, dtype=wanted)
+    assert subspace.dtype == wanted
+    assert subspace.origin.dtype == (torch.float64 if wanted == torch.float64 else torch.float32)
+
+
+def test_default_dimension():
+    trajectory, _, _ = recorded(count=12)
+    assert trajectory.subspace().dim == 11
+    trajectory, _, _ = recorded(count=45)
+    assert trajectory.subspace().dim == 40
+
+
+def rank_three(params, count, dtype, scale):
+    """Records points w0 + (a combination of three directions)."""
+    start = [p.clone() for p in params]
+    directions = [[torch.randn_like(p) for p in params] for _ in range(3)]
+    trajectory = Trajectory(params, capacity=count, dtype=dtype)
+    for _ in range(count):
+        weights = torch.randn(3) * scale
+        for p, first, *rest in zip(params, start, *directions, strict=True):
+            p.copy_(first + sum(w * d for w, d in zip(weights, rest, strict=True)))
+        trajectory.record()
+    return trajectory
+
+
+@pytest.mark.parametrize("n", [100, 5_000, 70_000])
+@pytest.mark.parametrize("scale", [1.0, 0.01, 0.001])
+def test_more_directions_than_the_rank(n, scale):
+    """What the rounding of float32 weights adds is not taken for a direction."""
+    trajectory = rank_three([torch.randn(n)], 10, torch.float32, scale)
+    with pytest.warns(UserWarning, match=r"dim = 7 is above the numerical rank .*: kept 3"):
+        subspace = trajectory.subspace(7)
+    assert subspace.dim == 3
+    assert (gram_of(subspace.basis) - torch.eye(3)).abs().max() < 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert trajectory.subspace(3).dim == 3
+        assert trajectory.subspace().dim == 3
+        assert trajectory.subspace(explained=1.0).dim == 3
+
+
+@pytest.mark.parametrize("n", [100, 4_096, 70_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_of_the_stored_gram_is_not_a_direction(n, dtype, cpu_capability):
+    """Exact combinations of three directions: all that is left is the rounding of the sums."""
+    directions = torch.randint(-9, 10, (3, n)).to(dtype)
+    params = [torch.zeros(n, dtype=dtype)]
+    trajectory = Trajectory(params, capacity=20, dtype=dtype)
+    for _ in range(20):
+        params[0].copy_((torch.randint(-9, 10, (3, 1)) * directions).sum(0))
+        trajectory.record()
+    assert len(trajectory.explained_variance_ratio()) == 3
+    with pytest.warns(UserWarning, match="kept 3 directions"):
+        assert trajectory.subspace(19).dim == 3
+
+
+def test_no_direction_at_all():
+    params = parameters()
+    trajectory = Trajectory(params, capacity=3)
+    for _ in range(3):
+        trajectory.record()
+    assert trajectory.explained_variance_ratio().shape == (0,)
+    for options in ({}, {"dim": 1}, {"explained": 0.5}):
+        with pytest.raises(ValueError, match="the 3 snapshots do not differ"):
+            trajectory.subspace(**options)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_snapshots(count):
+    trajectory = Trajectory(parameters(), capacity=3)
+    for _ in range(count):
+        trajectory.record()
+    message = f"expected at least two snapshots, the trajectory holds {count}"
+    with pytest.raises(ValueError, match=message):
+        trajectory.subspace(1)
+    with pytest.raises(ValueError, match=message):
+        trajectory.explained_variance_ratio()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dim": 12}, ValueError, r"dim: expected 1 <= dim <= 11 \(12 centred snapshots\), got 12"),
+        ({"dim": 13, "center": False}, ValueError, r"<= 12 \(12 snapshots\), got 13"),
+        ({"dim": 0}, ValueError, "dim: expected 1 <= dim <= 11 .* got 0"),
+        ({"dim": 2.5}, TypeError, "float"),
+        (
+            {"dim": 3, "explained": 0.5},
+            ValueError,
+            "expected dim or explained, got both: 3 and 0.5",
+        ),
+        ({"explained": 0.0}, ValueError, "expected 0 < explained <= 1, got 0.0"),
+        ({"explained": 1.1}, ValueError, "expected 0 < explained <= 1, got 1.1"),
+        ({"explained": float("nan")}, ValueError, "expected 0 < explained <= 1, got nan"),
+        ({"start": "middle"}, ValueError, "'last', 'mean' or an index, got 'middle'"),
+        ({"start": 12}, ValueError, "expected an index of the 12 snapshots, got 12"),
+        ({"start": 1.5}, TypeError, "float"),
+        ({"dtype": torch.int8}, ValueError, "got torch.int8; for int8 .* use Subspace.quantize"),
+    ],
+)
+def test_bad_arguments_of_subspace(options, error, message):
+    trajectory, _, _ = recorded()
+    with pytest.raises(error, match=message):
+        trajectory.subspace(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"capacity": 0}, ValueError, "capacity: expected at least 1 snapshot, got 0"),
+        ({"capacity": 2.5}, TypeError, "float"),
+        ({"dtype": torch.int8}, ValueError, "float16, float64, got int8"),
+        ({"dtype": "bfloat16"}, ValueError, "got 'bfloat16'"),
+        ({"storage": "disk"}, ValueError, r"storage: expected one of \['device'\], got 'disk'"),
+        ({"anchor": torch.ones(3)}, ValueError, r"anchor\[0\]: expected shape \(117,\)"),
+        ({"anchor": [torch.ones(3)]}, ValueError, r"anchor\[0\]: expected shape \(2, 3, 3, 3\)"),
+        ({"anchor": torch.ones(117).int()}, TypeError, "floating-point tensor, got torch.int32"),
+        ({"anchor": [None]}, TypeError, "floating-point tensor, got None"),
+        ({"anchor": torch.full((117,), torch.nan)}, ValueError, "anchor: expected finite"),
+        ({"anchor": torch.ones(117, device="meta")}, ValueError, "expected device cpu, got meta"),
+    ],
+)
+def test_bad_arguments_of_the_constructor(options, error, message):
+    with pytest.raises(error, match=message):
+        Trajectory(parameters(), **options)
+
+
+def test_empty_tensors_are_fine_but_not_alone():
+    with pytest.raises(ValueError, match="expected at least one element"):
+        Trajectory([torch.ones(0)])
+    params = [torch.ones(0), torch.randn(9), torch.ones(2, 0)]
+    trajectory = Trajectory(params, capacity=3, dtype=torch.float32)
+    walk(params, 3, trajectory.record)
+    assert trajectory.subspace(2).shapes == [(0,), (9,), (2, 0)]
+
+
+def state(trajectory):
+    return (
+        len(trajectory),
+        trajectory.gram,
+        trajectory.snapshots.clone(),
+        trajectory._gram.clone(),
+        trajectory.anchor,
+    )
+
+
+def assert_same(before, after):
+    assert before[0] == after[0]
+    for one, other in zip(before[1:], after[1:], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_full():
+    trajectory, _, _ = recorded(count=12)
+    for _ in range(3):
+        trajectory.record()
+    before = state(trajectory)
+    with pytest.raises(ValueError, match="full: it holds 15 snapshots, its capacity"):
+        trajectory.record()
+    assert_same(before, state(trajectory))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_snapshot_that_is_not_finite_does_not_count(bad, dtype):
+    trajectory, params, _ = recorded(dtype=dtype)
+    before = state(trajectory)
+    good = params[2][3, 1].item()
+    with torch.no_grad():
+        params[2][3, 1] = bad
+    with pytest.raises(ValueError, match=r"params\[2\]: expected finite values, got NaN or Inf"):
+        trajectory.record()
+    assert_same(before, state(trajectory))
+    with torch.no_grad():
+        params[2][3, 1] = good
+    assert trajectory.record() == 12
+    assert trajectory.gram.isfinite().all()
+
+
+def test_a_first_snapshot_that_is_not_finite_is_no_anchor():
+    params = parameters()
+    trajectory = Trajectory(params, capacity=3)
+    with torch.no_grad():
+        params[1][0] = torch.nan
+    with pytest.raises(ValueError, match=r"params\[1\]: expected finite values"):
+        trajectory.record()
+    assert len(trajectory) == 0 and trajectory.anchor is None
+    with torch.no_grad():
+        params[1][0] = 1
+    trajectory.record()
+    assert torch.equal(trajectory.anchor, flat(params))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "limit"),
+    [(torch.float16, 1e5, "float16 holds 6.55e.04"), (torch.float32, 1e25, "below 3.4e.38")],
+)
+def test_a_delta_that_overflows_does_not_count(dtype, value, limit):
+    trajectory, params, _ = recorded(dtype=dtype)
+    before = state(trajectory)
+    with torch.no_grad():
+        params[0][0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=f"from the anchor of 1e.* overflows: .*{limit}"):
+        trajectory.record()
+    assert_same(before, state(trajectory))
+
+
+def test_a_parameter_that_changed_its_shape():
+    trajectory, params, _ = recorded()
+    before = state(trajectory)
+    params[1].data = torch.randn(8)
+    message = (
+        r"params\[1\]: expected shape \(7,\), as in the trajectory when it was made, got \(8,\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        trajectory.record()
+    params[1].data = torch.randn(7, 1)
+    with pytest.raises(ValueError, match=r"got \(7, 1\)"):
+        trajectory.record()
+    assert_same(before, state(trajectory))
+
+
+def test_a_parameter_that_moved():
+    trajectory, params, _ = recorded()
+    before = state(trajectory)
+    trajectory.params[1] = torch.ones(7, device="meta")
+    with pytest.raises(ValueError, match=r"params\[1\]: expected device cpu, .* got meta"):
+        trajectory.record()
+    assert_same(before, state(trajectory))
+    with pytest.raises(ValueError, match="meta device"):
+        Trajectory([torch.ones(3, device="meta")], capacity=2).record()
+
+
+def test_a_parameter_that_changed_its_dtype_goes_on():
+    trajectory, params, _ = recorded()
+    params[0].data = params[0].data.bfloat16()
+    trajectory.record()
+    expected = flat([p.float() for p in params]) - trajectory.anchor
+    assert torch.equal(trajectory.snapshots[-1], expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_save_and_load_go_on_bit_for_bit(tmp_path, dtype):
+    trajectory, params, _ = recorded(dtype=dtype)
+    trajectory.save(tmp_path / "file")
+    other = [nn.Parameter(torch.zeros_like(p)) for p in params]
+    loaded = Trajectory.load(tmp_path / "file", other)
+    assert_same(state(trajectory)[:3], state(loaded)[:3])
+    assert torch.equal(trajectory.anchor, loaded.anchor)
+    assert (loaded.capacity, loaded.dtype, loaded.shapes) == (15, dtype, trajectory.shapes)
+    for step in range(3):
+        with torch.no_grad():
+            for p, q in zip(params, other, strict=True):
+                p.mul_(1.01 + step)
+                q.copy_(p)
+        assert trajectory.record() == loaded.record()
+    assert_same(state(trajectory), state(loaded))
+    assert torch.equal(trajectory.subspace(9).basis, loaded.subspace(9).basis)
+
+
+def test_names_are_kept_and_checked(tmp_path):
+    one, other = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    model = nn.ModuleDict({"a": one, "b": other})
+    trajectory = Trajectory(model.named_parameters(), capacity=3)
+    trajectory.record()
+    trajectory.save(tmp_path / "file")
+    assert Trajectory.load(tmp_path / "file", model.parameters()).names == ["a.weight", "b.weight"]
+    swapped = [("b.weight", other.weight), ("a.weight", one.weight)]
+    message = r"params\[0\]: expected the name a.weight, as in the trajectory .*, got b.weight"
+    with pytest.raises(ValueError, match=message):
+        Trajectory.load(tmp_path / "file", swapped)
+
+
+def test_load_onto_other_parameters(tmp_path):
+    trajectory, params, _ = recorded()
+    trajectory.save(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"expected 4 tensors, as in the trajectory .*, got 3"):
+        Trajectory.load(tmp_path / "file", params[:3])
+    with pytest.raises(ValueError, match=r"params\[0\]: expected shape \(2, 3, 3, 3\), .*file"):
+        Trajectory.load(tmp_path / "file", params[::-1])
+
+
+def test_damaged_files(tmp_path):
+    trajectory, params, _ = recorded()
+    path = tmp_path / "file"
+    trajectory.save(path)
+    whole = path.read_bytes()
+    for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"{path}: "):
+            Trajectory.load(path, params)
+    for place in (3, 20, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=f"{path}: "):
+            Trajectory.load(path, params)
+    trajectory.subspace(2).save(path)
+    with pytest.raises(ValueError, match="expected a trajectory, found a subspace"):
+        Trajectory.load(path, params)
+
+
+def test_an_empty_trajectory_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match="empty"):
+        Trajectory(parameters()).save(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    trajectory, params, _ = recorded()
+    path = tmp_path / "file"
+    trajectory.save(path)
+    trajectory.record()
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(storage.os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        trajectory.save(path)
+    assert len(Trajectory.load(path, params)) == 12 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_cut_and_the_threads_do_not_matter(threads):
+    n = 50_000
+    values = torch.randn(6, n)
+    results = []
+    for count, cuts in ((1, [n]), (2, [1, 255, n - 4352, 4096]), (2, [n // 2] * 2)):
+        threads(count)
+        params = list(torch.zeros(n).split(cuts))
+        trajectory = Trajectory(params, capacity=6)
+        for row in values:
+            for p, piece in zip(params, row.split(cuts), strict=True):
+                p.copy_(piece)
+            trajectory.record()
+        results.append((trajectory.gram, trajectory.subspace(5).basis))
+    for gram, basis in results[1:]:
+        assert torch.equal(gram, results[0][0]) and torch.equal(basis, results[0][1])
+
+
+def test_chunks_do_not_show(monkeypatch):
+    params = [torch.randn(10_000)]
+    trajectory = Trajectory(params, capacity=6, dtype=torch.float32)
+    walk(params, 6, trajectory.record)
+    whole = trajectory.subspace(5).basis
+    monkeypatch.setattr(_pca, "column_step", lambda rows: 4096)
+    assert (trajectory.subspace(5).basis - whole).abs().max() < 1e-7
+
+
+def test_exports():
+    assert dldr_ext.Trajectory is Trajectory and dldr_ext.Subspace is Subspace
+    assert trajectory._DEFAULT_DIM == 40
