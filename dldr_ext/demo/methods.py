@@ -1,0 +1,234 @@
+"""The five ways to train that the demo compares.
+
+All minimise the same objective, mean cross-entropy + weight_decay / 2 |w|^2, from the same initial
+weights on the same training images, none of them augmented:
+
+* ``sgd``: SGD with momentum and a decaying learning rate, the full run;
+* ``sgd_half``: the same run half way, where the recording of the trajectory ends;
+* ``psgd``: P-SGD in the DLDR subspace of that first half, with the recipe of ``sgd``;
+* ``pbfgs``: P-BFGS in the same subspace;
+* ``random``: the same P-BFGS in a random subspace of the same dimension, as the control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import PBFGS, PSGD, Subspace, Trajectory
+from .data import Dataset
+from .model import accuracy, build, reestimate_batch_norm
+from .recipe import Account, Recipe, batches, learning_rate, snapshot_steps
+
+#: Called with the method at work and the share of it that is done, 0 to 1.
+Progress = Callable[[str, float], None]
+
+#: The methods, in the order of the tables, and what people call them.
+NAMES = {
+    "sgd": "SGD",
+    "sgd_half": "SGD, first half",
+    "psgd": "P-SGD",
+    "pbfgs": "P-BFGS",
+    "random": "random subspace",
+}
+
+
+@dataclass
+class Outcome:
+    """What a method came to."""
+
+    method: str
+    model: nn.Module  # weights and batch-norm statistics as they are tested
+    passes: float
+    seconds: float
+    curve: list[tuple[float, float]]  # (passes, validation accuracy)
+    path: list[tuple[float, float]] = field(default_factory=list)  # theta[:2] from step to step
+
+
+def objective(model: nn.Module, images: Tensor, labels: Tensor, weight_decay: float) -> Tensor:
+    """Mean cross-entropy + weight_decay / 2 |w|^2."""
+    squares = torch.stack([p.square().sum() for p in model.parameters()])
+    return functional.cross_entropy(model(images), labels) + weight_decay / 2 * squares.sum()
+
+
+def counted_closure(
+    model: nn.Module, images: Tensor, labels: Tensor, weight_decay: float, account: Account
+) -> Callable[[], Tensor]:
+    """A forward-only closure over one batch that puts every evaluation on the account."""
+
+    def closure() -> Tensor:
+        account.read(len(labels))
+        return objective(model, images, labels, weight_decay)
+
+    return closure
+
+
+class Task:
+    """Everything that the methods of one seed share.
+
+    Parameters
+    ----------
+    data : Dataset
+    recipe : Recipe
+    seed : int
+        Of the initial weights, the order of the batches and the random subspace.
+    snapshots : int
+        How many to record after the initial weights, evenly over the first half of SGD.
+    progress : callable
+    """
+
+    def __init__(
+        self, data: Dataset, recipe: Recipe, seed: int, snapshots: int, progress: Progress
+    ) -> None:
+        self.data, self.recipe, self.seed = data, recipe, seed
+        self.snapshots, self.progress = snapshots, progress
+
+    def model(self) -> nn.Module:
+        """The network at the initial weights."""
+        return build(self.data.train.images.shape[-1], self.seed)
+
+    def generator(self, stream: int) -> torch.Generator:
+        """Random numbers of this seed; one stream for each use."""
+        return torch.Generator().manual_seed(10 * self.seed + stream)
+
+    def validate(self, model: nn.Module) -> float:
+        """Accuracy on the validation part."""
+        return accuracy(model, self.data.validation.images, self.data.validation.labels)
+
+
+def sgd(task: Task) -> tuple[Outcome, Outcome, Trajectory]:
+    """SGD: the full run, the run at half, and the recorded first half."""
+    recipe, train = task.recipe, task.data.train
+    model = task.model()
+    optimizer = torch.optim.SGD(
+        model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    per_epoch, first_half = recipe.steps_per_epoch(len(train)), recipe.first_half(len(train))
+    recorded = snapshot_steps(first_half, task.snapshots)
+    trajectory = Trajectory(model.named_parameters(), 1 + len(recorded), dtype=torch.float32)
+    trajectory.record()
+    account = Account(len(train))
+    curve = [(0.0, task.validate(model))]
+    half: Outcome | None = None
+    stream = batches(train, recipe.batch_size, task.generator(0))
+    total = per_epoch * recipe.epochs
+    for step in range(1, total + 1):
+        with account:
+            images, labels = next(stream)
+            account.read(len(labels))
+            optimizer.param_groups[0]["lr"] = learning_rate(recipe, (step - 1) / total)
+            optimizer.zero_grad()
+            functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            if step in recorded:
+                trajectory.record()
+        if step % per_epoch == 0 or step == first_half:
+            curve.append((account.passes, task.validate(model)))
+            task.progress("sgd", step / total)
+        if step == first_half:
+            half = Outcome(
+                "sgd_half", deepcopy(model), account.passes, account.seconds, list(curve)
+            )
+    assert half is not None
+    return Outcome("sgd", model, account.passes, account.seconds, curve), half, trajectory
+
+
+def psgd(task: Task, subspace: Subspace) -> Outcome:
+    """P-SGD from the initial weights: the recipe of `sgd`, in half the passes."""
+    recipe = task.recipe
+    run = _SubspaceRun(task, "psgd", subspace)
+    optimizer = PSGD(run.model.parameters(), subspace, recipe.lr, recipe.momentum)
+    for images, labels in batches(task.data.train, recipe.batch_size, task.generator(1)):
+        if run.images_left < len(labels):
+            return run.outcome()
+        optimizer.param_groups[0]["lr"] = learning_rate(recipe, run.done)
+        run.step(optimizer, images, labels)
+    raise AssertionError("batches are endless")
+
+
+def pbfgs(task: Task, subspace: Subspace, method: str = "pbfgs") -> Outcome:
+    """P-BFGS from the initial weights, in the DLDR subspace or another."""
+    run = _SubspaceRun(task, method, subspace)
+    optimizer = PBFGS(run.model.parameters(), subspace, buffers=run.model)
+    group = optimizer.param_groups[0]
+    most = group["max_ls"]
+    for images, labels in batches(task.data.train, task.recipe.pbfgs_batch_size, task.generator(2)):
+        # A step reads its batch for the gradient, for every trial and, unless the accepted trial
+        # kept its graph, once more for the curvature. The search gets what the budget still pays.
+        group["max_ls"] = min(most, run.images_left // len(labels) - 2)
+        if group["max_ls"] < 1:
+            return run.outcome()
+        run.step(optimizer, images, labels)
+    raise AssertionError("batches are endless")
+
+
+def random(task: Task, dim: int) -> Outcome:
+    """The control: the same P-BFGS in a random subspace of dimension `dim`."""
+    parameters = task.model().parameters()
+    return pbfgs(task, Subspace.random(parameters, dim, generator=task.generator(3)), "random")
+
+
+class _SubspaceRun:
+    """Training of the coordinates within the budget, with one pass kept for batch norm."""
+
+    def __init__(self, task: Task, method: str, subspace: Subspace) -> None:
+        self.task, self.method, self.subspace = task, method, subspace
+        self.model = task.model()
+        self.account = Account(len(task.data.train))
+        self._allowed = (task.recipe.budget - 1) * self.account.size
+        self._path = [(0.0, 0.0)]
+        # (passes, theta) to be validated later, about once per pass
+        self._kept = [(0.0, torch.zeros(subspace.dim))]
+
+    @property
+    def images_left(self) -> int:
+        """Images that may still be read."""
+        return self._allowed - self.account.images
+
+    @property
+    def done(self) -> float:
+        """Share of the budget spent, 0 to 1."""
+        return self.account.images / self._allowed
+
+    def step(self, optimizer: PBFGS | PSGD, images: Tensor, labels: Tensor) -> None:
+        """One step on one batch."""
+        with self.account:
+            optimizer.step(
+                counted_closure(
+                    self.model, images, labels, self.task.recipe.weight_decay, self.account
+                )
+            )
+        theta = optimizer.theta
+        x, y = (*theta[:2].tolist(), 0.0)[:2]
+        self._path.append((x, y))
+        if self.account.passes >= self._kept[-1][0] + 1:
+            self._kept.append((self.account.passes, theta))
+            self.task.progress(self.method, self.done)
+
+    def outcome(self) -> Outcome:
+        """Re-estimates the batch-norm statistics at the last weights; then draws the curve."""
+        trained = self.account.passes
+        with self.account:
+            self.account.read(self._renew_norms(self.model))
+        curve = [self._point(*kept) for kept in self._kept if kept[0] < trained]
+        curve.append((self.account.passes, self.task.validate(self.model)))
+        self.task.progress(self.method, 1.0)
+        return Outcome(
+            self.method, self.model, self.account.passes, self.account.seconds, curve, self._path
+        )
+
+    def _point(self, passes: float, theta: Tensor) -> tuple[float, float]:
+        """Where the run would have been tested, had it ended at `theta`: one pass later."""
+        model = self.task.model()
+        self.subspace.reconstruct_(model.parameters(), theta)
+        read = self._renew_norms(model)
+        return passes + read / self.account.size, self.task.validate(model)
+
+    def _renew_norms(self, model: nn.Module) -> int:
+        images = self.task.data.train.images
+        return reestimate_batch_norm(model, images, self.task.recipe.norm_batch_size)

@@ -1,0 +1,89 @@
+"""The demo's network: two convolutions with batch norm and two linear layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def build(size: int, seed: int) -> nn.Sequential:
+    """A small convolutional network for `size` x `size` grey images and ten classes.
+
+    207,018 parameters at 28 x 28; 22,698 at 8 x 8. The same seed gives the same weights and leaves
+    the global random state alone.
+
+    Parameters
+    ----------
+    size : height and width of the images, a multiple of four
+    seed : seed of the initial weights
+    """
+    hidden = 128
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Pooling before batch norm: a quarter of the work for the norm and the ReLU.
+        network = nn.Sequential(
+            nn.Conv2d(1, 16, kernel_size=3, padding=1),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, kernel_size=3, padding=1),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * (size // 4) ** 2, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 10),
+        )
+    # channels_last halves the time of the convolutions on a CPU; the flat order stays logical.
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """The batch-norm layers of `model`."""
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, images: Tensor, batch_size: int) -> int:
+    """Set every running mean and variance to the average over `images` at the current weights.
+
+    The running statistics belong to the weights they were gathered at; after a move in the
+    subspace they are stale (see `torch.optim.swa_utils.update_bn`, which does the same for a
+    `DataLoader`). Leaves the model in train mode.
+
+    Parameters
+    ----------
+    model : network whose batch-norm layers are updated in place
+    images : (N, 1, H, W)
+    batch_size : images per forward pass
+
+    Returns
+    -------
+    int
+        How many images were read: N. The caller adds them to its account.
+    """
+    norms = batch_norms(model)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+    model.train()
+    for batch in images.split(batch_size):
+        model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return len(images)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of `images` classified right, in eval mode; leaves the model in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    correct = sum(
+        int((model(x).argmax(1) == y).sum())
+        for x, y in zip(images.split(500), labels.split(500), strict=True)
+    )
+    model.train(was_training)
+    return correct / len(labels)

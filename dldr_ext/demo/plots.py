@@ -1,0 +1,221 @@
+"""The demo's three figures, as PNG files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .landscape import Landscape
+from .methods import NAMES
+
+#: File names, in the order of the report.
+FILES = ("accuracy.png", "spectrum.png", "trajectory.png")
+
+# Okabe and Ito's colours: told apart with any colour vision.
+COLOURS = {
+    "sgd": "#555555",
+    "sgd_half": "#999999",
+    "psgd": "#E69F00",
+    "pbfgs": "#0072B2",
+    "random": "#CC79A7",
+}
+_STYLE: Any = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def draw(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list[Path]:
+    """Draw what the results hold into `folder`.
+
+    Parameters
+    ----------
+    results : as in results.json
+    plane : loss landscape; None where the subspace has one dimension only
+    folder : an existing folder
+
+    Returns
+    -------
+    list of Path
+        The files written, in the order of `FILES`.
+    """
+    written = []
+    with matplotlib.rc_context(_STYLE):
+        for name, figure in (
+            ("accuracy.png", _accuracy(results)),
+            ("spectrum.png", _spectrum(results)),
+            ("trajectory.png", None if plane is None else _trajectory(plane)),
+        ):
+            if figure is not None:
+                FigureCanvasAgg(figure)
+                figure.savefig(folder / name, dpi=150)
+                written.append(folder / name)
+    return written
+
+
+def _figure(title: str, size: tuple[float, float] = (7.2, 4.4)) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontweight="bold")
+    return figure, axes
+
+
+def _accuracy(results: dict[str, Any]) -> Figure:
+    """Validation accuracy against passes: one thin line per seed, the mean drawn thick.
+
+    The axis spreads what lies near 100 %, where all methods but the control end.
+    """
+    figure, axes = _figure("Accuracy on the validation digits, by what it cost")
+    curves: dict[str, list[list[list[float]]]] = defaultdict(list)
+    for run in results["runs"]:
+        curves[run["method"]].append(run["validation_curve"])
+    highest = 0.0
+    for method in ("random", "sgd", "psgd", "pbfgs"):
+        colour = COLOURS[method]
+        for curve in curves[method]:
+            passes, accuracies = np.array(curve).T
+            highest = max(highest, accuracies.max())
+            if len(curves[method]) > 1:
+                axes.plot(passes, _error(accuracies), color=colour, linewidth=0.8, alpha=0.35)
+        grid, mean = _mean_curve(curves[method])
+        axes.plot(grid, _error(mean), color=colour, label=NAMES[method])
+        axes.plot(grid[-1], _error(mean[-1:]), "o", color=colour, markersize=6)
+    end = float(np.mean([curve[-1][0] for curve in curves["sgd_half"]]))
+    axes.axvline(end, color=COLOURS["sgd"], linewidth=1, linestyle=":")
+    axes.annotate(
+        "recording of SGD ends",
+        (end, 0.5),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, 0),
+        textcoords="offset points",
+        rotation=90,
+        va="center",
+        color=COLOURS["sgd"],
+        fontsize=9,
+    )
+    axes.set_yscale("log")
+    axes.set_ylim(1.15, 0.7 * float(_error(np.array([highest]))[0]))
+    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    ticks = [t for t in (0, 50, 80, 90, 95, 98, 99, 99.5) if t <= 100 * highest]
+    axes.set_yticks([1 - t / 100 for t in ticks], [f"{t:g} %" for t in ticks])
+    axes.set_xlabel("passes over the training images (gradients, trials, batch-norm statistics)")
+    axes.set_xlim(left=0)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=10)
+    return figure
+
+
+def _error(accuracies: np.ndarray) -> np.ndarray:
+    """1 - accuracy, kept above zero for the logarithmic axis."""
+    return np.maximum(1 - accuracies, 1e-3)
+
+
+def _mean_curve(curves: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of curves whose points need not be at the same number of passes."""
+    points = [np.array(curve).T for curve in curves]
+    start = max(passes[0] for passes, _ in points)
+    end = min(passes[-1] for passes, _ in points)
+    inner = points[0][0][(points[0][0] > start) & (points[0][0] < end)]
+    grid = np.concatenate([[start], inner, [end]])
+    values = [np.interp(grid, passes, accuracies) for passes, accuracies in points]
+    return grid, np.mean(values, axis=0)
+
+
+def _spectrum(results: dict[str, Any]) -> Figure:
+    """Explained variance, single and summed up."""
+    dim = results["config"]["dim"]
+    figure, axes = _figure("How much of the SGD trajectory the directions explain")
+    for i, ratio in enumerate(results["explained_variance_ratio_by_seed"]):
+        order = np.arange(1, len(ratio) + 1)
+        colour = COLOURS["pbfgs"]
+        axes.plot(
+            order, ratio, "o-", color=colour, markersize=3, linewidth=1, alpha=1 if i == 0 else 0.35
+        )
+        if i == 0:
+            axes.set_yscale("log")
+            left = np.clip(1 - np.cumsum(ratio[:-1]), 1e-12, 1)
+            axes.plot(order[:-1], left, color=COLOURS["psgd"])
+            axes.annotate(
+                "not explained by the first k",
+                (order[len(left) // 2], left[len(left) // 2]),
+                xytext=(6, 6),
+                textcoords="offset points",
+                color=COLOURS["psgd"],
+            )
+            axes.annotate(
+                "direction k alone",
+                (order[len(left) // 3], ratio[len(left) // 3]),
+                xytext=(-6, -8),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                color=colour,
+            )
+            share = float(np.sum(ratio[:dim]))
+            axes.axvline(dim, color=COLOURS["sgd"], linewidth=1, linestyle=":")
+            axes.annotate(
+                f"{dim} directions kept:\n{100 * share:.3f} % of the variance",
+                (dim, 0.97),
+                xycoords=("data", "axes fraction"),
+                xytext=(-6, 0) if dim > len(ratio) / 2 else (6, 0),
+                textcoords="offset points",
+                ha="right" if dim > len(ratio) / 2 else "left",
+                va="top",
+                color=COLOURS["sgd"],
+            )
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g} %"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("direction k")
+    axes.set_ylabel("share of the variance")
+    return figure
+
+
+def _trajectory(plane: Landscape) -> Figure:
+    """Loss contours with the paths on them."""
+    figure, axes = _figure("Training seen on the plane of the first two directions", (7.2, 5.6))
+    axes.grid(False)
+    loss = np.array(plane.loss)
+    norm = LogNorm(loss.min(), loss.max())
+    levels = np.geomspace(loss.min(), loss.max(), 15)
+    filled = axes.contourf(plane.x, plane.y, loss, levels, cmap="Greys", norm=norm, alpha=0.55)
+    axes.contour(plane.x, plane.y, loss, levels, colors="white", linewidths=0.6)
+    bar = figure.colorbar(filled, ax=axes, pad=0.02)
+    ticks = levels[::2]
+    bar.set_ticks(list(ticks), labels=[f"{tick:.2g}" for tick in ticks])
+    bar.minorticks_off()
+    bar.set_label("training loss on the plane through the end of P-BFGS")
+    for path, colour, label in (
+        (plane.sampled, "black", "SGD, recorded first half"),
+        (plane.paths["psgd"], COLOURS["psgd"], NAMES["psgd"]),
+        (plane.paths["pbfgs"], COLOURS["pbfgs"], NAMES["pbfgs"]),
+    ):
+        x, y = np.array(path).T
+        marker = "." if len(path) <= 200 else ""
+        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.3, label=label)
+        axes.plot(x[-1], y[-1], "o", color=colour, markeredgecolor="white", markersize=9)
+    axes.plot(*plane.sgd_end, "*", color="black", markeredgecolor="white", markersize=15)
+    axes.annotate(
+        "full SGD", plane.sgd_end, xytext=(8, 6), textcoords="offset points", fontweight="bold"
+    )
+    axes.plot(0, 0, "s", color="white", markeredgecolor="black", markersize=8)
+    axes.annotate("start", (0, 0), xytext=(8, 6), textcoords="offset points", fontweight="bold")
+    axes.set_xlabel("theta 1")
+    axes.set_ylabel("theta 2")
+    axes.legend(loc="best", frameon=True)
+    return figure

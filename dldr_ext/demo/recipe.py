@@ -1,0 +1,111 @@
+"""What the demo's training runs are made of: hyperparameters, batches and the account of reads."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .data import Part
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Hyperparameters, chosen on the validation part; the test part had no say."""
+
+    epochs: int = 40  # of the full SGD run
+    batch_size: int = 64
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    snapshots_per_epoch: int = 4
+    pbfgs_batch_size: int = 500
+    norm_batch_size: int = 500  # for batch-norm statistics
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Steps of SGD in one pass over `images` training images."""
+        return batch_count(images, self.batch_size)
+
+    def first_half(self, images: int) -> int:
+        """Steps of SGD in the half of the run that is recorded; a whole step at least."""
+        return max(1, self.steps_per_epoch(images) * self.epochs // 2)
+
+    @property
+    def budget(self) -> int:
+        """Passes over the training images that a run in a subspace may spend: half of SGD's."""
+        return max(3, self.epochs // 2)  # fewer leave no room for a step of P-BFGS
+
+
+RECIPES = {
+    "mnist5k": Recipe(),
+    "digits": Recipe(batch_size=24, pbfgs_batch_size=150),
+}
+
+
+class Account:
+    """How many training images a method has read, and how long it took.
+
+    Every image that goes through the network counts once, whether for a gradient, for a trial of a
+    line search or for batch-norm statistics; a backward pass belongs to the forward pass that it
+    differentiates. Time counts only inside ``with account:``, hence not while curves are drawn.
+
+    Parameters
+    ----------
+    size : int
+        Images in the training part.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.images = 0
+        self.seconds = 0.0
+        self._since = 0.0
+
+    @property
+    def passes(self) -> float:
+        """Passes over the training part so far."""
+        return self.images / self.size
+
+    def read(self, images: int) -> None:
+        """Adds `images` training images."""
+        self.images += images
+
+    def __enter__(self) -> Account:
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._since
+
+
+def batch_count(images: int, size: int) -> int:
+    """Number of batches of about `size` images that make one pass over `images`."""
+    return max(1, round(images / size))
+
+
+def batches(part: Part, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of about `size` images, in a new order for each pass over `part`.
+
+    The batches of one pass are equally large up to one image and hold every image exactly once.
+    """
+    count = batch_count(len(part), size)
+    while True:
+        order = torch.randperm(len(part), generator=generator)
+        for index in order.tensor_split(count):
+            images = part.images[index].contiguous(memory_format=torch.channels_last)
+            yield images, part.labels[index]
+
+
+def learning_rate(recipe: Recipe, done: float) -> float:
+    """The learning rate after a share `done` of the run: a cosine from `recipe.lr` to zero."""
+    return recipe.lr * (1 + math.cos(math.pi * done)) / 2
+
+
+def snapshot_steps(steps: int, count: int) -> frozenset[int]:
+    """After which of `steps` steps to take one of `count` snapshots: evenly, the last included."""
+    count = min(count, steps)
+    return frozenset(math.ceil(steps * (i + 1) / count) for i in range(count))

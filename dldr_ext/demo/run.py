@@ -1,0 +1,252 @@
+"""The whole experiment: all methods for all seeds, and the files that it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import build_info
+from . import methods
+from .data import DESCRIPTIONS, SIZES, Dataset, load
+from .landscape import Landscape, landscape
+from .model import accuracy
+from .recipe import RECIPES, Recipe
+
+#: Called with seed, method and the share of it that is done, 0 to 1.
+Progress = Callable[[int, str, float], None]
+
+_PACKAGES = ("torch", "numpy", "matplotlib", "mlxtend", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run.
+
+    Raises
+    ------
+    ValueError
+        Naming the option, what was expected and what came.
+    """
+
+    data: str = "mnist5k"
+    dim: int = 40
+    seeds: int = 1
+    epochs: int | None = None  # None: the recipe's
+    threads: int | None = None  # None: torch's own choice
+
+    def __post_init__(self) -> None:
+        if self.data not in SIZES:
+            raise ValueError(f"data: expected {' or '.join(SIZES)}, got {self.data!r}")
+        for name, value in (
+            ("dim", self.dim),
+            ("seeds", self.seeds),
+            ("epochs", 1 if self.epochs is None else self.epochs),
+            ("threads", 1 if self.threads is None else self.threads),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.dim > self.first_half:
+            raise ValueError(
+                f"dim: expected at most {self.first_half}, got {self.dim}: the first half of "
+                f"{self.recipe.epochs} epochs has {self.first_half} steps, and each gives at most "
+                "one snapshot; more epochs allow more"
+            )
+
+    @property
+    def recipe(self) -> Recipe:
+        """Hyperparameters."""
+        recipe = RECIPES[self.data]
+        return recipe if self.epochs is None else replace(recipe, epochs=self.epochs)
+
+    @property
+    def first_half(self) -> int:
+        """Steps of SGD in the first half of the run."""
+        return self.recipe.first_half(SIZES[self.data][0])
+
+    @property
+    def snapshots(self) -> int:
+        """Snapshots after the initial weights: as the recipe has it, at least two a direction."""
+        wanted = self.recipe.snapshots_per_epoch * self.recipe.epochs // 2
+        return min(self.first_half, max(wanted, 2 * self.dim))
+
+
+def run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape | None]:
+    """Train everything.
+
+    Returns
+    -------
+    results : dict, as results.json holds it
+    plane : Landscape or None
+        Of the first seed; None in one dimension.
+    """
+    before = torch.get_num_threads()
+    try:
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        return _run(config, progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape | None]:
+    data = load(config.data)
+    results: dict[str, Any] = {
+        "config": _describe(config),
+        "versions": _versions(),
+        "explained_variance_ratio": [],
+        "explained_variance_ratio_by_seed": [],
+        "runs": [],
+    }
+    plane: Landscape | None = None
+    for seed in range(config.seeds):
+
+        def report(method: str, done: float, seed: int = seed) -> None:
+            progress(seed, method, done)
+
+        task = methods.Task(data, config.recipe, seed, config.snapshots, report)
+        sgd, half, trajectory = methods.sgd(task)
+        subspace = trajectory.subspace(dim=config.dim)
+        outcomes = [
+            sgd,
+            half,
+            methods.psgd(task, subspace),
+            methods.pbfgs(task, subspace),
+            methods.random(task, subspace.dim),
+        ]
+        ratio = trajectory.explained_variance_ratio()
+        if seed == 0 and subspace.dim > 1:
+            report("landscape", 0.0)
+            named = {outcome.method: outcome for outcome in outcomes}
+            decay = config.recipe.weight_decay
+            plane = landscape(subspace, trajectory, named, task.model(), data.train, decay)
+            report("landscape", 1.0)
+        results["explained_variance_ratio_by_seed"].append(ratio.tolist())
+        explained = float(ratio[: subspace.dim].sum())
+        results["runs"] += [
+            _record(outcome, task, config, subspace.numel, explained) for outcome in outcomes
+        ]
+    results["explained_variance_ratio"] = results["explained_variance_ratio_by_seed"][0]
+    return results, plane
+
+
+def _record(
+    outcome: methods.Outcome, task: methods.Task, config: Config, numel: int, explained: float
+) -> dict[str, Any]:
+    """One entry of "runs". Here, after all training, the test part is read: once per model."""
+    test = task.data.test
+    in_dldr = outcome.method in ("psgd", "pbfgs")
+    return {
+        "method": outcome.method,
+        "seed": task.seed,
+        "dim": config.dim,
+        "numel": numel,
+        "test_accuracy": accuracy(outcome.model, test.images, test.labels),
+        "data_passes": outcome.passes,
+        "seconds": round(outcome.seconds, 3),
+        # What had to be read before: the sampled stretch of SGD that the subspace came from.
+        "sampling_passes": config.recipe.epochs / 2 if in_dldr else 0.0,
+        "explained_variance": explained if in_dldr else None,
+        "validation_accuracy": outcome.curve[-1][1],
+        "validation_curve": [list(point) for point in outcome.curve],
+    }
+
+
+def _describe(config: Config) -> dict[str, Any]:
+    sizes = dict(zip(("train", "validation", "test"), SIZES[config.data], strict=True))
+    recipe = asdict(config.recipe) | {"passes_in_subspace": config.recipe.budget}
+    return {
+        "data": config.data,
+        "description": DESCRIPTIONS[config.data],
+        "split": sizes,
+        "split_seed": Dataset.split_seed,
+        "dim": config.dim,
+        "seeds": list(range(config.seeds)),
+        "snapshots": config.snapshots + 1,
+        "threads": torch.get_num_threads(),
+        **recipe,
+    }
+
+
+def _versions() -> dict[str, Any]:
+    info = build_info()
+    found: dict[str, Any] = {"dldr_ext": info["version"], "cpu_capability": info["cpu_capability"]}
+    found["python"] = platform.python_version()
+    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method over all seeds, as the tables show it; spreads are sample standard deviations."""
+
+    method: str
+    test_accuracy: float
+    spread: float | None  # None with a single seed
+    passes: float
+    sampling_passes: float
+    seconds: float
+    explained_variance: float | None
+    dim: int | None  # trained variables; None: all of them
+
+
+def summary(results: dict[str, Any]) -> list[Row]:
+    """Means over the seeds, in the order of `methods.NAMES`."""
+    rows = []
+    for method in methods.NAMES:
+        runs = [run for run in results["runs"] if run["method"] == method]
+
+        def mean(key: str, runs: list[dict[str, Any]] = runs) -> float:
+            return statistics.fmean(run[key] for run in runs)
+
+        accuracies = [run["test_accuracy"] for run in runs]
+        explained = runs[0]["explained_variance"]
+        rows.append(
+            Row(
+                method,
+                statistics.fmean(accuracies),
+                statistics.stdev(accuracies) if len(runs) > 1 else None,
+                mean("data_passes"),
+                mean("sampling_passes"),
+                mean("seconds"),
+                None if explained is None else mean("explained_variance"),
+                None if method.startswith("sgd") else runs[0]["dim"],
+            )
+        )
+    return rows
+
+
+def save(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list[Path]:
+    """Write results.json, the figures and report.html.
+
+    Parameters
+    ----------
+    results, plane : what `run` returned
+    folder : created where missing; files of an earlier run are replaced
+
+    Returns
+    -------
+    list of Path
+        The files written, the report first.
+    """
+    from ..report import write
+    from .plots import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = folder / "results.json"
+    numbers.write_text(json.dumps(results, indent=1) + "\n")
+    images = draw(results, plane, folder)
+    return [write(results, images, folder), numbers, *images]

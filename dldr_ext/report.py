@@ -1,0 +1,274 @@
+"""Writes the demo's report: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from .demo.methods import NAMES
+from .demo.run import Row, summary
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { --ink: #1d2430; --soft: #5b6675; --line: #e2e6eb; --mark: #0072b2; --paper: #fff; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f5f6f8; color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+main { max-width: 56rem; margin: 0 auto; padding: 2rem 1.1rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
+p { margin: .6rem 0; max-width: 46rem; }
+.lead { color: var(--soft); }
+.card { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
+  padding: 1rem 1.1rem; margin: 1rem 0; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .8rem;
+  margin: 1.4rem 0; }
+.numbers .card { margin: 0; }
+.numbers b { display: block; font-size: 1.6rem; line-height: 1.3; }
+.numbers .best b { color: var(--mark); }
+.numbers span { color: var(--soft); font-size: .88rem; }
+.scroll { overflow-x: auto; padding: 0; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .5rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; }
+th { font-size: .82rem; color: var(--soft); font-weight: 600; white-space: normal;
+  vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+tr:last-child td { border-bottom: 0; }
+tr.best td { font-weight: 600; color: var(--mark); }
+figure { margin: 1rem 0; }
+figure img { display: block; width: 100%; height: auto; }
+figcaption { color: var(--soft); font-size: .92rem; margin-top: .6rem; }
+details { margin: .8rem 0; }
+summary { cursor: pointer; font-weight: 600; }
+.plain td, .plain th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+small { color: var(--soft); }
+</style>
+</head>
+<body>
+<main>
+<h1>$title</h1>
+<p class="lead">$lead</p>
+<div class="numbers">
+$cards
+</div>
+<div class="card scroll">
+<table id="results">
+<thead><tr><th>method</th><th>trained variables</th><th>test accuracy</th><th>passes</th>
+<th>+ passes for sampling</th><th>seconds</th><th>explained variance</th></tr></thead>
+<tbody>
+$rows
+</tbody>
+</table>
+</div>
+<p><small>$footnote</small></p>
+$figures
+<h2>What was compared</h2>
+$method
+<details><summary>All runs</summary>
+<div class="card scroll"><table class="plain">
+<thead><tr><th>method</th><th>seed</th><th>test</th><th>validation</th><th>passes</th>
+<th>seconds</th></tr></thead>
+<tbody>
+$runs
+</tbody></table></div>
+</details>
+<details><summary>Settings</summary>
+<div class="card scroll"><table class="plain"><tbody>
+$config
+</tbody></table></div>
+</details>
+<details><summary>Versions</summary>
+<div class="card scroll"><table class="plain"><tbody>
+$versions
+</tbody></table></div>
+</details>
+</main>
+</body>
+</html>
+""")
+
+_CAPTIONS = {
+    "accuracy.png": (
+        "Accuracy",
+        "Accuracy on the validation digits against passes over the training images. The vertical "
+        "axis is stretched towards 100 %. A point of a method in the subspace includes the pass "
+        "that re-estimates the batch-norm statistics, as if the run had ended there. Thin lines: "
+        "single seeds, where there are several.",
+    ),
+    "spectrum.png": (
+        "Spectrum",
+        "Principal directions of the recorded first half of SGD: the share of the variance that "
+        "each explains, and what is left unexplained by the first k together.",
+    ),
+    "trajectory.png": (
+        "Trajectory",
+        "The paths of the first seed, projected on the first two directions. Contours: training "
+        "loss on the plane through the end of P-BFGS, whose other coordinates are kept; the other "
+        "paths run above or below that plane.",
+    ),
+}
+
+
+def percent(value: float, spread: float | None = None) -> str:
+    """A share as the tables print it: two decimals, with the spread where there is one."""
+    return f"{100 * value:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}") + " %"
+
+
+def cells(row: Row, numel: int) -> list[str]:
+    """A row of the result table, as text, from the second column on."""
+    return [
+        f"{numel if row.dim is None else row.dim:,}",
+        percent(row.test_accuracy, row.spread),
+        f"{row.passes:.1f}",
+        f"{row.sampling_passes:.1f}" if row.sampling_passes else "-",
+        f"{row.seconds:.1f}",
+        "-" if row.explained_variance is None else f"{100 * row.explained_variance:.3f} %",
+    ]
+
+
+def footnote(results: dict[str, Any]) -> str:
+    """What the columns of the table mean."""
+    seeds = len(results["config"]["seeds"])
+    split = results["config"]["split"]
+    spread = (
+        f"Mean ± standard deviation over {seeds} seeds. "
+        if seeds > 1
+        else "One seed: no spread; --seeds 3 gives one. "
+    )
+    return (
+        f"{spread}Test: {split['test']} digits set aside before training, read once at the end. "
+        f"Passes: training images that went through the network, for gradients, for trials of the "
+        f"line search and, in the subspaces, once over all for the batch-norm statistics, divided "
+        f"by {split['train']}. Sampling: the recorded SGD epochs that the subspace comes from."
+    )
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """One sentence that says what came out, whatever it is."""
+    rows = {row.method: row for row in summary(results)}
+    sgd, pbfgs, random = rows["sgd"], rows["pbfgs"], rows["random"]
+    gap = 100 * (pbfgs.test_accuracy - sgd.test_accuracy)
+    same = f"{abs(gap):.2f} points {'more' if gap > 0 else 'less'} than"
+    return (
+        f"P-BFGS on {pbfgs.dim} variables came to {percent(pbfgs.test_accuracy, pbfgs.spread)} in "
+        f"{pbfgs.passes:.1f} passes, "
+        f"{'the same as' if abs(gap) < 0.005 else same} SGD on all "
+        f"{results['runs'][0]['numel']:,} in {sgd.passes:.1f} "
+        f"({percent(sgd.test_accuracy, sgd.spread)}), and "
+        f"{100 * (pbfgs.test_accuracy - random.test_accuracy):+.1f} points against a random "
+        "subspace of the same dimension."
+    )
+
+
+def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path:
+    """Write report.html.
+
+    Parameters
+    ----------
+    results : as in results.json
+    images : PNG files to embed, in order
+    folder : where to write
+
+    Returns
+    -------
+    Path
+        Of the report.
+    """
+    config = results["config"]
+    numel = results["runs"][0]["numel"]
+    rows = summary(results)
+    page = _PAGE.substitute(
+        title="Training in a tiny subspace",
+        lead=escape(verdict(results)),
+        cards="\n".join(_card(row) for row in rows if row.method in ("sgd", "pbfgs", "random")),
+        rows="\n".join(
+            f"<tr{_best(row)}><td>{escape(NAMES[row.method])}</td>{_tds(cells(row, numel))}</tr>"
+            for row in rows
+        ),
+        footnote=escape(footnote(results)),
+        figures="\n".join(_figure(image) for image in images),
+        method=_METHOD.substitute(
+            description=escape(config["description"]),
+            epochs=config["epochs"],
+            half=f"{config['epochs'] / 2:g}",
+            snapshots=config["snapshots"],
+            dim=config["dim"],
+            budget=config["passes_in_subspace"],
+            batch=config["pbfgs_batch_size"],
+            **config["split"],
+        ),
+        runs="\n".join(
+            "<tr>"
+            + _tds(
+                [
+                    NAMES[run["method"]],
+                    str(run["seed"]),
+                    percent(run["test_accuracy"]),
+                    percent(run["validation_accuracy"]),
+                    f"{run['data_passes']:.2f}",
+                    f"{run['seconds']:.1f}",
+                ]
+            )
+            + "</tr>"
+            for run in results["runs"]
+        ),
+        config=_pairs(config),
+        versions=_pairs(results["versions"]),
+    )
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+_METHOD = Template("""<p>$description, cut at random but evenly over the classes into $train for
+training, $validation for the curves and for choosing hyperparameters, and $test for the final
+numbers. A small convolutional network with batch norm. Every method starts from the same weights
+and minimises the same regularised cross-entropy, without augmentation.</p>
+<ul>
+<li><b>SGD</b>: momentum, decaying learning rate, $epochs epochs. <b>First half</b>: the same run
+after $half epochs.</li>
+<li><b>P-BFGS, P-SGD</b>: the first half of SGD is sampled $snapshots times; the $dim principal
+directions of these snapshots span the subspace. Training starts anew from the initial weights,
+moves only along them, and may spend $budget passes. P-BFGS takes batches of about $batch.</li>
+<li><b>Random subspace</b>: the same P-BFGS with $dim random orthonormal directions instead.</li>
+</ul>""")
+
+
+def _best(row: Row) -> str:
+    return ' class="best"' if row.method == "pbfgs" else ""
+
+
+def _card(row: Row) -> str:
+    kind = "card best" if row.method == "pbfgs" else "card"
+    return (
+        f'<div class="{kind}"><span>{escape(NAMES[row.method])}</span>'
+        f"<b>{percent(row.test_accuracy, row.spread)}</b>"
+        f"<span>test accuracy after {row.passes:.1f} passes</span></div>"
+    )
+
+
+def _tds(texts: Iterable[str]) -> str:
+    return "".join(f"<td>{escape(text)}</td>" for text in texts)
+
+
+def _figure(image: Path) -> str:
+    heading, caption = _CAPTIONS[image.name]
+    data = base64.b64encode(image.read_bytes()).decode("ascii")
+    return (
+        f'<h2>{heading}</h2>\n<figure class="card"><img alt="{heading}" '
+        f'src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+    )
+
+
+def _pairs(table: dict[str, Any]) -> str:
+    return "\n".join(f"<tr>{_tds([key, str(value)])}</tr>" for key, value in table.items())
