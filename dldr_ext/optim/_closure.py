@@ -7,10 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Closure", "Evaluator", "Loss"]
+__all__ = ["Closure", "Evaluator", "Loss", "number"]
 
 Loss = Tensor | float
 Closure = Callable[[], Loss]
+
+
+def number(loss: Loss) -> float:
+    """The value of a loss, which may have a graph."""
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
 
 
 class Evaluator:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from .._params import gradients
-from ._closure import Closure, Evaluator, Loss
+from ._closure import Closure, Evaluator, Loss, number
 from ._replay import Replay
 
 __all__ = ["Trials"]
@@ -48,12 +48,12 @@ class Trials:
         self._alpha, self._graph = alpha, graph or not self._evaluator.forward_only
         self.count += 1
         self._loss = self._evaluator.again(self._closure, graph)
-        return float(self._loss)
+        return number(self._loss)
 
     def gradient(self) -> list[Tensor]:
         """Gradients at the last trial, which has a graph."""
         self._evaluator.backward(self._loss)
-        self._loss = float(self._loss)
+        self._loss = number(self._loss)
         return gradients(self._params)
 
     def slope(self) -> float:
@@ -66,4 +66,4 @@ class Trials:
             self.loss(alpha, graph=gradient)
         if gradient:
             self.gradient()
-        return float(self._loss)
+        return number(self._loss)

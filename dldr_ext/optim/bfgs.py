@@ -13,21 +13,43 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["descent_direction", "identity", "powell_damped", "published_update", "update"]
+__all__ = [
+    "descent_direction",
+    "first_guess",
+    "powell_damped",
+    "published_update",
+    "update",
+    "well_conditioned",
+]
 
 # Relative: y.s must exceed this part of |y||s|. Below it, rounding in y decides the update.
 CURVATURE_TOLERANCE = 1e-8
 # Relative: the cosine of the angle between -c and the direction must exceed this.
 DESCENT_TOLERANCE = 1e-10
+# Beyond this condition number rounding decides whether B is still positive definite.
+CONDITION_LIMIT = 1e12
+# No direction starts with less than this part of the longest one's scale.
+FIRST_GUESS_FLOOR = 1e-3
+# Squared lengths below this may underflow in products.
+_TINY = 1e-200
 # The published test is absolute.
 PUBLISHED_CURVATURE = 1e-20
 # Powell's constant: the damped y keeps at least this part of the curvature that B believes in.
 POWELL_THRESHOLD = 0.2
 
 
-def identity(dim: int) -> Tensor:
-    """The matrix B of a search that knows nothing yet, (dim, dim) float64."""
-    return torch.eye(dim, dtype=torch.float64)
+def first_guess(dim: int, singular_values: Tensor | None = None) -> Tensor:
+    """The matrix B of a search that knows nothing of the loss yet, (dim, dim) float64.
+
+    The identity; or diag(sigma_i / sigma_1), if it is known how far training went along each
+    direction: a long way means little curvature there. On digit classification (64-64-64-10 and
+    a small convolutional network, d = 20) that saved two thirds of the passes over the data.
+    """
+    if singular_values is None:
+        return torch.eye(dim, dtype=torch.float64)
+    sigma = singular_values.to(device="cpu", dtype=torch.float64)
+    guess = (sigma / sigma.max()).clamp_min(FIRST_GUESS_FLOOR)
+    return torch.diag(guess) if bool(guess.isfinite().all()) else first_guess(dim)
 
 
 def descent_direction(b: Tensor, c: Tensor) -> tuple[Tensor, float] | None:
@@ -36,6 +58,19 @@ def descent_direction(b: Tensor, c: Tensor) -> tuple[Tensor, float] | None:
     slope = float(torch.dot(c, p))
     bound = DESCENT_TOLERANCE * float(torch.linalg.vector_norm(c) * torch.linalg.vector_norm(p))
     return (p, slope) if math.isfinite(bound) and slope < -bound else None
+
+
+def well_conditioned(b: Tensor) -> bool:
+    """Whether B is positive definite by a safe margin.
+
+    Damping bounds the curvature of one update from below, not what many updates in conflicting
+    directions add up to. The diagonal of the Cholesky factor bounds the condition number from
+    below; O(d^3 / 3).
+    """
+    factor, failed = torch.linalg.cholesky_ex(b)
+    diagonal = factor.diagonal()
+    smallest, largest = float(diagonal.min()), float(diagonal.max())
+    return not bool(failed) and largest * largest < CONDITION_LIMIT * smallest * smallest
 
 
 def powell_damped(y: Tensor, s: Tensor, hs: Tensor) -> Tensor:
@@ -72,16 +107,17 @@ def update(
     hs : Tensor, shape (d,), optional
         B^-1 s where it is known; solved for otherwise, and only if damping needs it.
     fresh : bool
-        B has not been updated since it was set to the identity: it is first scaled by
-        y.s / y.y (Nocedal & Wright, 6.20), if the curvature along s is positive.
+        B is a first guess: it is first scaled by y.s / y.By (Nocedal & Wright, 6.20, for B = I)
+        where that is more than 1. A guess that is too large is left to the line search, which
+        shortens steps but does not lengthen them; scaling it down too made training slower.
     damped : bool
         Use Powell's damping. Without it, a pair with y.s <= 1e-8 |y||s| is skipped.
     """
     ss, yy, sy = float(torch.dot(s, s)), float(torch.dot(y, y)), float(torch.dot(s, y))
-    if not (math.isfinite(ss + yy + sy) and ss > 0.0 and yy > 0.0):
+    if not (math.isfinite(ss + yy + sy) and min(ss, yy) > _TINY):
         return None
-    if fresh and sy > CURVATURE_TOLERANCE * math.sqrt(ss * yy):
-        b, hs = identity(s.numel()) * (sy / yy), s * (yy / sy)
+    if fresh and (scale := sy / float(torch.dot(y, torch.mv(b, y)))) > 1.0:
+        b, hs = b * scale, None if hs is None else hs / scale
     if damped:
         y = powell_damped(y, s, torch.linalg.solve(b, s) if hs is None else hs)
         yy, sy = float(torch.dot(y, y)), float(torch.dot(s, y))

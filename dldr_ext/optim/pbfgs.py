@@ -14,7 +14,7 @@ from .._params import gradients
 from ..subspace import Subspace
 from . import bfgs
 from ._base import SubspaceOptimizer, check_choice, check_number
-from ._closure import Closure, Loss
+from ._closure import Closure, Loss, number
 from ._replay import Replay, buffer_list
 from ._trials import Trials
 from .line_search import SearchResult, armijo, fixed, strong_wolfe
@@ -91,13 +91,14 @@ class PBFGS(SubspaceOptimizer):
 
     Notes
     -----
-    The update of B uses a relative curvature test and scales B before its first update. Only
-    ``curvature="consecutive", damping=None`` follows the published rule: B = I, never scaled,
-    updated when y.s > 1e-20; with ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20``
+    B starts at diag(sigma_i / sigma_1) if the subspace knows its singular values, else at I; it is
+    scaled up before its first update where the curvature allows longer steps; updates use a
+    relative curvature test. Only ``curvature="consecutive", damping=None`` follows the published
+    rule: B starts at I, is never scaled, and is updated when y.s > 1e-20; with ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20``
     that is the published algorithm, except that a failed search does not step.
 
     A step that ends without moving (`Status`) leaves weights and buffers bitwise as they were and
-    sets B back to the identity. Random numbers (torch's, CPU and the parameters' CUDA devices) are
+    sets B back to its start. Random numbers (torch's, CPU and the parameters' CUDA devices) are
     the same in every evaluation of a step, and go on afterwards as after one evaluation. After an
     accepted step the buffers are as the evaluation at the accepted weights leaves them.
 
@@ -151,9 +152,8 @@ class PBFGS(SubspaceOptimizer):
         replayed = buffer_list(buffers)
         super().__init__(params, subspace, defaults, theta0)
         self._replay = Replay(self._params[0].device, replayed)
-        self._b = bfgs.identity(subspace.dim)
-        self._fresh = True  # B has not been updated since it was the identity
-        self._first_trial_held = False
+        self._b = self._first_guess()
+        self._fresh = True  # B is still the first guess
         # "consecutive" only: s, c and B^-1 s of the last step.
         self._previous: tuple[Tensor, Tensor, Tensor] | None = None
         self._since_anchor = 0
@@ -172,8 +172,8 @@ class PBFGS(SubspaceOptimizer):
             same batch. Either it zeroes the gradients, calls backward and returns the loss (as for
             torch's LBFGS), or it only returns a loss with a graph: then the optimizer calls
             backward where a gradient is needed, gradients need not be zeroed, and the trials of
-            the search run under ``torch.no_grad()``, except for one that is likely to be accepted
-            and whose gradient is wanted next.
+            the search run under ``torch.no_grad()``, except where a trial is likely to be accepted
+            and its gradient is wanted next (same-batch curvature, once B has been updated).
 
         Returns
         -------
@@ -193,7 +193,7 @@ class PBFGS(SubspaceOptimizer):
         try:
             loss = self._evaluator.first(closure)
             self._replay.mark()
-            self._status = self._move(closure, float(loss))
+            self._status = self._move(closure, number(loss))
             if self._status in _FAILURES:
                 self._put_back()
                 self._reset()
@@ -246,7 +246,6 @@ class PBFGS(SubspaceOptimizer):
         lr, kind = float(group["lr"]), group["line_search_fn"]
         if kind is None:
             return fixed(lr)
-        same_batch = group["curvature"] == "same_batch"
         options = {"c1": group["c1"], "backtrack": group["backtrack"], "max_ls": group["max_ls"]}
         if kind == "strong_wolfe":
             return strong_wolfe(
@@ -259,17 +258,10 @@ class PBFGS(SubspaceOptimizer):
                 **options,
             )
         # A trial that keeps its graph needs only a backward pass to give the gradient that
-        # same-batch curvature wants, if it is accepted.
-        likely = same_batch and self._first_trial_held
-        result = armijo(
-            lambda alpha: trials.loss(alpha, graph=likely and trials.count == 0),
-            loss,
-            slope,
-            lr,
-            **options,
-        )
-        self._first_trial_held = result.evaluations == 1
-        return result
+        # same-batch curvature wants at the accepted point. Worth it unless B is a mere guess, of
+        # which several trials are expected.
+        graph = group["curvature"] == "same_batch" and not self._fresh
+        return armijo(lambda alpha: trials.loss(alpha, graph=graph), loss, slope, lr, **options)
 
     def _settle(self, trials: Trials, result: SearchResult, c: Tensor, s: Tensor) -> Status | None:
         """Leaves the model as the accepted trial does and learns from it; a Status if it cannot."""
@@ -288,13 +280,23 @@ class PBFGS(SubspaceOptimizer):
         self._update(s, after - c, hs)
         return None
 
-    def _update(self, s: Tensor, y: Tensor, hs: Tensor) -> None:
+    def _published_rule(self) -> bool:
         group = self.param_groups[0]
-        damped = group["damping"] == "powell"
-        if group["curvature"] == "consecutive" and not damped:
+        return group["curvature"] == "consecutive" and group["damping"] is None
+
+    def _first_guess(self) -> Tensor:
+        known = None if self._published_rule() else self._subspace.singular_values
+        return bfgs.first_guess(self._subspace.dim, known)
+
+    def _update(self, s: Tensor, y: Tensor, hs: Tensor) -> None:
+        if self._published_rule():
             b = bfgs.published_update(self._b, s, y)
         else:
+            damped = self.param_groups[0]["damping"] == "powell"
             b = bfgs.update(self._b, s, y, hs=hs, fresh=self._fresh, damped=damped)
+            if b is not None and not bfgs.well_conditioned(b):
+                self._reset()
+                return
         if b is not None:
             self._b, self._fresh = b, False
 
@@ -335,9 +337,8 @@ class PBFGS(SubspaceOptimizer):
 
     def _reset(self) -> None:
         """Forgets all curvature."""
-        self._b = bfgs.identity(self._subspace.dim)
+        self._b = self._first_guess()
         self._fresh = True
-        self._first_trial_held = False
         self._previous = None
 
     def _put_back(self) -> None:
@@ -362,7 +363,6 @@ class PBFGS(SubspaceOptimizer):
             "point": copy(self._point),
             "inverse_hessian": copy(self._b),
             "fresh": self._fresh,
-            "first_trial_held": self._first_trial_held,
             "since_anchor": self._since_anchor,
             "previous_step": copy(s),
             "previous_coordinates": copy(c),
@@ -389,7 +389,6 @@ class PBFGS(SubspaceOptimizer):
             for key, tensor in like.items()
         }
         own["fresh"] = bool(state["fresh"])
-        own["first_trial_held"] = bool(state["first_trial_held"])
         own["since_anchor"] = int(state["since_anchor"])
         origin = own["moved_origin"]
         self._check_point(own["point"], self._subspace.origin if origin is None else origin, theta)
@@ -398,7 +397,6 @@ class PBFGS(SubspaceOptimizer):
     def _adopt(self, own: dict[str, Any]) -> None:
         self._start_at(own["point"])
         self._b, self._fresh = own["inverse_hessian"], own["fresh"]
-        self._first_trial_held = own["first_trial_held"]
         self._since_anchor = own["since_anchor"]
         s, c, hs = (own[f"previous_{key}"] for key in ("step", "coordinates", "believed"))
         self._previous = None if s is None else (s, c, hs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..subspace import Subspace
 from ._base import SubspaceOptimizer, check_number
-from ._closure import Closure, Loss
+from ._closure import Closure, Loss, number
 from .status import Status
 
 __all__ = ["PSGD"]
@@ -77,7 +77,7 @@ class PSGD(SubspaceOptimizer):
         loss = None if closure is None else self._evaluator.first(closure)
         if not self._evaluator.has_gradient():
             self._status = Status.NO_GRADIENT
-        elif loss is not None and not math.isfinite(loss):
+        elif loss is not None and not math.isfinite(number(loss)):
             self._status = Status.NON_FINITE_LOSS
         else:
             self._status = self._move()
