@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
+from published import PublishedPBFGS
 from torch import Tensor, nn
 
 from dldr_ext import Subspace
-from published import PublishedPBFGS
 
 
 def flat(params: Iterable[Tensor]) -> Tensor:
@@ -19,7 +19,7 @@ def flat(params: Iterable[Tensor]) -> Tensor:
 
 def bits(params: Iterable[Tensor]) -> list[bytes]:
     """Every bit of a list of tensors."""
-    return [p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in params]
+    return [p.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for p in params]
 
 
 def random_subspace(

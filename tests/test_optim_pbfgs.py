@@ -8,9 +8,6 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from torch import Tensor, nn
-
-from dldr_ext import PBFGS, Status, Subspace, ops
 from optim_problems import (  # noqa: F401  (one_thread is a fixture)
     Batches,
     bits,
@@ -21,6 +18,9 @@ from optim_problems import (  # noqa: F401  (one_thread is a fixture)
     whole_space,
 )
 from published import PUBLISHED
+from torch import Tensor, nn
+
+from dldr_ext import PBFGS, Status, Subspace, ops
 
 SEARCHES = ["armijo", "strong_wolfe"]
 CURVATURES = ["same_batch", "consecutive"]

@@ -94,8 +94,9 @@ class PBFGS(SubspaceOptimizer):
     B starts at diag(sigma_i / sigma_1) if the subspace knows its singular values, else at I; it is
     scaled up before its first update where the curvature allows longer steps; updates use a
     relative curvature test. Only ``curvature="consecutive", damping=None`` follows the published
-    rule: B starts at I, is never scaled, and is updated when y.s > 1e-20; with ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20``
-    that is the published algorithm, except that a failed search does not step.
+    rule: B starts at I, is never scaled, and is updated when y.s > 1e-20. Together with
+    ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20`` that is the published algorithm,
+    except that a failed search does not step.
 
     A step that ends without moving (`Status`) leaves weights and buffers bitwise as they were and
     sets B back to its start. Random numbers (torch's, CPU and the parameters' CUDA devices) are
