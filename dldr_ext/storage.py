@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -71,7 +70,7 @@ def save(
         The file cannot be written; a tensor or the metadata cannot be stored.
     """
     target = Path(os.path.realpath(path))  # of a symbolic link, the file that it points to
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
             _write(file, kind, version, tensors, metadata)

@@ -337,6 +337,10 @@ class Subspace:
     def _weights(self, params: Iterable[Any] | Tensor) -> list[Tensor]:
         listed = unique_parameters([params] if isinstance(params, Tensor) else params)
         self._check_list(listed, "params")
+        if listed[0].device != self.device:
+            raise ValueError(
+                f"params: expected device {self.device}, as the subspace, got {listed[0].device}"
+            )
         return listed
 
     def _check_list(self, tensors: Sequence[Any], argument: str) -> None:

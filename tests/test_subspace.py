@@ -169,6 +169,14 @@ def test_lists_that_do_not_match():
         assert torch.equal(p.detach(), old)
 
 
+def test_parameters_on_another_device():
+    space = subspace()
+    params = [torch.ones(shape, device="meta") for shape in SHAPES]
+    for call in (space.coordinates, lambda listed: space.reconstruct_(listed, torch.ones(6))):
+        with pytest.raises(ValueError, match=r"params: expected device cpu, .* got meta"):
+            call(params)
+
+
 def test_theta_that_does_not_match_writes_nothing():
     space, params = subspace(), parameters()
     before = flat(params)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -314,6 +317,41 @@ def test_chunks_do_not_show(monkeypatch):
     whole = trajectory.subspace(5).basis
     monkeypatch.setattr(_pca, "column_step", lambda rows: 4096)
     assert (trajectory.subspace(5).basis - whole).abs().max() < 1e-7
+
+
+_MEMORY = """
+import torch, dldr_ext
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1e3
+
+torch.set_num_threads(1)
+n, count = 2_000_000, 32
+param = torch.zeros(n)
+start = peak()
+trajectory = dldr_ext.Trajectory([param], capacity=1000, dtype=torch.float32)
+for t in range(count):
+    param[:: t + 1] += 1
+    trajectory.record()
+recorded = peak()
+subspace = trajectory.subspace(2)
+trajectory.save(PATH)
+print(recorded - start, peak() - recorded)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_there_is_never_a_second_array_of_snapshots(tmp_path):
+    """256 MB of snapshots: the capacity of 8 GB is not touched, and the 256 MB are not copied."""
+    script = _MEMORY.replace("PATH", repr(str(tmp_path / "file")))
+    root = str(Path(dldr_ext.__file__).parents[1])
+    output = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True
+    ).stdout
+    recording, reducing = map(float, output.split())
+    assert 256 <= recording < 320
+    assert reducing < 192
 
 
 def test_exports():
