@@ -50,6 +50,7 @@ figure img { display: block; width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .92rem; margin-top: .6rem; }
 details { margin: .8rem 0; }
 summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 30rem) { th, td { padding: .45rem .5rem; font-size: .88rem; } }
 .plain td, .plain th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 small { color: var(--soft); }
 </style>
@@ -63,8 +64,8 @@ $cards
 </div>
 <div class="card scroll">
 <table id="results">
-<thead><tr><th>method</th><th>trained variables</th><th>test accuracy</th><th>passes</th>
-<th>+ passes for sampling</th><th>seconds</th><th>explained variance</th></tr></thead>
+<thead><tr><th>method</th><th>test accuracy</th><th>passes</th><th>sampling passes</th>
+<th>time (s)</th><th>trained variables</th><th>variance kept</th></tr></thead>
 <tbody>
 $rows
 </tbody>
@@ -127,11 +128,11 @@ def percent(value: float, spread: float | None = None) -> str:
 def cells(row: Row, numel: int) -> list[str]:
     """A row of the result table, as text, from the second column on."""
     return [
-        f"{numel if row.dim is None else row.dim:,}",
         percent(row.test_accuracy, row.spread),
         f"{row.passes:.1f}",
         f"{row.sampling_passes:.1f}" if row.sampling_passes else "-",
         f"{row.seconds:.1f}",
+        f"{numel if row.dim is None else row.dim:,}",
         "-" if row.explained_variance is None else f"{100 * row.explained_variance:.3f} %",
     ]
 
@@ -149,7 +150,9 @@ def footnote(results: dict[str, Any]) -> str:
         f"{spread}Test: {split['test']} digits set aside before training, read once at the end. "
         f"Passes: training images that went through the network, for gradients, for trials of the "
         f"line search and, in the subspaces, once over all for the batch-norm statistics, divided "
-        f"by {split['train']}. Sampling: the recorded SGD epochs that the subspace comes from."
+        f"by {split['train']}. Sampling passes come on top: the recorded epochs of SGD that the "
+        f"subspace was made from. Variance kept: the share of the variance of the recorded "
+        f"weights that lies in the subspace."
     )
 
 

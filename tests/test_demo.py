@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +19,15 @@ from dldr_ext.demo import data, methods, recipe, run
 from dldr_ext.demo.model import accuracy, batch_norms, build, reestimate_batch_norm
 
 CONFIG = run.Config("digits", dim=6, seeds=2, epochs=4, threads=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for further threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -419,10 +429,10 @@ def test_report_holds_the_numbers_and_needs_no_other_file(folder):
     for method, name in methods.NAMES.items():
         runs = [entry for entry in results["runs"] if entry["method"] == method]
         mean = sum(entry["test_accuracy"] for entry in runs) / len(runs)
-        assert rows[name][0] == ("22,698" if method.startswith("sgd") else "6")
-        assert rows[name][1].startswith(f"{100 * mean:.2f} ± ")
+        assert rows[name][0].startswith(f"{100 * mean:.2f} ± ")
         passes = sum(entry["data_passes"] for entry in runs) / len(runs)
-        assert rows[name][2] == f"{passes:.1f}"
+        assert rows[name][1] == f"{passes:.1f}"
+        assert rows[name][4] == ("22,698" if method.startswith("sgd") else "6")
 
 
 @pytest.mark.parametrize(("gap", "says"), [(0.01, "1.00 points more than SGD"), (0, "the same as")])

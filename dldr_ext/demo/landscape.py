@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,7 @@ def landscape(
     model: nn.Module,
     train: Part,
     weight_decay: float,
+    progress: Callable[[float], None],
 ) -> Landscape:
     """Evaluate the training objective on a grid that holds all paths.
 
@@ -69,6 +71,7 @@ def landscape(
             subspace.reconstruct_(parameters, theta)
             row.append(float(objective(model, images, labels, weight_decay)))
         loss.append(row)
+        progress(len(loss) / len(y))
     return Landscape(x, y, loss, sampled, _pairs(sgd[None])[0], paths)
 
 

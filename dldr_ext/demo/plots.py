@@ -101,7 +101,7 @@ def _accuracy(results: dict[str, Any]) -> Figure:
     axes.axvline(end, color=COLOURS["sgd"], linewidth=1, linestyle=":")
     axes.annotate(
         "recording of SGD ends",
-        (end, 0.5),
+        (end, 0.3),
         xycoords=("data", "axes fraction"),
         xytext=(3, 0),
         textcoords="offset points",

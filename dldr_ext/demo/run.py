@@ -8,6 +8,7 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,17 @@ def _run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape 
         ]
         ratio = trajectory.explained_variance_ratio()
         if seed == 0 and subspace.dim > 1:
-            report("landscape", 0.0)
             named = {outcome.method: outcome for outcome in outcomes}
             decay = config.recipe.weight_decay
-            plane = landscape(subspace, trajectory, named, task.model(), data.train, decay)
-            report("landscape", 1.0)
+            plane = landscape(
+                subspace,
+                trajectory,
+                named,
+                task.model(),
+                data.train,
+                decay,
+                partial(report, "landscape"),
+            )
         results["explained_variance_ratio_by_seed"].append(ratio.tolist())
         explained = float(ratio[: subspace.dim].sum())
         results["runs"] += [
