@@ -102,8 +102,13 @@ def test_snapshots_pca_is_that_of_a_trajectory():
     assert torch.equal(one.origin, other.origin)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize(
+    ("dtype", "spread"),
+    [
+        *((d, s) for d in (torch.float32, torch.float64) for s in (1.0, 1e-2, 1e-4)),
+        (torch.float64, 1e-6),
+    ],
+)
 @pytest.mark.parametrize("dim", [7, 4])
 def test_snapshots_qr_takes_in_the_snapshots_and_their_averages(dtype, spread, dim):
     weights = raw(dtype=dtype, spread=spread)

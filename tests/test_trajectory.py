@@ -270,12 +270,12 @@ def test_more_directions_than_the_rank(n, scale):
 @pytest.mark.parametrize("n", [100, 4_096, 70_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_noise_of_the_stored_gram_is_not_a_direction(n, dtype, cpu_capability):
-    """Exact combinations of three directions: all that is left is the rounding of the sums."""
-    directions = torch.randint(-9, 10, (3, n)).to(dtype)
+    """Combinations of three directions: beyond them the rounding of the sums stands out."""
+    directions = torch.randn(3, n, dtype=dtype)
     params = [torch.zeros(n, dtype=dtype)]
     trajectory = Trajectory(params, capacity=20, dtype=dtype)
     for _ in range(20):
-        params[0].copy_((torch.randint(-9, 10, (3, 1)) * directions).sum(0))
+        params[0].copy_(torch.randn(3, dtype=dtype) @ directions)
         trajectory.record()
     assert len(trajectory.explained_variance_ratio()) == 3
     with pytest.warns(UserWarning, match="kept 3 directions"):
