@@ -118,6 +118,15 @@ def test_strong_wolfe_decreased_keeps_the_lowest_point_seen() -> None:
     assert result.alpha == 1.0 and result.last == recorded.trials[-1] != 1.0
 
 
+def test_strong_wolfe_stops_when_the_bracket_is_a_point() -> None:
+    """A kink: the slope jumps from -1 to 1, so no trial meets the curvature condition."""
+    recorded = Recorded(lambda a: abs(a - 0.3), lambda a: math.copysign(1.0, a - 0.3))
+    result = recorded.wolfe(1.0, max_ls=100_000)
+    assert result.status is Status.DECREASED and result.alpha == pytest.approx(0.3)
+    assert result.evaluations == len(recorded.trials) < 2000
+    assert result.last == recorded.trials[-1]
+
+
 def test_armijo_takes_the_first_power_that_decreases_enough() -> None:
     f = lambda a: (a - 0.1) ** 2  # noqa: E731
     seen: list[float] = []

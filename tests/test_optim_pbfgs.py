@@ -363,6 +363,16 @@ def test_without_a_search_the_step_is_lr(curvature: str) -> None:
     torch.testing.assert_close(x.detach(), torch.zeros(2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("search", [*SEARCHES, None])
+def test_a_schedule_may_end_at_zero(search: str | None) -> None:
+    batches = Batches(0)
+    optimizer = PBFGS(batches.params, random_subspace(batches.params, 4), line_search_fn=search)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = bits(batches.params)
+    optimizer.step(batches.forward(0))
+    assert bits(batches.params) == before and not optimizer.theta.any()
+
+
 def test_a_direction_that_does_not_descend_resets_b() -> None:
     x = nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
     optimizer = PBFGS([x], whole_space([x]), lr=0.1)

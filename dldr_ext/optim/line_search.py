@@ -129,8 +129,12 @@ def strong_wolfe(
     """
     start = _Point(0.0, loss, slope)
     low, high = start, None
-    for count in range(1, max_ls + 1):
+    last, count = math.nan, 0
+    while count < max_ls:
         trial = alpha if high is None else _inside(low, high, backtrack)
+        if trial == low.alpha:  # the bracket has shrunk to a point
+            break
+        last, count = trial, count + 1
         point = _Point(trial, phi(trial), math.nan)
         enough = point.loss <= loss + c1 * trial * slope and point.loss < low.loss
         if enough and math.isfinite(point.loss):
@@ -153,14 +157,14 @@ def strong_wolfe(
                 high = low
             low = point
     if low is start:
-        return SearchResult(Status.LINE_SEARCH_FAILED, 0.0, math.nan, math.nan, max_ls, trial)
-    return SearchResult(Status.DECREASED, low.alpha, low.loss, low.slope, max_ls, trial)
+        return SearchResult(Status.LINE_SEARCH_FAILED, 0.0, math.nan, math.nan, count, last)
+    return SearchResult(Status.DECREASED, low.alpha, low.loss, low.slope, count, last)
 
 
 def _inside(low: _Point, high: _Point, backtrack: float) -> float:
     """The next trial inside a bracket."""
     width = high.alpha - low.alpha
-    if not math.isfinite(high.loss):
+    if width == 0.0 or not math.isfinite(high.loss):
         return low.alpha + backtrack * width
     part = (_minimiser(low, high) - low.alpha) / width
     if not math.isfinite(part):

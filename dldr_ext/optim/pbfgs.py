@@ -212,9 +212,10 @@ class PBFGS(SubspaceOptimizer):
         if not math.isfinite(loss):
             return Status.NON_FINITE_LOSS
         c = self._projected_gradient()
-        if not bool(c.isfinite().all()):
+        size = float(torch.linalg.vector_norm(c))
+        if not math.isfinite(size):
             return Status.NON_FINITE_GRADIENT
-        if not bool(c.any()):
+        if size == 0.0:
             return Status.CONVERGED
         group = self.param_groups[0]
         if group["curvature"] == "consecutive" and self._previous is not None:
@@ -245,7 +246,7 @@ class PBFGS(SubspaceOptimizer):
     def _search(self, trials: Trials, loss: float, slope: float) -> SearchResult:
         group = self.param_groups[0]
         lr, kind = float(group["lr"]), group["line_search_fn"]
-        if kind is None:
+        if kind is None or lr == 0.0:  # a schedule may end at 0: there is nothing to search
             return fixed(lr)
         options = {"c1": group["c1"], "backtrack": group["backtrack"], "max_ls": group["max_ls"]}
         if kind == "strong_wolfe":
