@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from dldr_ext import Subspace, _basis, _pca, storage
@@ -279,10 +277,9 @@ def test_quantize(name, dtype, n, monkeypatch):
     assert quantized.origin.dtype == torch.float32
 
 
-@settings(max_examples=30, deadline=None)
-@given(exponent=st.integers(-45, 37), seed=st.integers(0, 99), name=st.sampled_from(FORMATS))
-def test_quantize_at_any_magnitude(exponent, seed, name):
-    torch.manual_seed(seed)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("exponent", [-45, -40, -38, -37, -36, -35, -20, 20, 37])
+def test_quantize_at_any_magnitude(exponent, name):
     basis = (torch.randn(2, 300, dtype=torch.float64).clamp(-3, 3) * 10.0**exponent).float()
     basis[:, 5] = 0
     quantized = Subspace(basis, torch.zeros(300)).quantize(name)
