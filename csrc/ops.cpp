@@ -19,4 +19,5 @@ STABLE_TORCH_LIBRARY(dldr_ext, m) {
       "*, ScalarType? dtype=None) -> Tensor");
   m.def("_cpu_capability() -> str");
   m.def("_cpu_capabilities() -> str");
+  m.def("_set_cpu_capability(str name) -> ()");
 }

@@ -107,7 +107,7 @@ inline Plan make_gram_plan(int64_t rows, int64_t numel) {
   constexpr int64_t kTileBytes = 192 << 10;
   constexpr int64_t kPartialBytes = 64 << 20;
   const int64_t tile =
-      min_of(1024, max_of(1, kTileBytes / (4 * max_of(rows, 1) * kScaleBlock))* kScaleBlock);
+      min_of(1024, max_of(1, kTileBytes / (4 * max_of(rows, 1) * kScaleBlock)) * kScaleBlock);
   const int64_t chunks = max_of(16, kPartialBytes / (8 * max_of(rows * rows, 1)));
   return make_plan(numel, tile, min_of(chunks, 256));
 }

@@ -73,8 +73,7 @@ inline void check_device(const char* op, const char* name, const Tensor& tensor,
                          const Tensor& reference) {
   const bool same = tensor.is_cpu() == reference.is_cpu() &&
                     tensor.is_cuda() == reference.is_cuda() &&
-                    (tensor.is_cpu() ||
-                     tensor.get_device_index() == reference.get_device_index());
+                    (tensor.is_cpu() || tensor.get_device_index() == reference.get_device_index());
   check_value(same, op, name, ": expected a tensor on ", device_of(reference), ", got one on ",
               device_of(tensor));
 }
@@ -127,8 +126,8 @@ inline Rows check_rows(const char* op, const char* name, const Tensor& tensor,
   rows.stride = tensor.stride(0);
   check_value(rows.rows >= 1, op, name, ": expected at least one row, got shape ",
               shape_of(tensor));
-  check_value(rows.numel <= 1 || (tensor.stride(1) == 1 && (rows.rows == 1 || rows.stride > 0)),
-              op, name, ": expected contiguous rows, got strides (", tensor.stride(0), ", ",
+  check_value(rows.numel <= 1 || (tensor.stride(1) == 1 && (rows.rows == 1 || rows.stride > 0)), op,
+              name, ": expected contiguous rows, got strides (", tensor.stride(0), ", ",
               tensor.stride(1), "); call .contiguous() first");
   rows.data = tensor.data_ptr();
   if (!is_quantized(rows.dtype)) {
@@ -137,8 +136,8 @@ inline Rows check_rows(const char* op, const char* name, const Tensor& tensor,
     return rows;
   }
   const int64_t blocks = ceil_div(rows.numel, kScaleBlock);
-  check_value(scale.has_value(), op, "scale: expected a float32 tensor of shape (", rows.rows,
-              ", ", blocks, ") with ", name, " of ", name_of(tensor.scalar_type()), ", got None");
+  check_value(scale.has_value(), op, "scale: expected a float32 tensor of shape (", rows.rows, ", ",
+              blocks, ") with ", name, " of ", name_of(tensor.scalar_type()), ", got None");
   check_device(op, "scale", *scale, tensor);
   check_type(scale->scalar_type() == ScalarType::Float, op, "scale: expected torch.float32, got ",
              name_of(scale->scalar_type()));

@@ -25,8 +25,8 @@ def _check_list(
             tensor.device == device,
             lambda: (
                 f"ValueError: {op}: {name}[{i}]: expected a tensor on {device}, "  # noqa: B023
-                f"got one on {tensor.device}"
-            ),  # noqa: B023
+                f"got one on {tensor.device}"  # noqa: B023
+            ),
         )
     total = sum(t.numel() for t in tensors)
     _check(

@@ -1,5 +1,6 @@
 #include "capability.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -43,20 +44,36 @@ const CpuKernels* find_kernels(const std::string& name) {
   return nullptr;
 }
 
+namespace {
+
+const CpuKernels* kernels_by_name(const std::string& name, const char* source) {
+  if (const CpuKernels* kernels = find_kernels(name)) return kernels;
+  std::string names;
+  for (const CpuKernels* kernels : available_kernels()) {
+    names += names.empty() ? "" : ", ";
+    names += kernels->name;
+  }
+  throw std::runtime_error(std::string("ValueError: ") + source + ": expected one of " + names +
+                           " (what this processor can run), got '" + name + "'");
+}
+
+std::atomic<const CpuKernels*> active{nullptr};
+
+}  // namespace
+
 const CpuKernels& active_kernels() {
-  static const CpuKernels& active = []() -> const CpuKernels& {
+  const CpuKernels* kernels = active.load(std::memory_order_acquire);
+  if (kernels == nullptr) {
     const char* forced = std::getenv("DLDR_CPU_CAPABILITY");
-    if (forced == nullptr || *forced == '\0') return *available_kernels().back();
-    if (const CpuKernels* kernels = find_kernels(forced)) return *kernels;
-    std::string names;
-    for (const CpuKernels* kernels : available_kernels()) {
-      names += names.empty() ? "" : ", ";
-      names += kernels->name;
-    }
-    throw std::runtime_error("ValueError: DLDR_CPU_CAPABILITY: expected one of " + names +
-                             " (what this processor can run), got '" + forced + "'");
-  }();
-  return active;
+    kernels = forced == nullptr || *forced == '\0' ? available_kernels().back()
+                                                   : kernels_by_name(forced, "DLDR_CPU_CAPABILITY");
+    active.store(kernels, std::memory_order_release);
+  }
+  return *kernels;
+}
+
+void set_active_kernels(const std::string& name) {
+  active.store(kernels_by_name(name, "cpu_capability"), std::memory_order_release);
 }
 
 void reduce_chunks(const double* partials, int64_t chunks, int64_t width, double* sums) {

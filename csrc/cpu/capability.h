@@ -19,4 +19,7 @@ const CpuKernels* find_kernels(const std::string& name);
 // or cannot run here.
 const CpuKernels& active_kernels();
 
+// Chooses the path by name from now on; throws as above.
+void set_active_kernels(const std::string& name);
+
 }  // namespace dldr

@@ -1,4 +1,4 @@
-// What dldr_ext.build_info() shows of the CPU paths.
+// What dldr_ext.build_info() shows of the CPU paths, and the switch that tests use.
 #include "../stable_utils.h"
 #include "capability.h"
 
@@ -6,6 +6,8 @@ namespace dldr {
 namespace {
 
 std::string cpu_capability() { return active_kernels().name; }
+
+void set_cpu_capability(const std::string& name) { set_active_kernels(name); }
 
 std::string cpu_capabilities() {
   std::string names;
@@ -20,6 +22,7 @@ std::string cpu_capabilities() {
 
 STABLE_TORCH_LIBRARY_IMPL(dldr_ext, CompositeExplicitAutograd, m) {
   m.impl("_cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("_set_cpu_capability", TORCH_BOX(&set_cpu_capability));
   m.impl("_cpu_capabilities", TORCH_BOX(&cpu_capabilities));
 }
 

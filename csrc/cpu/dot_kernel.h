@@ -20,43 +20,48 @@ inline double sum_lanes(Vec<A> v) {
   return sums[0];
 }
 
-// acc[r] += rows[r][0, count) * x[0, count), where x is zero from count to the next multiple of a
-// cache line of T. The line kPrefetchBytes ahead is fetched, past the end that of ahead[r].
+// acc[r] += rows[r][begin, end) * x[begin, end) with begin and end multiples of a cache line of T.
+// The line `shift` elements ahead of the position is fetched from `fetch`.
 template <int R, class T, class A>
-inline void dot_rows(const T* const (&rows)[R], const T* const (&ahead)[R], const A* x,
-                     int64_t count, Vec<A> (&acc)[R]) {
+inline void dot_lines(const T* const (&rows)[R], const T* const (&fetch)[R], int64_t shift,
+                      const A* x, int64_t begin, int64_t end, Vec<A> (&acc)[R]) {
   using V = Vec<A>;
   constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(T));
-  constexpr int64_t kAhead = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t whole = count / kStep * kStep;
-  const int64_t near = max_of(0, whole - kAhead);
-  const auto run = [&](int64_t begin, int64_t end, const T* const (&fetch)[R], int64_t shift) {
-    for (int64_t i = begin; i < end; i += kStep) {
-      for (int r = 0; r < R; ++r) __builtin_prefetch(fetch[r] + i + shift);
-      for (int64_t k = 0; k < kStep; k += V::lanes) {
-        const V v = load<V>(x + i + k);
-        for (int r = 0; r < R; ++r) acc[r] = fma(load<V>(rows[r] + i + k), v, acc[r]);
-      }
-    }
-  };
-  run(0, near, rows, kAhead);
-  run(near, whole, ahead, -near);
-  if (whole < count) {
-    for (int r = 0; r < R; ++r) {
-      T rest[kStep] = {};
-      __builtin_memcpy(rest, rows[r] + whole, static_cast<size_t>(count - whole) * sizeof(T));
-      for (int64_t k = 0; k < kStep; k += V::lanes) {
-        acc[r] = fma(load<V>(rest + k), load<V>(x + whole + k), acc[r]);
-      }
+  for (int64_t i = begin; i < end; i += kStep) {
+    for (int r = 0; r < R; ++r) __builtin_prefetch(fetch[r] + i + shift);
+    for (int64_t k = 0; k < kStep; k += V::lanes) {
+      const V v = load<V>(x + i + k);
+      for (int r = 0; r < R; ++r) acc[r] = fma(load<V>(rows[r] + i + k), v, acc[r]);
     }
   }
 }
 
-// sums[r] += rows[first + r][begin, begin + count) * x for r < R.
+// What is left of a row behind the last whole cache line, padded with zeros; so is x.
+template <int R, class T, class A>
+inline void dot_rest(const T* const (&rows)[R], const A* x, int64_t begin, int64_t end,
+                     Vec<A> (&acc)[R]) {
+  using V = Vec<A>;
+  for (int r = 0; r < R; ++r) {
+    for (int64_t i = begin; i < end; i += V::lanes) {
+      T rest[V::lanes] = {};
+      __builtin_memcpy(rest, rows[r] + i,
+                       static_cast<size_t>(min_of(V::lanes, end - i)) * sizeof(T));
+      acc[r] = fma(load<V>(rest), load<V>(x + i), acc[r]);
+    }
+  }
+}
+
+// sums[r] += rows[first + r][begin, begin + count) * x for r < R; rows from `next` on are read
+// after these.
 template <int R, class T, class A>
 void dot_block(const Rows& rows, int64_t first, int64_t next, int64_t begin, int64_t count,
                const A* x, double* sums) {
   using V = Vec<A>;
+  constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kAhead = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t whole = count / kStep * kStep;
+  // From here on the lines to fetch are the first ones of the next rows.
+  const int64_t near = max_of(0, whole - kAhead);
   const T* data = static_cast<const T*>(rows.data) + begin;
   const T* at[R];
   const T* ahead[R];
@@ -70,21 +75,23 @@ void dot_block(const Rows& rows, int64_t first, int64_t next, int64_t begin, int
     const int64_t stride = ceil_div(rows.numel, kScaleBlock);
     const float* scale = rows.scale + first * stride + begin / kScaleBlock;
     for (int64_t block = 0; block < count; block += kScaleBlock) {
-      const T* from[R];
-      const T* to[R];
       V part[R];
-      for (int r = 0; r < R; ++r) {
-        from[r] = at[r] + block;
-        to[r] = from[r] + kPrefetchBytes;
-        part[r] = broadcast<V>(A(0));
+      for (auto& v : part) v = broadcast<V>(A(0));
+      const int64_t end = min_of(block + kScaleBlock, whole);
+      if (block < near) {
+        dot_lines<R>(at, at, kAhead, x, block, end, part);
+      } else {
+        dot_lines<R>(at, ahead, -near, x, block, end, part);
       }
-      dot_rows<R>(from, to, x + block, min_of(kScaleBlock, count - block), part);
+      if (whole < block + kScaleBlock) dot_rest<R>(at, x, whole, count, part);
       for (int r = 0; r < R; ++r) {
         acc[r] = fma(part[r], broadcast<V>(A(scale[r * stride + block / kScaleBlock])), acc[r]);
       }
     }
   } else {
-    dot_rows<R>(at, ahead, x, count, acc);
+    dot_lines<R>(at, at, kAhead, x, 0, near, acc);
+    dot_lines<R>(at, ahead, -near, x, near, whole, acc);
+    dot_rest<R>(at, x, whole, count, acc);
   }
   for (int r = 0; r < R; ++r) sums[r] += sum_lanes<A>(acc[r]);
 }

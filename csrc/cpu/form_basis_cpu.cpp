@@ -12,16 +12,16 @@ Tensor form_basis(const Tensor& snapshots, const Tensor& coefficients,
   FormBasisArgs args;
   args.snapshots = check_rows(op, "snapshots", snapshots, scale);
   const Rows& rows = args.snapshots;
-  check_value(coefficients.dim() == 2 && coefficients.size(1) == rows.rows &&
-                  coefficients.size(0) >= 1,
-              op, "coefficients: expected shape (d, ", rows.rows, "), one column per snapshot, got ",
-              shape_of(coefficients));
+  check_value(
+      coefficients.dim() == 2 && coefficients.size(1) == rows.rows && coefficients.size(0) >= 1, op,
+      "coefficients: expected shape (d, ", rows.rows, "), one column per snapshot, got ",
+      shape_of(coefficients));
   const Tensor wide = check_small(op, "coefficients", coefficients, ScalarType::Double, snapshots);
   args.coefficients = static_cast<const double*>(wide.data_ptr());
   args.dim = coefficients.size(0);
   check_value(args.dim <= kMaxDim, op, "coefficients: expected at most ", kMaxDim, " rows, got ",
               args.dim);
-  const ScalarType type = dtype ? *dtype
+  const ScalarType type = dtype                      ? *dtype
                           : is_quantized(rows.dtype) ? ScalarType::Float
                                                      : snapshots.scalar_type();
   const auto out = dtype_of(type);

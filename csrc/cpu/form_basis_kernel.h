@@ -4,61 +4,67 @@
 constexpr int64_t kFormTile = 256;
 constexpr int kFormRows = 6;
 
-// out[r][0, VecD::lanes) = sum over t of coefficients[r * T + t] * panel[t * kFormTile]
+// out[r] = sum over t of coefficients[r * T + t] * panel[t]
 template <int R>
 inline void form_block(const double* coefficients, int64_t snapshots, const double* panel,
                        VecD (&out)[R]) {
   for (auto& v : out) v = broadcast<VecD>(0.0);
   for (int64_t t = 0; t < snapshots; ++t) {
-    const VecD x = load<VecD>(panel + t * kFormTile);
+    const VecD x = load<VecD>(panel + t * VecD::lanes);
     for (int r = 0; r < R; ++r) {
       out[r] = fma(broadcast<VecD>(coefficients[r * snapshots + t]), x, out[r]);
     }
   }
 }
 
-template <int R, class Out>
-inline void form_rows(const FormBasisArgs& args, int64_t row, const double* panel, int64_t at,
-                      int64_t count) {
-  Out* out = static_cast<Out*>(args.out) + row * args.plan.numel + at;
-  const double* coefficients = args.coefficients + row * args.snapshots.rows;
+// lines[r] = rows row + r of the result, `count` elements of them.
+template <int R>
+inline void form_rows(const FormBasisArgs& args, int64_t row, const double* panel, int64_t count,
+                      double* lines) {
+  const int64_t snapshots = args.snapshots.rows;
   for (int64_t i = 0; i < count; i += VecD::lanes) {
     VecD sums[R];
-    form_block(coefficients, args.snapshots.rows, panel + i, sums);
-    const int64_t left = min_of(VecD::lanes, count - i);
-    for (int r = 0; r < R; ++r) {
-      Out* to = out + r * args.plan.numel + i;
-      if (left == VecD::lanes) {
-        store(to, sums[r]);
-      } else {
-        Out rest[VecD::lanes];
-        store(rest, sums[r]);
-        __builtin_memcpy(to, rest, static_cast<size_t>(left) * sizeof(Out));
-      }
-    }
+    form_block(args.coefficients + row * snapshots, snapshots, panel + i * snapshots, sums);
+    for (int r = 0; r < R; ++r) store(lines + r * kFormTile + i, sums[r]);
   }
 }
 
 template <class T>
 void form_basis_chunks(const FormBasisArgs& args, int64_t begin, int64_t end) {
   const int64_t snapshots = args.snapshots.rows;
-  Buffer<double> buffer(max_of(snapshots, 1) * kFormTile);
+  // A panel holds vectors of VecD::lanes elements, those of all snapshots side by side: it is read
+  // from front to back.
+  Buffer<double> buffer(snapshots * kFormTile), row(kFormTile), lines(kFormRows * kFormTile);
   double* panel = buffer.data;
   const int64_t chunks_end = args.plan.chunk_end(end - 1);
   for (int64_t at = args.plan.chunk_begin(begin); at < chunks_end; at += kFormTile) {
     const int64_t count = min_of(kFormTile, chunks_end - at);
     for (int64_t t = 0; t < snapshots; ++t) {
-      widen_row<T>(args.snapshots, t, at, count, panel + t * kFormTile);
-      for (int64_t i = count; i < kFormTile; ++i) panel[t * kFormTile + i] = 0;
-    }
-    dispatch_float(args.out_dtype, [&](auto* type) {
-      using Out = std::remove_pointer_t<decltype(type)>;
-      int64_t r = 0;
-      for (; r + kFormRows <= args.dim; r += kFormRows) {
-        form_rows<kFormRows, Out>(args, r, panel, at, count);
+      widen_row<T>(args.snapshots, t, at, count, row.data);
+      for (int64_t i = count; i < kFormTile; ++i) row.data[i] = 0;
+      for (int64_t i = 0; i < count; i += VecD::lanes) {
+        store(panel + i * snapshots + t * VecD::lanes, load<VecD>(row.data + i));
       }
-      for (; r < args.dim; ++r) form_rows<1, Out>(args, r, panel, at, count);
-    });
+    }
+    for (int64_t r = 0; r < args.dim;) {
+      const int64_t left = args.dim - r;
+      const int64_t rows = left >= kFormRows ? kFormRows : left >= 2 ? 2 : 1;
+      if (rows == kFormRows) {
+        form_rows<kFormRows>(args, r, panel, count, lines.data);
+      } else if (rows == 2) {
+        form_rows<2>(args, r, panel, count, lines.data);
+      } else {
+        form_rows<1>(args, r, panel, count, lines.data);
+      }
+      dispatch_float(args.out_dtype, [&](auto* type) {
+        using Out = std::remove_pointer_t<decltype(type)>;
+        Out* out = static_cast<Out*>(args.out) + r * args.plan.numel + at;
+        for (int64_t k = 0; k < rows; ++k) {
+          narrow_array(lines.data + k * kFormTile, count, out + k * args.plan.numel);
+        }
+      });
+      r += rows;
+    }
   }
 }
 

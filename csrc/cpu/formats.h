@@ -47,8 +47,8 @@ inline void narrow(float x, float& out) { out = x; }
 inline void narrow(float x, bf16& out) {
   const uint32_t bits = float_bits(x);
   const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-  out.bits = static_cast<uint16_t>(
-      nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  out.bits =
+      static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 inline void narrow(float x, f16& out) {
@@ -82,8 +82,11 @@ inline void narrow(float x, f8e4m3& out) {
   out.bits = static_cast<uint8_t>(sign | code);
 }
 
+// Clamped: a scaled number may exceed 127 by a rounding. A NaN becomes 0 (its scale is NaN).
 inline void narrow(float x, int8_t& out) {
-  out = static_cast<int8_t>(x >= -127.0f && x <= 127.0f ? __builtin_rintf(x) : 0);
+  const float low = x < 127.0f ? x : 127.0f;
+  const float clamped = low > -127.0f ? low : -127.0f;
+  out = static_cast<int8_t>(x == x ? __builtin_rintf(clamped) : 0);
 }
 
 // float64 to the float32 that keeps a sticky last bit (round to odd): rounding it once more to 8 or

@@ -28,7 +28,8 @@ void gram_append_(const Tensor& snapshots, const Tensor& gram, int64_t index,
   args.list = list.view();
   args.anchor = origin.data_ptr();
   args.index = index;
-  args.row = static_cast<char*>(snapshots.data_ptr()) + index * rows.stride * dtype_size(rows.dtype);
+  args.row =
+      static_cast<char*>(snapshots.data_ptr()) + index * rows.stride * dtype_size(rows.dtype);
   if (rows.scale != nullptr) {
     args.row_scale =
         static_cast<float*>(scale->data_ptr()) + index * ceil_div(rows.numel, kScaleBlock);

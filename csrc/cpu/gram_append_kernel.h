@@ -13,7 +13,8 @@ inline void store_row(A* x, int64_t count, T* row, float* scale) {
         if (!(magnitude <= largest)) largest = magnitude;  // a NaN stays
         if (largest != largest) break;
       }
-      const float factor = largest / scaled_format<T>::largest;
+      const float step = largest / scaled_format<T>::largest;
+      const float factor = step < 0x1p-126f ? 0 : step;  // a subnormal's inverse would overflow
       const float inverse = factor > 0 ? scaled_format<T>::largest / largest : 0;
       scale[block / kScaleBlock] = factor;
       for (int64_t i = 0; i < size; ++i) x[block + i] *= inverse;

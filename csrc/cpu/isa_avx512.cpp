@@ -12,7 +12,9 @@
 // Only what follows is compiled for the larger instruction set: no inline function of a header
 // above can end up in the library in a form that an older processor cannot run.
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx,avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#pragma clang attribute push(                                                        \
+    __attribute__((target("avx,avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx,avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")

@@ -14,8 +14,8 @@ struct Inputs {
     theta_ = check_theta(op, theta, args.basis, basis);
     args.theta = theta_->data_ptr();
     if (origin) {
-      origin_ = check_vector(op, "origin", *origin, args.basis.numel, wide_of(args.basis.dtype),
-                             basis);
+      origin_ =
+          check_vector(op, "origin", *origin, args.basis.numel, wide_of(args.basis.dtype), basis);
       args.origin = origin_->data_ptr();
     }
     args.plan = make_plan(args.basis.numel);

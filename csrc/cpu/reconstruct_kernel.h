@@ -1,42 +1,48 @@
 // w0 + P theta for a range of chunks. Included once for each instruction set.
 
-// out[0, count) += sum over r < R of theta[r] * rows[r][0, count)
+// out[begin, end) += sum over r < R of theta[r] * rows[r][begin, end) over whole cache lines of T.
 template <int R, class T, class A>
-inline void combine_rows(const T* const (&rows)[R], const T* const (&ahead)[R],
-                         const Vec<A> (&theta)[R], int64_t count, A* out) {
+inline void combine_lines(const T* const (&rows)[R], const T* const (&fetch)[R], int64_t shift,
+                          const Vec<A> (&theta)[R], int64_t begin, int64_t end, A* out) {
   using V = Vec<A>;
   constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(T));
-  constexpr int64_t kAhead = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t whole = count / kStep * kStep;
-  const int64_t near = max_of(0, whole - kAhead);
-  const auto run = [&](int64_t begin, int64_t end, const T* const (&fetch)[R], int64_t shift) {
-    for (int64_t i = begin; i < end; i += kStep) {
-      for (int r = 0; r < R; ++r) __builtin_prefetch(fetch[r] + i + shift);
-      for (int64_t k = 0; k < kStep; k += V::lanes) {
-        V sum = load<V>(out + i + k);
-        for (int r = 0; r < R; ++r) sum = fma(load<V>(rows[r] + i + k), theta[r], sum);
-        store(out + i + k, sum);
-      }
+  for (int64_t i = begin; i < end; i += kStep) {
+    for (int r = 0; r < R; ++r) __builtin_prefetch(fetch[r] + i + shift);
+    for (int64_t k = 0; k < kStep; k += V::lanes) {
+      V sum = load<V>(out + i + k);
+      for (int r = 0; r < R; ++r) sum = fma(load<V>(rows[r] + i + k), theta[r], sum);
+      store(out + i + k, sum);
     }
-  };
-  run(0, near, rows, kAhead);
-  run(near, whole, ahead, -near);
-  for (int64_t i = whole; i < count; i += V::lanes) {
-    const int64_t left = min_of(V::lanes, count - i);
-    V sum = load<V>(out + i);  // out is padded to a cache line
+  }
+}
+
+// What is left behind the last whole cache line; out is padded to a vector.
+template <int R, class T, class A>
+inline void combine_rest(const T* const (&rows)[R], const Vec<A> (&theta)[R], int64_t begin,
+                         int64_t end, A* out) {
+  using V = Vec<A>;
+  for (int64_t i = begin; i < end; i += V::lanes) {
+    V sum = load<V>(out + i);
     for (int r = 0; r < R; ++r) {
       T rest[V::lanes] = {};
-      __builtin_memcpy(rest, rows[r] + i, static_cast<size_t>(left) * sizeof(T));
+      __builtin_memcpy(rest, rows[r] + i,
+                       static_cast<size_t>(min_of(V::lanes, end - i)) * sizeof(T));
       sum = fma(load<V>(rest), theta[r], sum);
     }
     store(out + i, sum);
   }
 }
 
+// out[0, count) += sum over r < R of theta[first + r] * rows[first + r][begin, begin + count); rows
+// from `next` on are read after these.
 template <int R, class T, class A>
 void combine_block(const Rows& rows, int64_t first, int64_t next, int64_t begin, int64_t count,
                    const A* theta, A* out) {
   using V = Vec<A>;
+  constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kAhead = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t whole = count / kStep * kStep;
+  const int64_t near = max_of(0, whole - kAhead);
   const T* data = static_cast<const T*>(rows.data) + begin;
   const T* at[R];
   const T* ahead[R];
@@ -50,19 +56,21 @@ void combine_block(const Rows& rows, int64_t first, int64_t next, int64_t begin,
     const int64_t stride = ceil_div(rows.numel, kScaleBlock);
     const float* scale = rows.scale + first * stride + begin / kScaleBlock;
     for (int64_t block = 0; block < count; block += kScaleBlock) {
-      const T* from[R];
-      const T* to[R];
-      V scaled[R];
       for (int r = 0; r < R; ++r) {
-        from[r] = at[r] + block;
-        to[r] = from[r] + kPrefetchBytes;
-        scaled[r] =
-            broadcast<V>(A(theta[first + r] * scale[r * stride + block / kScaleBlock]));
+        factor[r] = broadcast<V>(A(theta[first + r] * scale[r * stride + block / kScaleBlock]));
       }
-      combine_rows<R>(from, to, scaled, min_of(kScaleBlock, count - block), out + block);
+      const int64_t end = min_of(block + kScaleBlock, whole);
+      if (block < near) {
+        combine_lines<R>(at, at, kAhead, factor, block, end, out);
+      } else {
+        combine_lines<R>(at, ahead, -near, factor, block, end, out);
+      }
+      if (whole < block + kScaleBlock) combine_rest<R>(at, factor, whole, count, out);
     }
   } else {
-    combine_rows<R>(at, ahead, factor, count, out);
+    combine_lines<R>(at, at, kAhead, factor, 0, near, out);
+    combine_lines<R>(at, ahead, -near, factor, near, whole, out);
+    combine_rest<R>(at, factor, whole, count, out);
   }
 }
 

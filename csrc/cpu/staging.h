@@ -79,8 +79,7 @@ inline void widen_row(const Rows& rows, int64_t row, int64_t begin, int64_t coun
   widen_array(static_cast<const T*>(rows.data) + row * rows.stride + begin, count, to);
   if constexpr (scaled_format<T>::value) {
     using V = Vec<A>;
-    const float* scale =
-        rows.scale + row * ceil_div(rows.numel, kScaleBlock) + begin / kScaleBlock;
+    const float* scale = rows.scale + row * ceil_div(rows.numel, kScaleBlock) + begin / kScaleBlock;
     for (int64_t block = 0; block < count; block += kScaleBlock) {
       const int64_t end = min_of(block + kScaleBlock, count);
       const A factor = scale[block / kScaleBlock];
@@ -97,8 +96,8 @@ inline void widen_row(const Rows& rows, int64_t row, int64_t begin, int64_t coun
 template <class A>
 struct Buffer {
   explicit Buffer(int64_t count)
-      : data(static_cast<A*>(::operator new(static_cast<size_t>(count) * sizeof(A),
-                                            std::align_val_t(64)))) {}
+      : data(static_cast<A*>(
+            ::operator new(static_cast<size_t>(count) * sizeof(A), std::align_val_t(64)))) {}
   ~Buffer() { ::operator delete(data, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;

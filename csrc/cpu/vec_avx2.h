@@ -46,18 +46,10 @@ inline VecD fma(VecD a, VecD b, VecD c) {
 }
 inline RegF fma(RegF a, RegF b, RegF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline RegD fma(RegD a, RegD b, RegD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
-inline VecF add(VecF a, VecF b) {
-  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
-}
-inline VecD add(VecD a, VecD b) {
-  return {_mm256_add_pd(a.lo, b.lo), _mm256_add_pd(a.hi, b.hi)};
-}
-inline VecF sub(VecF a, VecF b) {
-  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
-}
-inline VecD sub(VecD a, VecD b) {
-  return {_mm256_sub_pd(a.lo, b.lo), _mm256_sub_pd(a.hi, b.hi)};
-}
+inline VecF add(VecF a, VecF b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline VecD add(VecD a, VecD b) { return {_mm256_add_pd(a.lo, b.lo), _mm256_add_pd(a.hi, b.hi)}; }
+inline VecF sub(VecF a, VecF b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline VecD sub(VecD a, VecD b) { return {_mm256_sub_pd(a.lo, b.lo), _mm256_sub_pd(a.hi, b.hi)}; }
 
 // Eight stored numbers, widened to float32.
 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
@@ -76,20 +68,30 @@ inline __m256 load8(const int8_t* p) {
   const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
 }
-inline __m256 load8(const f8e4m3* p) {
-  // Placed one bit below the sign, e4m3 reads as a float16 that is 2^8 too small.
-  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  const __m128i high = _mm_unpacklo_epi8(_mm_setzero_si128(), raw);
-  __m128i half = _mm_and_si128(_mm_srai_epi16(high, 1), _mm_set1_epi16(static_cast<short>(0xbf80)));
-  const __m128i largest = _mm_set1_epi16(0x3f80);
-  const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(half, largest), largest);
-  half = _mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7e00)));
+// Placed one bit below the sign, e4m3 reads as a float16 that is 2^8 too small.
+inline __m256 decode8(__m128i half) {
   return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+}
+inline __m256i halves16(const f8e4m3* p) {
+  const __m256i raw = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i largest = _mm256_set1_epi16(0x3f80);
+  const __m256i half =
+      _mm256_and_si256(_mm256_slli_epi16(raw, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(half, largest), largest);
+  return _mm256_or_si256(half, _mm256_srli_epi16(nan, 1));
+}
+inline __m256 load8(const f8e4m3* p) {
+  f8e4m3 block[16] = {};
+  __builtin_memcpy(block, p, 8);
+  return decode8(_mm256_castsi256_si128(halves16(block)));
 }
 
 template <class V, class T>
 inline V load(const T* p) {
-  if constexpr (std::is_same_v<V, VecF>) {
+  if constexpr (std::is_same_v<V, VecF> && std::is_same_v<T, f8e4m3>) {
+    const __m256i halves = halves16(p);
+    return {decode8(_mm256_castsi256_si128(halves)), decode8(_mm256_extracti128_si256(halves, 1))};
+  } else if constexpr (std::is_same_v<V, VecF>) {
     return {load8(p), load8(p + 8)};
   } else if constexpr (std::is_same_v<V, RegF>) {
     return {load8(p)};
@@ -114,8 +116,7 @@ inline void store8(double* p, __m256 x) {
 inline void store8(bf16* p, __m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);

@@ -84,12 +84,10 @@ inline void store(double* p, VecF x) {
 inline __m256i to_bf16(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
 inline __m256i to_f16(__m512 x) {
   return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -112,8 +110,8 @@ inline __m256 round_to_odd(__m512d x) {
   const __m512i bits = _mm512_castpd_si512(x);
   const __mmask8 inexact = _mm512_test_epi64_mask(bits, low);
   const __m512i kept = _mm512_andnot_si512(low, bits);
-  return _mm512_cvtpd_ps(_mm512_castsi512_pd(
-      _mm512_mask_or_epi64(kept, inexact, kept, _mm512_set1_epi64(1 << 29))));
+  return _mm512_cvtpd_ps(
+      _mm512_castsi512_pd(_mm512_mask_or_epi64(kept, inexact, kept, _mm512_set1_epi64(1 << 29))));
 }
 inline void store(float* p, VecD x) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(x.v)); }
 inline void store(double* p, VecD x) { _mm512_storeu_pd(p, x.v); }
