@@ -1,0 +1,40 @@
+"""Builds the kernel bench with CMake and ninja, and hands it to the tests. Needs NumPy, no torch.
+
+`DLDR_KERNELS_DIR` names a folder that already holds the module instead of build/kernels.
+"""
+
+import importlib.machinery
+import importlib.util
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+from kernel_build import PATHS, ROOT, build
+
+
+@pytest.fixture(scope="session")
+def kernels_folder() -> Path:
+    if given := os.environ.get("DLDR_KERNELS_DIR"):
+        return Path(given)
+    folder = ROOT / "build" / "kernels"
+    build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def kernels(kernels_folder):
+    file = kernels_folder / f"dldr_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    loader = importlib.machinery.ExtensionFileLoader("dldr_kernels", str(file))
+    spec = importlib.util.spec_from_file_location("dldr_kernels", file, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=PATHS)
+def path(request, kernels) -> str:
+    """Every instruction-set path that this processor can run."""
+    if request.param not in kernels.paths():
+        pytest.skip(f"this processor cannot run {request.param}")
+    return request.param
