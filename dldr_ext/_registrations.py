@@ -54,6 +54,11 @@ def _reconstruct(
     origin: Tensor | None, basis: Tensor, theta: Tensor, scale: Tensor | None = None
 ) -> Tensor:
     _check_rows("reconstruct", "basis", basis)
+    for name, tensor in (("theta", theta), ("origin", origin)):
+        _check(
+            tensor is None or tensor.device == basis.device,
+            lambda: f"ValueError: reconstruct: {name}: expected a tensor on {basis.device}",  # noqa: B023
+        )
     _check(
         theta.dim() == 1 and theta.shape[0] == basis.shape[0],
         lambda: (

@@ -251,14 +251,13 @@ def _call(name: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return op(*args, **kwargs)
     except (RuntimeError, TypeError) as error:
-        message = str(error).partition("\n")[0]
-        kind, _, rest = message.partition(": ")
+        schema = [argument.name for argument in op._schema.arguments]  # type: ignore[attr-defined]
+        _diagnose(name, dict(zip(schema, args, strict=False)) | kwargs)
+        kind, _, rest = str(error).partition("\n")[0].partition(": ")
         if kind == "ValueError":
             raise ValueError(rest) from None
         if kind == "TypeError":
             raise TypeError(rest) from None
-        schema = [argument.name for argument in op._schema.arguments]  # type: ignore[attr-defined]
-        _diagnose(name, dict(zip(schema, args, strict=False)) | kwargs)
         raise
 
 
@@ -296,7 +295,7 @@ def _diagnose(name: str, arguments: dict[str, Any]) -> None:
 
 
 def _check_tensors(name: str, argument: str, value: Any) -> None:
-    many = isinstance(value, (list, tuple))
+    many = argument in _LISTS
     for i, tensor in enumerate(value if many else [value]):
         label = f"{argument}[{i}]" if many else argument
         if not isinstance(tensor, Tensor):

@@ -1,0 +1,68 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+#
+#   PYTHON  the interpreter that the environment is made from (3.10 or newer)
+#   VENV    where the environment goes
+#   TORCH   the torch to install; an installed one that satisfies it is kept
+#   ARGS    passed on to `dldr demo` and to pytest
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+BIN := $(VENV)/bin
+# Idle OpenMP threads sleep: on few cores spinning ones slow the many small tests down.
+export OMP_WAIT_POLICY ?= passive
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: demo test test-kernels test-matrix sanitize bench wheel lint format clean
+
+demo: $(VENV)/.built
+	$(BIN)/dldr demo $(ARGS)
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest tests $(ARGS)
+
+# The torch-free kernels alone, driven from NumPy.
+test-kernels: $(VENV)/.built
+	$(BIN)/python -m pytest tests/kernels --confcutdir=tests/kernels $(ARGS)
+
+# One wheel, several releases of torch.
+test-matrix: wheel
+	$(PYTHON) tests/matrix.py --wheel dist $(ARGS)
+
+# The same kernel tests under the address and undefined-behaviour sanitizers.
+sanitize: $(VENV)/.built
+	PYTHON=$(abspath $(BIN))/python bash tests/kernels/sanitize.sh
+
+bench: $(VENV)/.built
+	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini $(ARGS)
+
+wheel: $(VENV)/.built
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' | \
+	  xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(BIN)/clang-format -i
+
+$(VENV)/.installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+# Built in place, without build isolation: an isolated build would fetch another torch.
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build dist demo-output *.egg-info dldr_ext/*.so dldr_ext/_build.json $(VENV)/.built

@@ -1,0 +1,162 @@
+"""Each op against what a user would write in plain torch, and against the memory.
+
+Buffers are of 1 to 4 GB, far beyond any cache, and hold random numbers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from measure import reader, resnet18_sizes
+
+from dldr_ext import ops
+
+D = 40
+CASES = {"resnet18": resnet18_sizes(11_200_000), "25M": resnet18_sizes(25_000_000)}
+
+
+def random_rows(rows: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    data = torch.empty(rows, n, dtype=dtype)
+    for row in data:
+        row.copy_(torch.randn(n))
+    return data
+
+
+class Problem:
+    """A basis in float32 (the peers read that one), gradients, parameters and a flat origin."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes, self.n = sizes, sum(sizes)
+        self.basis = random_rows(D, self.n, torch.float32)
+        self.gradients = [torch.randn(size) for size in sizes]
+        self.params = [torch.zeros(size) for size in sizes]
+        self.origin = torch.randn(self.n)
+        self.theta = torch.randn(D)
+
+    def stored(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if dtype == torch.float32:
+            return self.basis, None
+        if not dtype.is_floating_point or dtype == torch.float8_e4m3fn:
+            rows = torch.randint(-127, 128, self.basis.shape, dtype=torch.int8)
+            return rows.to(dtype), torch.rand(D, -(-self.n // 256))
+        return self.basis.to(dtype), None
+
+    def torch_project(self):
+        return torch.mv(self.basis, torch.cat(self.gradients))
+
+    def torch_reconstruct(self):
+        flat = torch.addmv(self.origin, self.basis.t(), self.theta)
+        for param, part in zip(self.params, flat.split(self.sizes), strict=True):
+            param.copy_(part)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def problem(request):
+    problem = Problem(CASES[request.param])
+    problem.name = request.param
+    return problem
+
+
+def ceiling_of(data):
+    return reader(data), data.numel() * data.element_size()
+
+
+STORED = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_project(problem, dtype, compare):
+    basis, scale = problem.stored(dtype)
+    size = basis.numel() * basis.element_size() + 4 * problem.n
+    compare(
+        f"project {str(dtype)[6:]} {problem.name}",
+        lambda: ops.project(basis, problem.gradients, scale=scale),
+        size,
+        problem.torch_project,
+        *ceiling_of(basis),
+        peer="float32 mv(cat)",
+    )
+
+
+def test_project_against_torch_bfloat16(problem, compare):
+    if problem.name != "resnet18":
+        pytest.skip("torch's bfloat16 mv takes seconds")
+    basis, _ = problem.stored(torch.bfloat16)
+    gradient = torch.cat(problem.gradients).bfloat16()
+    compare(
+        "project bfloat16, bfloat16 mv",
+        lambda: ops.project(basis, problem.gradients),
+        basis.numel() * 2 + 4 * problem.n,
+        lambda: torch.mv(basis, gradient),
+        *ceiling_of(basis),
+        peer="bfloat16 mv",
+    )
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_reconstruct(problem, dtype, compare):
+    basis, scale = problem.stored(dtype)
+    size = basis.numel() * basis.element_size() + 8 * problem.n
+    compare(
+        f"reconstruct_ {str(dtype)[6:]} {problem.name}",
+        lambda: ops.reconstruct_(problem.params, problem.origin, basis, problem.theta, scale=scale),
+        size,
+        problem.torch_reconstruct,
+        *ceiling_of(basis),
+        peer="float32 addmv, split, copy",
+    )
+
+
+def test_gram_append(problem, compare):
+    t = D
+    rows = torch.empty(t + 1, problem.n, dtype=torch.bfloat16)
+    rows[:t] = problem.basis
+    gram = torch.zeros(t + 1, t + 1, dtype=torch.float64)
+
+    def peer():
+        row = (torch.cat(problem.gradients) - problem.origin).bfloat16()
+        rows[t] = row
+        return torch.mv(rows, row)
+
+    compare(
+        f"gram_append_ bfloat16 t=40 {problem.name}",
+        lambda: ops.gram_append_(rows, gram, t, problem.gradients, problem.origin),
+        rows.numel() * 2 + 8 * problem.n,
+        peer if problem.name == "resnet18" else None,
+        *ceiling_of(rows),
+        peer="cat, sub, cast, mv",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gram(problem, dtype, compare):
+    rows, _ = problem.stored(dtype)
+    compare(
+        f"gram T=40 {str(dtype)[6:]} {problem.name}",
+        lambda: ops.gram(rows),
+        rows.numel() * rows.element_size(),
+        lambda: problem.basis @ problem.basis.T,
+        *ceiling_of(rows),
+        peer="float32 X @ X.T",
+    )
+
+
+def test_trial(problem, compare):
+    direction = torch.randn(problem.n)
+    target = torch.empty(problem.n)
+
+    def peer():
+        flat = torch.add(problem.origin, direction, alpha=0.3)
+        for param, part in zip(problem.params, flat.split(problem.sizes), strict=True):
+            param.copy_(part)
+
+    compare(
+        f"trial_ {problem.name}",
+        lambda: ops.trial_(problem.params, problem.origin, direction, 0.3),
+        12 * problem.n,
+        peer,
+        lambda: torch.add(problem.origin, direction, alpha=0.3, out=target),
+        12 * problem.n,
+        peer="add, split, copy",
+        ceiling="add with out=",
+    )

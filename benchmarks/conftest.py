@@ -1,0 +1,104 @@
+"""Report of the microbenchmarks: a readable table and one JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests")]
+
+from measure import Spread, paired  # noqa: E402
+
+import dldr_ext  # noqa: E402
+
+ROWS: list[dict] = []
+
+
+def pytest_addoption(parser):
+    parser.addoption("--threads", type=int, default=2, help="torch threads")
+    parser.addoption("--rounds", type=int, default=9, help="paired rounds a case")
+    parser.addoption("--json", default=None, help="where the results go")
+
+
+@pytest.fixture(autouse=True)
+def _threads(request):
+    torch.set_num_threads(request.config.getoption("--threads"))
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def compare(request, benchmark):
+    """compare(name, op, bytes, peer, ceiling, ceiling_bytes): measures and notes one case."""
+
+    def run(name, op, op_bytes, peer, ceiling, ceiling_bytes, **extra):
+        rounds = request.config.getoption("--rounds")
+        found = paired(op, op_bytes, peer, ceiling, ceiling_bytes, rounds)
+        row = {"case": name, "bytes": op_bytes, **extra}
+        for key, values in found.items():
+            if values:
+                row[key] = vars(Spread.of(values))
+        ROWS.append(row)
+        benchmark.extra_info.update(row)
+        benchmark.pedantic(op, rounds=3, iterations=1)
+
+    return run
+
+
+@pytest.fixture
+def note():
+    """Notes a row that another kind of measurement made."""
+    return ROWS.append
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not ROWS:
+        return
+    write = terminalreporter.write_line
+    write("")
+    write(f"{'case':34} {'of the ceiling, %':>24} {'against plain torch':>26}")
+    for row in ROWS:
+        ceiling, peer = row.get("of_ceiling"), row.get("against_torch")
+        shown = Spread(**{k: 100 * v for k, v in ceiling.items()}).show() if ceiling else ""
+        write(f"{row['case']:34} {shown:>24} {Spread(**peer).show('x') if peer else '':>26}")
+    write("medians [quartiles] over rounds in which all sides were timed back to back")
+    if path := config.getoption("--json"):
+        Path(path).write_text(
+            json.dumps(
+                {
+                    "machine": {
+                        "processor": _processor(),
+                        "cores": os.cpu_count(),
+                        "threads": config.getoption("--threads"),
+                    },
+                    "torch": torch.__version__,
+                    "commit": _commit(),
+                    "build": dldr_ext.build_info(),
+                    "results": ROWS,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
