@@ -31,7 +31,7 @@ NEEDS = [
     "rich",
 ]
 # Without the demo's and the kernel bench's own tests: they do not depend on torch's release.
-LEFT_OUT = ("kernels", "test_demo.py", "test_cli.py", "matrix.py")
+LEFT_OUT = ("kernels", "test_readme.py", "test_demo.py", "test_cli.py", "matrix.py")
 
 
 def main() -> None:

@@ -1,0 +1,20 @@
+"""The usage example of the README runs as written and does what it is there to show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+
+def test_the_usage_example_runs():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert len(names["trajectory"]) == 60
+    assert names["optimizer"].status.moved
+    with torch.no_grad():
+        first = torch.nn.functional.cross_entropy(names["model"](names["data"]), names["labels"])
+    assert first < names["loss"] + 1e-6
