@@ -74,7 +74,7 @@ def test_project(problem, dtype, compare):
         size,
         problem.torch_project,
         *ceiling_of(basis),
-        peer="float32 mv(cat)",
+        peer_name="float32 mv(cat)",
     )
 
 
@@ -89,7 +89,7 @@ def test_project_against_torch_bfloat16(problem, compare):
         basis.numel() * 2 + 4 * problem.n,
         lambda: torch.mv(basis, gradient),
         *ceiling_of(basis),
-        peer="bfloat16 mv",
+        peer_name="bfloat16 mv",
     )
 
 
@@ -103,7 +103,7 @@ def test_reconstruct(problem, dtype, compare):
         size,
         problem.torch_reconstruct,
         *ceiling_of(basis),
-        peer="float32 addmv, split, copy",
+        peer_name="float32 addmv, split, copy",
     )
 
 
@@ -124,7 +124,7 @@ def test_gram_append(problem, compare):
         rows.numel() * 2 + 8 * problem.n,
         peer if problem.name == "resnet18" else None,
         *ceiling_of(rows),
-        peer="cat, sub, cast, mv",
+        peer_name="cat, sub, cast, mv",
     )
 
 
@@ -137,7 +137,7 @@ def test_gram(problem, dtype, compare):
         rows.numel() * rows.element_size(),
         lambda: problem.basis @ problem.basis.T,
         *ceiling_of(rows),
-        peer="float32 X @ X.T",
+        peer_name="float32 X @ X.T",
     )
 
 
@@ -157,6 +157,6 @@ def test_trial(problem, compare):
         peer,
         lambda: torch.add(problem.origin, direction, alpha=0.3, out=target),
         12 * problem.n,
-        peer="add, split, copy",
-        ceiling="add with out=",
+        peer_name="add, split, copy",
+        ceiling_name="add with out=",
     )
