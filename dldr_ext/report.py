@@ -206,6 +206,7 @@ def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path
             half=f"{config['epochs'] / 2:g}",
             snapshots=config["snapshots"],
             dim=config["dim"],
+            shift=config["shift"],
             budget=config["passes_in_subspace"],
             batch=config["pbfgs_batch_size"],
             **config["split"],
@@ -236,9 +237,11 @@ def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path
 _METHOD = Template("""<p>$description, cut at random but evenly over the classes into $train for
 training, $validation for the curves and for choosing hyperparameters, and $test for the final
 numbers. A small convolutional network with batch norm. Every method starts from the same weights
-and minimises the same regularised cross-entropy, without augmentation.</p>
+and minimises the same regularised cross-entropy; training images are moved at random by up to
+$shift pixels each way, for all methods alike.</p>
 <ul>
-<li><b>SGD</b>: momentum, decaying learning rate, $epochs epochs. <b>First half</b>: the same run
+<li><b>SGD</b>: $epochs epochs with momentum; the learning rate falls to a tenth at half of
+the run and again at three quarters. <b>First half</b>: the same run
 after $half epochs.</li>
 <li><b>P-BFGS, P-SGD</b>: the first half of SGD is sampled $snapshots times; the $dim principal
 directions of these snapshots span the subspace. Training starts anew from the initial weights,

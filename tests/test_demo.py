@@ -240,7 +240,7 @@ def test_sgd_reads_each_image_once_an_epoch_and_records_the_first_half(digits, m
 @pytest.mark.parametrize(("images", "size", "count"), [(1197, 24, 50), (1197, 400, 3), (5, 9, 1)])
 def test_batches_make_whole_passes(images, size, count):
     part = data.Part(torch.zeros(images, 1, 2, 2), torch.arange(images), torch.arange(images))
-    stream = recipe.batches(part, size, torch.Generator().manual_seed(0))
+    stream = recipe.batches(part, size, 0, torch.Generator().manual_seed(0))
     orders = []
     for _ in range(2):
         labels = [next(stream)[1] for _ in range(count)]
@@ -248,6 +248,32 @@ def test_batches_make_whole_passes(images, size, count):
         orders.append(torch.cat(labels))
         assert orders[-1].sort().values.tolist() == list(range(images))
     assert not torch.equal(*orders)
+
+
+def test_shifted_images_are_moved_whole():
+    images = torch.rand(200, 1, 6, 6) + 1
+    images[:, :, :2] = images[:, :, 4:] = images[..., :2] = images[..., 4:] = 1  # a frame
+    moved = recipe.shifted(images, 2, torch.Generator().manual_seed(0))
+    assert moved.shape == images.shape
+    seen = set()
+    for before, after in zip(images, moved, strict=True):
+        steps = [(y, x) for y in range(-2, 3) for x in range(-2, 3)]
+        found = [s for s in steps if torch.equal(before.roll(s, (1, 2)), after)]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) == 25
+    again = recipe.shifted(images, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(moved, again)
+    still = recipe.shifted(images, 0, torch.Generator().manual_seed(0))
+    assert torch.equal(still, images)
+
+
+@pytest.mark.parametrize(
+    ("done", "share"), [(0, 1), (0.499, 1), (0.5, 0.1), (0.749, 0.1), (0.75, 0.01), (1, 0.01)]
+)
+def test_learning_rate(done, share):
+    settings = recipe.RECIPES["digits"]
+    assert recipe.learning_rate(settings, done) == pytest.approx(share * settings.lr)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The five ways to train that the demo compares.
 
 All minimise the same objective, mean cross-entropy + weight_decay / 2 |w|^2, from the same initial
-weights on the same training images, none of them augmented:
+weights on the same training images, moved at random by a pixel or two in every batch:
 
 * ``sgd``: SGD with momentum and a decaying learning rate, the full run;
 * ``sgd_half``: the same run half way, where the recording of the trajectory ends;
@@ -12,7 +12,7 @@ weights on the same training images, none of them augmented:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -115,7 +115,7 @@ def sgd(task: Task) -> tuple[Outcome, Outcome, Trajectory]:
     account = Account(len(train))
     curve = [(0.0, task.validate(model))]
     half: Outcome | None = None
-    stream = batches(train, recipe.batch_size, task.generator(0))
+    stream = batches(train, recipe.batch_size, recipe.shift, task.generator(0))
     total = per_epoch * recipe.epochs
     for step in range(1, total + 1):
         with account:
@@ -143,7 +143,7 @@ def psgd(task: Task, subspace: Subspace) -> Outcome:
     recipe = task.recipe
     run = _SubspaceRun(task, "psgd", subspace)
     optimizer = PSGD(run.model.parameters(), subspace, recipe.lr, recipe.momentum)
-    for images, labels in batches(task.data.train, recipe.batch_size, task.generator(1)):
+    for images, labels in run.batches(recipe.batch_size, 1):
         if run.images_left < len(labels):
             return run.outcome()
         optimizer.param_groups[0]["lr"] = learning_rate(recipe, run.done)
@@ -157,7 +157,7 @@ def pbfgs(task: Task, subspace: Subspace, method: str = "pbfgs") -> Outcome:
     optimizer = PBFGS(run.model.parameters(), subspace, buffers=run.model)
     group = optimizer.param_groups[0]
     most = group["max_ls"]
-    for images, labels in batches(task.data.train, task.recipe.pbfgs_batch_size, task.generator(2)):
+    for images, labels in run.batches(task.recipe.pbfgs_batch_size, 2):
         # A step reads its batch for the gradient, for every trial and, unless the accepted trial
         # kept its graph, once more for the curvature. The search gets what the budget still pays.
         group["max_ls"] = min(most, run.images_left // len(labels) - 2)
@@ -194,6 +194,15 @@ class _SubspaceRun:
     def done(self) -> float:
         """Share of the budget spent, 0 to 1."""
         return self.account.images / self._allowed
+
+    def batches(self, size: int, stream: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches, on the clock."""
+        task = self.task
+        endless = batches(task.data.train, size, task.recipe.shift, task.generator(stream))
+        while True:
+            with self.account:
+                batch = next(endless)
+            yield batch
 
     def step(self, optimizer: PBFGS | PSGD, images: Tensor, labels: Tensor) -> None:
         """One step on one batch."""

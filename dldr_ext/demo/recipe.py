@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .data import Part
 
@@ -19,12 +20,13 @@ class Recipe:
 
     epochs: int = 40  # of the full SGD run
     batch_size: int = 64
-    lr: float = 0.05
+    lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     snapshots_per_epoch: int = 4
     pbfgs_batch_size: int = 500
     norm_batch_size: int = 500  # for batch-norm statistics
+    shift: int = 2  # pixels, at most, by which every training image is moved at random
 
     def steps_per_epoch(self, images: int) -> int:
         """Steps of SGD in one pass over `images` training images."""
@@ -42,7 +44,7 @@ class Recipe:
 
 RECIPES = {
     "mnist5k": Recipe(),
-    "digits": Recipe(batch_size=24, pbfgs_batch_size=150),
+    "digits": Recipe(batch_size=24, pbfgs_batch_size=150, shift=1),
 }
 
 
@@ -87,22 +89,46 @@ def batch_count(images: int, size: int) -> int:
     return max(1, round(images / size))
 
 
-def batches(part: Part, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    part: Part, size: int, shift: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches of about `size` images, in a new order for each pass over `part`.
 
-    The batches of one pass are equally large up to one image and hold every image exactly once.
+    The batches of one pass are equally large up to one image and hold every image exactly once,
+    moved anew by `shifted`.
     """
     count = batch_count(len(part), size)
     while True:
         order = torch.randperm(len(part), generator=generator)
         for index in order.tensor_split(count):
-            images = part.images[index].contiguous(memory_format=torch.channels_last)
-            yield images, part.labels[index]
+            yield shifted(part.images[index], shift, generator), part.labels[index]
+
+
+def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """Images moved by -`most` to `most` whole pixels each way at random, one draw per image.
+
+    What moves in is as dark as the darkest pixel of the batch.
+
+    Parameters
+    ----------
+    images : (N, 1, H, W)
+    most : 0 leaves the images as they are
+
+    Returns
+    -------
+    Tensor, shape (N, 1, H, W), in channels_last order
+    """
+    count, _, height, width = images.shape
+    padded = functional.pad(images, (most,) * 4, value=float(images.min()))
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 1, 2 most + 1, ..., H, W)
+    y, x = torch.randint(2 * most + 1, (2, count), generator=generator)
+    moved = windows[torch.arange(count), :, y, x]
+    return moved.contiguous(memory_format=torch.channels_last)
 
 
 def learning_rate(recipe: Recipe, done: float) -> float:
-    """The learning rate after a share `done` of the run: a cosine from `recipe.lr` to zero."""
-    return recipe.lr * (1 + math.cos(math.pi * done)) / 2
+    """After a share `done` of the run: `recipe.lr`, from one half on a tenth, then a hundredth."""
+    return recipe.lr * (1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01)
 
 
 def snapshot_steps(steps: int, count: int) -> frozenset[int]:
