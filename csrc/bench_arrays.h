@@ -143,4 +143,7 @@ inline EntryList view(const std::vector<Entry>& entries) {
   return {entries.data(), static_cast<int64_t>(entries.size())};
 }
 
+// The planner and the scalar conversions, in bench_planner.cpp.
+void bind_planner(py::module_& m);
+
 }  // namespace dldr

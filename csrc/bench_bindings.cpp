@@ -23,8 +23,6 @@ extern const CpuKernels kernels;
 
 namespace {
 
-#include "cpu/formats.h"
-
 // ---- paths and threads ----
 
 std::vector<const CpuKernels*> all_paths() {
@@ -85,12 +83,36 @@ py::array project(const py::array& basis, const py::sequence& tensors, const Sca
   ProjectArgs args;
   args.basis = make_rows("basis", basis, scale);
   const auto entries = make_list("tensors", tensors, args.basis.numel, false);
-  args.list = view(entries);
+  const EntryList list = view(entries);
+  args.lists = &list;
   args.plan = make_plan(args.basis.numel);
   auto partials = make_partials(args.plan, args.basis.rows);
   args.partials = partials.data();
   run_chunks(args.plan, threads, [&](int64_t b, int64_t e) { kernels.project(args, b, e); });
   return reduced(partials, args.plan, {args.basis.rows});
+}
+
+py::array project_many(const py::array& basis, const py::sequence& lists, const Scale& scale,
+                       const std::string& path, int64_t threads) {
+  const CpuKernels& kernels = path_by_name(path);
+  ProjectArgs args;
+  args.basis = make_rows("basis", basis, scale);
+  args.count = static_cast<int64_t>(py::len(lists));
+  check_value(args.count >= 1, "lists: expected at least one list");
+  std::vector<std::vector<Entry>> entries;
+  std::vector<EntryList> views;
+  for (const py::handle list : lists) {
+    const auto tensors = py::reinterpret_borrow<py::sequence>(list);
+    const std::string name = "lists[" + std::to_string(entries.size()) + "]";
+    entries.push_back(make_list(name, tensors, args.basis.numel, false));
+    views.push_back(view(entries.back()));
+  }
+  args.lists = views.data();
+  args.plan = make_plan(args.basis.numel);
+  auto partials = make_partials(args.plan, args.count * args.basis.rows);
+  args.partials = partials.data();
+  run_chunks(args.plan, threads, [&](int64_t b, int64_t e) { kernels.project(args, b, e); });
+  return reduced(partials, args.plan, {args.count, args.basis.rows});
 }
 
 void reconstruct_(const py::sequence& params, const std::optional<py::array>& origin,
@@ -111,6 +133,31 @@ void reconstruct_(const py::sequence& params, const std::optional<py::array>& or
   run_chunks(args.plan, threads, [&](int64_t b, int64_t e) { kernels.reconstruct(args, b, e); });
 }
 
+void reconstruct_residual_(py::array& direction, py::array& residual, const py::array& basis,
+                           const py::array& theta, const py::array& coordinates,
+                           const py::sequence& tensors, const Scale& scale, const std::string& path,
+                           int64_t threads) {
+  const CpuKernels& kernels = path_by_name(path);
+  ResidualArgs args;
+  args.basis = make_rows("basis", basis, scale);
+  const DType wide = wide_of_rows(args.basis);
+  const auto entries = make_list("tensors", tensors, args.basis.numel, false);
+  args.list = view(entries);
+  check_array("theta", theta, wide, {args.basis.rows});
+  check_array("coordinates", coordinates, wide, {args.basis.rows});
+  check_array("direction", direction, wide, {args.basis.numel});
+  check_array("residual", residual, wide, {args.basis.numel});
+  check_writeable("direction", direction);
+  check_writeable("residual", residual);
+  args.theta = theta.data();
+  args.coordinates = coordinates.data();
+  args.direction = direction.mutable_data();
+  args.residual = residual.mutable_data();
+  args.plan = make_plan(args.basis.numel);
+  run_chunks(args.plan, threads,
+             [&](int64_t b, int64_t e) { kernels.reconstruct_residual(args, b, e); });
+}
+
 void trial_(const py::sequence& params, const py::array& point, const py::array& direction,
             double alpha, const std::string& path, int64_t threads) {
   const CpuKernels& kernels = path_by_name(path);
@@ -129,17 +176,16 @@ void trial_(const py::sequence& params, const py::array& point, const py::array&
   run_chunks(args.plan, threads, [&](int64_t b, int64_t e) { kernels.trial(args, b, e); });
 }
 
-py::array gram_append_(py::array& snapshots, int64_t index, const py::sequence& params,
-                       const py::array& anchor, Scale& scale, const std::string& path,
-                       int64_t threads) {
-  const CpuKernels& kernels = path_by_name(path);
+// The arguments of what stores a snapshot; the entries of its list live in `entries`.
+GramAppendArgs store_args(py::array& snapshots, int64_t index, const py::sequence& params,
+                          const py::array& anchor, Scale& scale, std::vector<Entry>& entries) {
   GramAppendArgs args;
   args.snapshots = make_rows("snapshots", snapshots, scale);
   const Rows& rows = args.snapshots;
   check_value(index >= 0 && index < rows.rows, "index: expected 0 <= index < ", rows.rows, ", got ",
               index);
   check_writeable("snapshots", snapshots);
-  const auto entries = make_list("params", params, rows.numel, false);
+  entries = make_list("params", params, rows.numel, false);
   args.list = view(entries);
   check_array("anchor", anchor, wide_of_rows(rows), {rows.numel});
   args.anchor = anchor.data();
@@ -152,10 +198,45 @@ py::array gram_append_(py::array& snapshots, int64_t index, const py::sequence& 
         static_cast<float*>(scale->mutable_data()) + index * ceil_div(rows.numel, kScaleBlock);
   }
   args.plan = make_plan(rows.numel);
+  return args;
+}
+
+void store_snapshot_(py::array& snapshots, int64_t index, const py::sequence& params,
+                     const py::array& anchor, Scale& scale, const std::string& path,
+                     int64_t threads) {
+  const CpuKernels& kernels = path_by_name(path);
+  std::vector<Entry> entries;
+  const GramAppendArgs args = store_args(snapshots, index, params, anchor, scale, entries);
+  run_chunks(args.plan, threads, [&](int64_t b, int64_t e) { kernels.store_snapshot(args, b, e); });
+}
+
+py::array gram_append_(py::array& snapshots, int64_t index, const py::sequence& params,
+                       const py::array& anchor, Scale& scale, const std::string& path,
+                       int64_t threads) {
+  const CpuKernels& kernels = path_by_name(path);
+  std::vector<Entry> entries;
+  GramAppendArgs args = store_args(snapshots, index, params, anchor, scale, entries);
   auto partials = make_partials(args.plan, index + 1);
   args.partials = partials.data();
   run_chunks(args.plan, threads, [&](int64_t b, int64_t e) { kernels.gram_append(args, b, e); });
   return reduced(partials, args.plan, {index + 1});
+}
+
+py::array gram_block(const py::array& snapshots, int64_t index, int64_t count, const Scale& scale,
+                     const std::string& path, int64_t threads) {
+  const CpuKernels& kernels = path_by_name(path);
+  GramBlockArgs args;
+  args.snapshots = make_rows("snapshots", snapshots, scale);
+  const int64_t rows = args.snapshots.rows;
+  check_value(index >= 0 && count >= 1 && index + count <= rows,
+              "index and count: expected rows of ", rows, ", got ", index, " and ", count);
+  args.index = index;
+  args.count = count;
+  args.plan = make_plan(args.snapshots.numel);
+  auto partials = make_partials(args.plan, count * (index + count));
+  args.partials = partials.data();
+  run_chunks(args.plan, threads, [&](int64_t b, int64_t e) { kernels.gram_block(args, b, e); });
+  return reduced(partials, args.plan, {count, index + count});
 }
 
 py::array gram(const py::array& snapshots, const Scale& scale, const std::string& path,
@@ -195,86 +276,6 @@ void form_basis_(py::array& out, const py::array& snapshots, const py::array& co
   run_chunks(args.plan, threads, [&](int64_t b, int64_t e) { kernels.form_basis(args, b, e); });
 }
 
-// ---- planner ----
-
-// Entries of these sizes that point nowhere; the planner never looks at the data.
-std::vector<Entry> pretended_entries(const std::vector<int64_t>& sizes) {
-  std::vector<Entry> entries;
-  int64_t at = 0;
-  for (const int64_t size : sizes) {
-    check_value(size >= 0, "sizes: expected sizes of at least 0, got ", size);
-    if (size == 0) continue;
-    Entry entry;
-    entry.begin = at;
-    entry.numel = size;
-    entries.push_back(entry);
-    at += size;
-  }
-  return entries;
-}
-
-int64_t find_pretended(const std::vector<int64_t>& sizes, int64_t index) {
-  const auto entries = pretended_entries(sizes);
-  const int64_t total = entries.empty() ? 0 : entries.back().begin + entries.back().numel;
-  check_value(index >= 0 && index < total, "index: expected 0 <= index < ", total, ", got ", index);
-  return find_entry(view(entries), index);
-}
-
-using Piece = std::tuple<int64_t, int64_t, int64_t, int64_t>;
-
-std::vector<Piece> pieces(const std::vector<int64_t>& sizes, int64_t begin, int64_t end) {
-  const auto entries = pretended_entries(sizes);
-  const int64_t total = entries.empty() ? 0 : entries.back().begin + entries.back().numel;
-  check_value(begin >= 0 && end <= total, "expected 0 <= begin and end <= ", total, ", got ", begin,
-              " and ", end);
-  std::vector<Piece> found;
-  for_each_piece(view(entries), begin, end,
-                 [&](const Entry& entry, int64_t offset, int64_t position, int64_t count) {
-                   found.emplace_back(&entry - entries.data(), offset, position, count);
-                 });
-  return found;
-}
-
-// ---- scalar conversions ----
-
-py::array widen_codes(const py::array& codes) {
-  check_array("codes", codes, dtype_of("codes", codes), {codes.size()});
-  py::array_t<double> values(codes.size());
-  double* to = values.mutable_data();
-  dispatch(dtype_of("codes", codes), [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* from = static_cast<const T*>(codes.data());
-    for (int64_t i = 0; i < codes.size(); ++i) {
-      if constexpr (std::is_same_v<T, double>) {
-        to[i] = from[i];
-      } else {
-        to[i] = widen(from[i]);
-      }
-    }
-  });
-  return values;
-}
-
-// The codes as unsigned integers.
-py::array narrow_values(const py::array& values, const std::string& dtype) {
-  check_array("values", values, DType::f32, {values.size()});
-  py::array_t<uint32_t> codes(values.size());
-  const float* from = static_cast<const float*>(values.data());
-  uint32_t* to = codes.mutable_data();
-  dispatch(dtype_by_name(dtype), [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if constexpr (!std::is_same_v<T, double>) {
-      for (int64_t i = 0; i < values.size(); ++i) {
-        T code;
-        narrow(from[i], code);
-        to[i] = 0;
-        __builtin_memcpy(&to[i], &code, sizeof(T));
-      }
-    }
-  });
-  return codes;
-}
-
 #if defined(DLDR_SANITIZE)
 // What a sanitizer must catch: a list that claims one element more than it has.
 void read_past_the_end() {
@@ -282,7 +283,8 @@ void read_past_the_end() {
   std::vector<double> partials(1);
   const Entry entry{const_cast<float*>(data.data()), 0, 18, DType::f32, false};
   const Rows rows{basis.data(), DType::f32, 1, 18, 18, nullptr};
-  available_kernels().back()->project({make_plan(18), rows, {&entry, 1}, partials.data()}, 0, 1);
+  const EntryList list = {&entry, 1};
+  available_kernels().back()->project({make_plan(18), rows, &list, 1, partials.data()}, 0, 1);
 }
 // And: a sum of sizes past the largest integer.
 int64_t overflow() { return Plan{INT64_MAX, kTile, 2, INT64_MAX, 2}.chunk_begin(1); }
@@ -293,10 +295,6 @@ int64_t overflow() { return Plan{INT64_MAX, kTile, 2, INT64_MAX, 2}.chunk_begin(
 PYBIND11_MODULE(dldr_kernels, m) {
   using py::kw_only, py::arg;
   m.doc() = "The torch-free kernels of dldr_ext over NumPy arrays.";
-  m.attr("TILE") = kTile;
-  m.attr("SCALE_BLOCK") = kScaleBlock;
-  m.attr("MAX_CHUNKS") = kMaxChunks;
-  m.attr("MAX_DIM") = kMaxDim;
 
   m.def("paths", [] {
     std::vector<std::string> names;
@@ -308,35 +306,33 @@ PYBIND11_MODULE(dldr_kernels, m) {
   m.def("project", &project, arg("basis"), arg("tensors"), kw_only(), arg("scale") = py::none(),
         arg("path") = "portable", arg("threads") = 1,
         "The float64 sums that the op rounds to its result, shape (d,).");
+  m.def("project_many", &project_many, arg("basis"), arg("lists"), kw_only(),
+        arg("scale") = py::none(), arg("path") = "portable", arg("threads") = 1,
+        "Such sums for several lists, shape (lists, d).");
   m.def("reconstruct_", &reconstruct_, arg("params"), arg("origin").none(true), arg("basis"),
         arg("theta"), kw_only(), arg("scale") = py::none(), arg("path") = "portable",
         arg("threads") = 1);
+  m.def("reconstruct_residual_", &reconstruct_residual_, arg("direction"), arg("residual"),
+        arg("basis"), arg("theta"), arg("coordinates"), arg("tensors"), kw_only(),
+        arg("scale") = py::none(), arg("path") = "portable", arg("threads") = 1);
   m.def("trial_", &trial_, arg("params"), arg("point"), arg("direction"), arg("alpha"), kw_only(),
         arg("path") = "portable", arg("threads") = 1);
+  m.def("store_snapshot_", &store_snapshot_, arg("snapshots"), arg("index"), arg("params"),
+        arg("anchor"), kw_only(), arg("scale") = py::none(), arg("path") = "portable",
+        arg("threads") = 1);
   m.def("gram_append_", &gram_append_, arg("snapshots"), arg("index"), arg("params"), arg("anchor"),
         kw_only(), arg("scale") = py::none(), arg("path") = "portable", arg("threads") = 1,
         "Writes the row and returns its products, shape (index + 1,).");
+  m.def("gram_block", &gram_block, arg("snapshots"), arg("index"), arg("count"), kw_only(),
+        arg("scale") = py::none(), arg("path") = "portable", arg("threads") = 1,
+        "Products of rows index, ..., index + count - 1 with those up to themselves, shape "
+        "(count, index + count).");
   m.def("gram", &gram, arg("snapshots"), kw_only(), arg("scale") = py::none(),
         arg("path") = "portable", arg("threads") = 1);
   m.def("form_basis_", &form_basis_, arg("out"), arg("snapshots"), arg("coefficients"), kw_only(),
         arg("scale") = py::none(), arg("path") = "portable", arg("threads") = 1);
 
-  py::class_<Plan>(m, "Plan")
-      .def_readonly("numel", &Plan::numel)
-      .def_readonly("tile", &Plan::tile)
-      .def_readonly("tiles", &Plan::tiles)
-      .def_readonly("tiles_per_chunk", &Plan::tiles_per_chunk)
-      .def_readonly("chunks", &Plan::chunks)
-      .def("chunk_begin", &Plan::chunk_begin)
-      .def("chunk_end", &Plan::chunk_end);
-  m.def("make_plan", &make_plan, arg("numel"), arg("tile") = kTile, arg("max_chunks") = kMaxChunks);
-  m.def("make_gram_plan", &make_gram_plan, arg("rows"), arg("numel"));
-  m.def("find_entry", &find_pretended, arg("sizes"), arg("index"),
-        "The tensor that holds element `index`, counting those of size 0 out.");
-  m.def("pieces", &pieces, arg("sizes"), arg("begin"), arg("end"),
-        "(tensor, offset in it, position in [begin, end), count), tensors of size 0 not counted.");
-  m.def("widen", &widen_codes, arg("codes"));
-  m.def("narrow", &narrow_values, arg("values"), arg("dtype"));
+  bind_planner(m);
 
 #if defined(DLDR_SANITIZE)
   m.attr("SANITIZERS") = DLDR_SANITIZE;

@@ -19,11 +19,12 @@ struct Rows {
 
 // Arithmetic is float32, or float64 where the rows are float64: `wide` pointers are of that type.
 
-// partials[chunk * rows + r] = sum over the chunk of rows[r, i] * list[i]
+// partials[(chunk * count + k) * rows + r] = sum over the chunk of rows[r, i] * lists[k][i]
 struct ProjectArgs {
   Plan plan;
   Rows basis;
-  EntryList list;
+  const EntryList* lists = nullptr;
+  int64_t count = 1;
   double* partials = nullptr;
 };
 
@@ -34,6 +35,18 @@ struct ReconstructArgs {
   EntryList list;
   const void* origin = nullptr;  // wide, or null for zeros
   const void* theta = nullptr;   // wide
+};
+
+// direction[i] = sum over r of theta[r] * basis[r, i]; residual[i] = list[i] - the same sum with
+// coordinates. All but the basis and the list are wide.
+struct ResidualArgs {
+  Plan plan;
+  Rows basis;
+  EntryList list;
+  const void* theta = nullptr;
+  const void* coordinates = nullptr;
+  void* direction = nullptr;
+  void* residual = nullptr;
 };
 
 // list[i] = point[i] + alpha * direction[i]
@@ -47,6 +60,7 @@ struct TrialArgs {
 };
 
 // Row `index` = round(list - anchor); partials[chunk * (index + 1) + t] = its product with row t.
+// store_snapshot writes the row alone.
 struct GramAppendArgs {
   Plan plan;
   Rows snapshots;  // rows [0, index] are touched
@@ -55,6 +69,17 @@ struct GramAppendArgs {
   int64_t index = 0;
   void* row = nullptr;         // row `index` of the snapshots
   float* row_scale = nullptr;  // and of its scale
+  double* partials = nullptr;
+};
+
+// partials[((chunk - first) * count + k) * (index + count) + t], t <= index + k, = product of rows
+// index + k and t over the chunk, the same to the bit as gram_append's.
+struct GramBlockArgs {
+  Plan plan;
+  Rows snapshots;
+  int64_t index = 0;
+  int64_t count = 0;
+  int64_t first = 0;  // the chunk whose sums are the first in partials
   double* partials = nullptr;
 };
 
@@ -79,13 +104,18 @@ struct CpuKernels {
   const char* name;
   void (*project)(const ProjectArgs&, int64_t begin, int64_t end);
   void (*reconstruct)(const ReconstructArgs&, int64_t begin, int64_t end);
+  void (*reconstruct_residual)(const ResidualArgs&, int64_t begin, int64_t end);
   void (*trial)(const TrialArgs&, int64_t begin, int64_t end);
+  void (*store_snapshot)(const GramAppendArgs&, int64_t begin, int64_t end);
   void (*gram_append)(const GramAppendArgs&, int64_t begin, int64_t end);
+  void (*gram_block)(const GramBlockArgs&, int64_t begin, int64_t end);
   void (*gram)(const GramArgs&, int64_t begin, int64_t end);
   void (*form_basis)(const FormBasisArgs&, int64_t begin, int64_t end);
 };
 
-// sums[k] = sum over chunks of partials[chunk * width + k], in order of the chunks.
+// sums[k] += sum over chunks of partials[chunk * width + k], in order of the chunks.
+void add_chunks(const double* partials, int64_t chunks, int64_t width, double* sums);
+// The same from zero.
 void reduce_chunks(const double* partials, int64_t chunks, int64_t width, double* sums);
 
 }  // namespace dldr

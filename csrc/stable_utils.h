@@ -176,11 +176,11 @@ inline Tensor check_small(const char* op, const char* name, const Tensor& tensor
   return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
 }
 
-inline Tensor check_theta(const char* op, const Tensor& theta, const Rows& basis,
+inline Tensor check_theta(const char* op, const char* name, const Tensor& theta, const Rows& basis,
                           const Tensor& reference) {
-  check_value(theta.dim() == 1 && theta.numel() == basis.rows, op, "theta: expected shape (",
+  check_value(theta.dim() == 1 && theta.numel() == basis.rows, op, name, ": expected shape (",
               basis.rows, ",), one number per row of basis, got ", shape_of(theta));
-  return check_small(op, "theta", theta, wide_of(basis.dtype), reference);
+  return check_small(op, name, theta, wide_of(basis.dtype), reference);
 }
 
 // A list of parameter tensors as the kernels read it. Tensors that are not contiguous in logical
@@ -189,32 +189,32 @@ class TensorList {
  public:
   enum class Access { read, write };
 
+  TensorList() = default;
+
   TensorList(const char* op, const char* name, const std::vector<Tensor>& tensors, int64_t numel,
              const char* numel_source, const Tensor& reference, Access access) {
     entries_.reserve(tensors.size());
-    int64_t at = 0;
+    for (size_t i = 0; i < tensors.size(); ++i) add(op, name, i, tensors[i], reference, access);
+    check_value(numel_ == numel, op, name, ": expected ", numel, " elements in all (", numel_source,
+                "), got ", numel_);
+  }
+
+  // `lists` lists of `numel` elements each, one behind the other, to be read.
+  static std::vector<TensorList> split(const char* op, const char* name,
+                                       const std::vector<Tensor>& tensors, int64_t lists,
+                                       int64_t numel, const char* numel_source,
+                                       const Tensor& reference) {
+    std::vector<TensorList> found(static_cast<size_t>(lists));
+    size_t at = 0;
     for (size_t i = 0; i < tensors.size(); ++i) {
-      const Tensor& tensor = tensors[i];
-      const auto label = [&] { return std::string(name) + "[" + std::to_string(i) + "]"; };
-      if (tensor.is_cpu() != reference.is_cpu() || !tensor.is_cpu()) {
-        check_device(op, label().c_str(), tensor, reference);
-      }
-      Entry entry;
-      const auto dtype = dtype_of(tensor.scalar_type());
-      entry.dtype = dtype && !is_quantized(*dtype) ? *dtype : float_dtype(op, label(), tensor);
-      entry.numel = tensor.numel();
-      if (entry.numel == 0) continue;
-      entry.begin = at;
-      at += entry.numel;
-      if (tensor.is_contiguous()) {
-        entry.data = tensor.data_ptr();
-      } else {
-        add_strided(op, label(), tensor, access, entry);
-      }
-      entries_.push_back(entry);
+      if (found[at].numel_ >= numel && at + 1 < found.size()) ++at;
+      found[at].add(op, name, i, tensors[i], reference, Access::read);
     }
-    check_value(at == numel, op, name, ": expected ", numel, " elements in all (", numel_source,
-                "), got ", at);
+    for (size_t k = 0; k < found.size(); ++k) {
+      check_value(found[k].numel_ == numel, op, name, ": expected ", lists, " lists of ", numel,
+                  " elements each (", numel_source, "), got ", found[k].numel_, " in list ", k);
+    }
+    return found;
   }
 
   // Hands what was written into the copies on to the tensors themselves.
@@ -225,6 +225,27 @@ class TensorList {
   EntryList view() const { return {entries_.data(), static_cast<int64_t>(entries_.size())}; }
 
  private:
+  void add(const char* op, const char* name, size_t i, const Tensor& tensor,
+           const Tensor& reference, Access access) {
+    const auto label = [&] { return std::string(name) + "[" + std::to_string(i) + "]"; };
+    if (tensor.is_cpu() != reference.is_cpu() || !tensor.is_cpu()) {
+      check_device(op, label().c_str(), tensor, reference);
+    }
+    Entry entry;
+    const auto dtype = dtype_of(tensor.scalar_type());
+    entry.dtype = dtype && !is_quantized(*dtype) ? *dtype : float_dtype(op, label(), tensor);
+    entry.numel = tensor.numel();
+    if (entry.numel == 0) return;
+    entry.begin = numel_;
+    numel_ += entry.numel;
+    if (tensor.is_contiguous()) {
+      entry.data = tensor.data_ptr();
+    } else {
+      add_strided(op, label(), tensor, access, entry);
+    }
+    entries_.push_back(entry);
+  }
+
   void add_strided(const char* op, const std::string& label, const Tensor& tensor, Access access,
                    Entry& entry) {
     bool constant = true, overlapping = false;
@@ -248,6 +269,7 @@ class TensorList {
     }
   }
 
+  int64_t numel_ = 0;
   std::vector<Entry> entries_;
   std::vector<std::pair<Tensor, Tensor>> copies_;
 };

@@ -49,6 +49,15 @@ def _project(basis: Tensor, tensors: list[Tensor], scale: Tensor | None = None) 
     return basis.new_empty((basis.shape[0],), dtype=_wide(basis))
 
 
+@torch.library.register_fake("dldr_ext::project_many")
+def _project_many(
+    basis: Tensor, tensors: list[Tensor], lists: int, scale: Tensor | None = None
+) -> Tensor:
+    _check_rows("project_many", "basis", basis)
+    _check_list("project_many", "tensors", tensors, lists * basis.shape[1], basis.device)
+    return basis.new_empty((lists, basis.shape[0]), dtype=_wide(basis))
+
+
 @torch.library.register_fake("dldr_ext::reconstruct")
 def _reconstruct(
     origin: Tensor | None, basis: Tensor, theta: Tensor, scale: Tensor | None = None
@@ -81,6 +90,20 @@ def _reconstruct_(
     _check_list("reconstruct_", "params", params, basis.shape[1], basis.device)
 
 
+@torch.library.register_fake("dldr_ext::reconstruct_residual")
+def _reconstruct_residual(
+    basis: Tensor,
+    theta: Tensor,
+    coordinates: Tensor,
+    tensors: list[Tensor],
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check_rows("reconstruct_residual", "basis", basis)
+    _check_list("reconstruct_residual", "tensors", tensors, basis.shape[1], basis.device)
+    shape, dtype = (basis.shape[1],), _wide(basis)
+    return basis.new_empty(shape, dtype=dtype), basis.new_empty(shape, dtype=dtype)
+
+
 @torch.library.register_fake("dldr_ext::trial_")
 def _trial_(params: list[Tensor], point: Tensor, direction: Tensor, alpha: float) -> None:
     _check_list("trial_", "params", params, point.numel(), point.device)
@@ -104,6 +127,25 @@ def _gram_append_(
 ) -> None:
     _check_rows("gram_append_", "snapshots", snapshots)
     _check_list("gram_append_", "params", params, snapshots.shape[1], snapshots.device)
+
+
+@torch.library.register_fake("dldr_ext::store_snapshot_")
+def _store_snapshot_(
+    snapshots: Tensor,
+    index: int,
+    params: list[Tensor],
+    anchor: Tensor,
+    scale: Tensor | None = None,
+) -> None:
+    _check_rows("store_snapshot_", "snapshots", snapshots)
+    _check_list("store_snapshot_", "params", params, snapshots.shape[1], snapshots.device)
+
+
+@torch.library.register_fake("dldr_ext::gram_block_")
+def _gram_block_(
+    snapshots: Tensor, gram: Tensor, index: int, count: int, scale: Tensor | None = None
+) -> None:
+    _check_rows("gram_block_", "snapshots", snapshots)
 
 
 @torch.library.register_fake("dldr_ext::form_basis")

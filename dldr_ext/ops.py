@@ -16,24 +16,29 @@ Bad input raises ``ValueError`` or ``TypeError`` before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ._calls import call, check_list, fill_none
+from ._params import type_name
 
 __all__ = [
     "form_basis",
     "gram",
     "gram_append_",
+    "gram_block_",
     "project",
+    "project_many",
     "reconstruct",
     "reconstruct_",
+    "reconstruct_residual",
+    "store_snapshot_",
     "trial_",
 ]
 
 SCALE_BLOCK = 256
-_QUANTIZED = (torch.int8, torch.float8_e4m3fn)
 _raw = torch.ops.dldr_ext
 
 
@@ -58,8 +63,44 @@ def project(
         float32 (float64 for a float64 basis). Differentiable in the tensors (backward is
         `reconstruct`).
     """
-    tensors = _fill_none(basis, tensors)
-    return _call("project", _raw.project.default, basis, tensors, scale=scale)
+    tensors = fill_none("project", "tensors", basis, tensors)
+    return call("project", _raw.project.default, basis, tensors, scale=scale)
+
+
+def project_many(
+    basis: Tensor,
+    lists: Sequence[Sequence[Tensor | None]],
+    *,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Coordinates of several lists of tensors, with one read of the basis.
+
+    Parameters
+    ----------
+    basis, scale
+        As in `project`.
+    lists : sequence of sequences of Tensor or None
+        At least one; n elements in each, None as in `project`.
+
+    Returns
+    -------
+    Tensor, shape (len(lists), d)
+        Row k is bitwise what `project` gives for ``lists[k]``.
+    """
+    if isinstance(lists, Tensor) or not isinstance(lists, (list, tuple)):
+        raise TypeError(
+            f"project_many: lists: expected a list or tuple of lists, got {type_name(lists)}"
+        )
+    tensors: list[Tensor] = []
+    for k, one in enumerate(lists):
+        name = f"lists[{k}]"
+        filled = fill_none("project_many", name, basis, one)
+        check_list("project_many", name, filled, basis)
+        tensors += filled
+    with torch.no_grad():
+        return call(
+            "project_many", _raw.project_many.default, basis, tensors, len(lists), scale=scale
+        )
 
 
 def reconstruct(
@@ -83,7 +124,7 @@ def reconstruct(
     """
     if isinstance(basis, Tensor) and basis.requires_grad and torch.is_grad_enabled():
         raise ValueError("reconstruct: basis: expected a tensor that needs no gradient, got one")
-    return _call("reconstruct", _raw.reconstruct.default, origin, basis, theta, scale=scale)
+    return call("reconstruct", _raw.reconstruct.default, origin, basis, theta, scale=scale)
 
 
 def reconstruct_(
@@ -100,8 +141,43 @@ def reconstruct_(
     and memory formats. Works on leaves that require a gradient (outside autograd).
     """
     with torch.no_grad():
-        _call("reconstruct_", _raw.reconstruct_.default, params, origin, basis, theta, scale=scale)
+        call("reconstruct_", _raw.reconstruct_.default, params, origin, basis, theta, scale=scale)
     _written(*params)
+
+
+def reconstruct_residual(
+    basis: Tensor,
+    theta: Tensor,
+    coordinates: Tensor,
+    tensors: Sequence[Tensor | None],
+    *,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """P theta and the part of a gradient outside the subspace, with one read of the basis.
+
+    Parameters
+    ----------
+    basis, scale
+        As in `project`.
+    theta, coordinates : Tensor, shape (d,)
+    tensors : sequence of Tensor or None
+        As in `project`.
+
+    Returns
+    -------
+    direction : Tensor, shape (n,)
+        theta @ basis, bitwise what `reconstruct` gives with origin None.
+    residual : Tensor, shape (n,)
+        flat(tensors) - coordinates @ basis, the product summed alone and subtracted once: the
+        gradient less its projection if ``coordinates`` is what `project` gives. Both float32
+        (float64 for a float64 basis).
+    """
+    name = "reconstruct_residual"
+    tensors = fill_none(name, "tensors", basis, tensors)
+    with torch.no_grad():
+        return call(
+            name, _raw.reconstruct_residual.default, basis, theta, coordinates, tensors, scale=scale
+        )
 
 
 def trial_(params: Sequence[Tensor], point: Tensor, direction: Tensor, alpha: float) -> None:
@@ -117,7 +193,7 @@ def trial_(params: Sequence[Tensor], point: Tensor, direction: Tensor, alpha: fl
         Finite. The basis is not read: a trial moves 12 bytes a parameter.
     """
     with torch.no_grad():
-        _call("trial_", _raw.trial_.default, params, point, direction, alpha)
+        call("trial_", _raw.trial_.default, params, point, direction, alpha)
     _written(*params)
 
 
@@ -135,7 +211,7 @@ def gram(snapshots: Tensor, *, scale: Tensor | None = None) -> Tensor:
         Symmetric to the bit.
     """
     with torch.no_grad():
-        return _call("gram", _raw.gram.default, snapshots, scale=scale)
+        return call("gram", _raw.gram.default, snapshots, scale=scale)
 
 
 def gram_append_(
@@ -168,7 +244,7 @@ def gram_append_(
         over the largest stored value.
     """
     with torch.no_grad():
-        _call(
+        call(
             "gram_append_",
             _raw.gram_append_.default,
             snapshots,
@@ -179,6 +255,54 @@ def gram_append_(
             scale=scale,
         )
     _written(snapshots, gram, *(() if scale is None else (scale,)))
+
+
+def store_snapshot_(
+    snapshots: Tensor,
+    index: int,
+    params: Sequence[Tensor],
+    anchor: Tensor,
+    *,
+    scale: Tensor | None = None,
+) -> None:
+    """Stores one snapshot exactly as `gram_append_` does, without any product.
+
+    Arguments as in `gram_append_`. No other row is read; `gram_block_` makes the products later.
+    """
+    with torch.no_grad():
+        call(
+            "store_snapshot_",
+            _raw.store_snapshot_.default,
+            snapshots,
+            index,
+            params,
+            anchor,
+            scale=scale,
+        )
+    _written(snapshots, *(() if scale is None else (scale,)))
+
+
+def gram_block_(
+    snapshots: Tensor, gram: Tensor, index: int, count: int, *, scale: Tensor | None = None
+) -> None:
+    """Rows ``index``, ..., ``index + count - 1`` of the Gram matrix of rows stored already.
+
+    Fills ``gram[index : index + count, : index + count]`` and its mirror, bit for bit as ``count``
+    calls of `gram_append_` would have, with one read of the rows before ``index``.
+
+    Parameters
+    ----------
+    snapshots : Tensor, shape (capacity, n)
+        Rows up to ``index + count - 1`` are read.
+    gram : Tensor, shape (capacity, capacity), float64
+    index, count : int
+        0 <= index, 1 <= count, index + count <= capacity.
+    scale : Tensor, shape (capacity, ceil(n / 256)), optional
+        For int8 and float8_e4m3fn snapshots.
+    """
+    with torch.no_grad():
+        call("gram_block_", _raw.gram_block_.default, snapshots, gram, index, count, scale=scale)
+    _written(gram)
 
 
 def form_basis(
@@ -205,7 +329,7 @@ def form_basis(
     Tensor, shape (d, n)
     """
     with torch.no_grad():
-        return _call(
+        return call(
             "form_basis", _raw.form_basis.default, snapshots, coefficients, scale=scale, dtype=dtype
         )
 
@@ -214,97 +338,3 @@ def _written(*tensors: Tensor) -> None:
     """Tells autograd that the tensors changed, so that a stale saved tensor is noticed."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)
-
-
-def _fill_none(basis: Tensor, tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
-    """Puts one stride-0 zero in the place of the Nones of a list."""
-    if not isinstance(tensors, (list, tuple)) or not any(t is None for t in tensors):
-        return tensors  # type: ignore[return-value]  # a list without None, or diagnosed later
-    places = [i for i, t in enumerate(tensors) if t is None]
-    if not isinstance(basis, Tensor) or basis.dim() != 2:
-        _diagnose("project", {"basis": basis})
-    first, last = places[0], places[-1]
-    if last - first + 1 != len(places):
-        raise ValueError(
-            f"project: tensors: the Nones at {places} do not stand side by side, so the size of "
-            "each is unknown; pass torch.zeros((), device=...).expand(shape) for each instead"
-        )
-    rest = [t for t in tensors if t is not None]
-    _check_tensors("project", "tensors", rest)
-    missing = basis.shape[1] - sum(t.numel() for t in rest)
-    if missing < 0:
-        raise ValueError(
-            f"project: tensors: expected {basis.shape[1]} elements in all (columns of basis), "
-            f"got {basis.shape[1] - missing} beside None"
-        )
-    zero = torch.zeros((), dtype=torch.float32, device=basis.device).expand(missing)
-    return [*rest[:first], zero, *rest[first:]]
-
-
-def _call(name: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls the raw op; turns its RuntimeError into a ValueError or TypeError.
-
-    The checks live in C++ and cost nothing here. Only a failed call is looked at again: the ops
-    mark their own messages with the exception's name, and what the dispatcher refuses before an op
-    is reached (sparse, mixed devices, not a tensor) is diagnosed in Python.
-    """
-    try:
-        return op(*args, **kwargs)
-    except (RuntimeError, TypeError) as error:
-        schema = [argument.name for argument in op._schema.arguments]  # type: ignore[attr-defined]
-        _diagnose(name, dict(zip(schema, args, strict=False)) | kwargs)
-        kind, _, rest = str(error).partition("\n")[0].partition(": ")
-        if kind == "ValueError":
-            raise ValueError(rest) from None
-        if kind == "TypeError":
-            raise TypeError(rest) from None
-        raise
-
-
-_LISTS = ("params", "tensors")
-_NUMBERS = {"index": int, "alpha": (int, float)}
-_OPTIONAL = ("origin", "scale", "dtype")
-
-
-def _diagnose(name: str, arguments: dict[str, Any]) -> None:
-    """Raises for what the dispatcher refuses; returns if nothing is found."""
-    devices: dict[torch.device, str] = {}
-    for argument, value in arguments.items():
-        if value is None and argument in _OPTIONAL:
-            continue
-        if argument == "dtype":
-            if not isinstance(value, torch.dtype):
-                raise TypeError(f"{name}: dtype: expected a torch.dtype, got {_kind(value)}")
-        elif argument in _NUMBERS:
-            if isinstance(value, bool) or not isinstance(value, _NUMBERS[argument]):  # type: ignore[arg-type]
-                raise TypeError(f"{name}: {argument}: expected a number, got {_kind(value)}")
-        elif argument in _LISTS:
-            if isinstance(value, Tensor) or not isinstance(value, (list, tuple)):
-                raise TypeError(
-                    f"{name}: {argument}: expected a list or tuple of tensors, got {_kind(value)}"
-                )
-            _check_tensors(name, argument, value)
-            for i, tensor in enumerate(value):
-                devices.setdefault(tensor.device, f"{argument}[{i}]")
-        else:
-            _check_tensors(name, argument, value)
-            devices.setdefault(value.device, argument)
-    if len(devices) > 1:
-        where = ", ".join(f"{argument} on {device}" for device, argument in devices.items())
-        raise ValueError(f"{name}: expected all tensors on one device, got {where}")
-
-
-def _check_tensors(name: str, argument: str, value: Any) -> None:
-    many = argument in _LISTS
-    for i, tensor in enumerate(value if many else [value]):
-        label = f"{argument}[{i}]" if many else argument
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: {label}: expected a tensor, got {_kind(tensor)}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name}: {label}: expected a dense tensor, got {tensor.layout}")
-        if tensor.is_complex():
-            raise TypeError(f"{name}: {label}: expected a real dtype, got {tensor.dtype}")
-
-
-def _kind(value: Any) -> str:
-    return "None" if value is None else type(value).__name__

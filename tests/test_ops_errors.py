@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -23,6 +25,7 @@ class Case:
         self.coefficients = torch.randn(2, T)
         self.scale = None
         self.index = 1
+        self.count = 2
         self.alpha = 0.5
         self.dtype = None
 
@@ -34,6 +37,20 @@ class Case:
         if op == "reconstruct_":
             return ops.reconstruct_(
                 self.tensors, self.origin, self.basis, self.theta, scale=self.scale
+            )
+        if op == "project_many":
+            return ops.project_many(self.basis, [[self.origin], self.tensors], scale=self.scale)
+        if op == "reconstruct_residual":
+            return ops.reconstruct_residual(
+                self.basis, self.theta, self.theta, self.tensors, scale=self.scale
+            )
+        if op == "store_snapshot_":
+            return ops.store_snapshot_(
+                self.snapshots, self.index, self.tensors, self.origin, scale=self.scale
+            )
+        if op == "gram_block_":
+            return ops.gram_block_(
+                self.snapshots, self.gram, self.index, self.count, scale=self.scale
             )
         if op == "trial_":
             return ops.trial_(self.tensors, self.origin, self.origin, self.alpha)
@@ -68,11 +85,15 @@ def refuse(op, kind, message, **spoiled):
 
 
 LISTS = [("project", "tensors"), ("reconstruct_", "params"), ("trial_", "params")]
-LISTS += [("gram_append_", "params")]
+LISTS += [("gram_append_", "params"), ("store_snapshot_", "params")]
+LISTS += [("project_many", "lists[1]"), ("reconstruct_residual", "tensors")]
 
 
 @pytest.mark.parametrize("op, name", LISTS)
 def test_lists(op, name):
+    name = re.escape(name)
+    # behind the one tensor of the list before
+    joined = r"tensors\[2\]" if op == "project_many" else rf"{name}\[1\]"
     short = [torch.randn(200), torch.randn(20, 19)]
     refuse(op, ValueError, rf"{op}: {name}: expected 600 elements .* got 580", tensors=short)
     long = [torch.randn(200), torch.randn(20, 21)]
@@ -84,9 +105,9 @@ def test_lists(op, name):
     text = [torch.randn(200), "weights"]
     refuse(op, TypeError, rf"{op}: {name}\[1\]: expected a tensor, got str", tensors=text)
     whole = [torch.randn(200), torch.ones(400, dtype=torch.int64)]
-    refuse(op, TypeError, rf"{op}: {name}\[1\]: expected float32.* got dtype Long", tensors=whole)
+    refuse(op, TypeError, rf"{op}: {joined}: expected float32.* got dtype Long", tensors=whole)
     byte = [torch.randn(200), torch.ones(400, dtype=torch.int8)]
-    refuse(op, TypeError, rf"{op}: {name}\[1\]: expected float32.* got torch.int8", tensors=byte)
+    refuse(op, TypeError, rf"{op}: {joined}: expected float32.* got torch.int8", tensors=byte)
     imaginary = [torch.randn(200), torch.randn(400, dtype=torch.complex64)]
     refuse(op, TypeError, rf"{op}: {name}\[1\]: .*complex64", tensors=imaginary)
     sparse = [torch.randn(200), torch.randn(20, 20).to_sparse()]
@@ -101,7 +122,10 @@ def test_written_lists_must_be_writable(op):
     refuse(op, ValueError, rf"{op}: params\[1\]: .*expanded", tensors=expanded)
 
 
-@pytest.mark.parametrize("op", ["project", "reconstruct", "reconstruct_"])
+BASES = ["project", "project_many", "reconstruct", "reconstruct_", "reconstruct_residual"]
+
+
+@pytest.mark.parametrize("op", BASES)
 def test_basis(op):
     refuse(op, ValueError, f"{op}: basis: expected 2 dimensions", basis=torch.randn(N))
     refuse(op, ValueError, f"{op}: basis: .*at least one row", basis=torch.randn(0, N))
@@ -117,7 +141,7 @@ def test_basis(op):
     refuse(op, ValueError, f"{op}: .*meta", basis=torch.randn(D, N, device="meta"))
 
 
-@pytest.mark.parametrize("op", ["project", "reconstruct", "reconstruct_"])
+@pytest.mark.parametrize("op", BASES)
 def test_scale(op):
     q = torch.ones(D, N, dtype=torch.int8)
     f8 = q.to(torch.float8_e4m3fn)
@@ -133,12 +157,16 @@ def test_scale(op):
     refuse(op, ValueError, f"{op}: scale: .*contiguous", basis=q, scale=torch.ones(3, D).T)
 
 
-@pytest.mark.parametrize("op", ["reconstruct", "reconstruct_"])
-def test_theta_and_origin(op):
+@pytest.mark.parametrize("op", ["reconstruct", "reconstruct_", "reconstruct_residual"])
+def test_theta(op):
     refuse(op, ValueError, rf"{op}: theta: expected shape \(4,\).* got \(5,\)", theta=torch.ones(5))
     refuse(op, ValueError, rf"{op}: theta: expected shape", theta=torch.ones(D, 1))
     refuse(op, TypeError, f"{op}: theta: .*Long", theta=torch.ones(D, dtype=torch.int64))
     refuse(op, TypeError, f"{op}: theta: expected a tensor, got list", theta=[1.0] * D)
+
+
+@pytest.mark.parametrize("op", ["reconstruct", "reconstruct_"])
+def test_origin(op):
     refuse(op, ValueError, f"{op}: origin: expected shape", origin=torch.ones(N + 1))
     refuse(op, ValueError, f"{op}: origin: expected shape", origin=torch.ones(N, 1))
     double = torch.ones(N, dtype=torch.float64)
@@ -163,20 +191,39 @@ def test_trial():
         ops.trial_([torch.ones(N)], torch.ones(N), torch.ones(N).double(), 1.0)
 
 
-def test_gram_append():
-    op = "gram_append_"
+APPENDS = ["gram_append_", "store_snapshot_", "gram_block_"]
+
+
+@pytest.mark.parametrize("op", APPENDS)
+def test_appended_rows(op):
     for index in (-1, T, 2**40):
         refuse(op, ValueError, rf"{op}: index: expected 0 <= index < 3 .* got {index}", index=index)
     refuse(op, TypeError, f"{op}: index: expected a number, got float", index=1.5)
+    refuse(op, ValueError, f"{op}: snapshots: expected 2 dim", snapshots=torch.ones(N))
+    refuse(op, ValueError, f"{op}: scale: .*None", snapshots=torch.ones(T, N, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("op", ["gram_append_", "gram_block_"])
+def test_appended_products(op):
     refuse(op, TypeError, f"{op}: gram: expected torch.float64", gram=torch.ones(T, T))
     wide = torch.ones(T, T + 1, dtype=torch.float64)
     refuse(op, ValueError, f"{op}: gram: expected a square", gram=wide)
     small = torch.ones(1, 1, dtype=torch.float64)
-    refuse(op, ValueError, f"{op}: gram: expected a square .* of more than 1", gram=small)
+    refuse(op, ValueError, f"{op}: gram: expected a square .* at least [23] rows", gram=small)
+    refuse(op, TypeError, f"{op}: gram: expected a tensor, got None", gram=None)
+
+
+@pytest.mark.parametrize("op", ["gram_append_", "store_snapshot_"])
+def test_appended_parameters(op):
     refuse(op, ValueError, f"{op}: anchor: expected shape", origin=torch.ones(N - 1))
     refuse(op, TypeError, f"{op}: anchor: .*float16", origin=torch.ones(N).half())
-    refuse(op, ValueError, f"{op}: snapshots: expected 2 dim", snapshots=torch.ones(N))
-    refuse(op, ValueError, f"{op}: scale: .*None", snapshots=torch.ones(T, N, dtype=torch.int8))
+
+
+def test_gram_block_counts_rows_that_are_there():
+    for count in (-1, 0, 3, 2**40):
+        message = rf"gram_block_: count: expected 1 <= count <= 2 .* got {count}"
+        refuse("gram_block_", ValueError, message, count=count)
+    refuse("gram_block_", TypeError, "gram_block_: count: expected a number, got None", count=None)
 
 
 @pytest.mark.parametrize("op", ["gram", "form_basis"])
@@ -208,6 +255,34 @@ def test_none_that_cannot_be_sized():
         "project", ValueError, "project: tensors: expected 600 .* got 700",
         tensors=[a, b, None, b],
     )  # fmt: skip
+
+
+def test_project_many_lists():
+    basis, a = torch.randn(D, N), torch.randn(N)
+    with pytest.raises(TypeError, match=r"project_many: lists: expected a list.* got Tensor"):
+        ops.project_many(basis, a)
+    with pytest.raises(TypeError, match=r"project_many: lists\[0\]: expected a list.* got Tensor"):
+        ops.project_many(basis, [a, a])
+    with pytest.raises(ValueError, match="project_many: lists: expected at least one list"):
+        ops.project_many(basis, [])
+    # the sizes of both lists together would be right
+    with pytest.raises(ValueError, match=r"lists\[0\]: expected 600 elements in all.* got 1200"):
+        ops.project_many(basis, [[a, a], []])
+    with pytest.raises(ValueError, match=r"project_many: lists\[1\]: the Nones at \[0, 2\]"):
+        ops.project_many(basis, [[a], [None, a[:9], None]])
+    raw = torch.ops.dldr_ext.project_many
+    halves = [a[:300], a[:601].repeat(2)[:600], a[:300]]
+    with pytest.raises(RuntimeError, match=r"expected 2 lists of 600 .* got 900 in list 0"):
+        raw(basis, halves, 2)
+
+
+def test_coordinates_of_reconstruct_residual():
+    basis, g, theta = torch.randn(D, N), [torch.randn(N)], torch.randn(D)
+    name = "reconstruct_residual: coordinates"
+    with pytest.raises(ValueError, match=rf"{name}: expected shape \(4,\).* got \(5,\)"):
+        ops.reconstruct_residual(basis, theta, torch.ones(5), g)
+    with pytest.raises(TypeError, match=f"{name}: expected a tensor, got None"):
+        ops.reconstruct_residual(basis, theta, None, g)
 
 
 def test_the_raw_op_raises_runtime_error():

@@ -42,7 +42,10 @@ def test_opcheck_lists(dtype, kind):
     anchor = torch.randn(500, dtype=wide(dtype))
     gram = torch.zeros(3, 3, dtype=torch.float64)
     check(raw.gram_append_.default, (s.basis.clone(), gram, 1, s.tensors, anchor, s.scale))
+    check(raw.store_snapshot_.default, (s.basis.clone(), 1, s.tensors, anchor, s.scale))
     check(raw.trial_.default, (s.tensors, anchor, anchor + 1, 0.5))
+    check(raw.project_many.default, (s.basis, [*s.tensors, *s.tensors], 2, s.scale))
+    check(raw.reconstruct_residual.default, (s.basis, s.theta, s.theta, s.tensors, s.scale))
 
 
 @dtypes
@@ -53,6 +56,8 @@ def test_opcheck_flat(dtype):
         theta = s.theta.clone().requires_grad_()
         check(raw.reconstruct.default, (origin, s.basis, theta, s.scale))
     check(raw.gram.default, (s.basis, s.scale))
+    gram = torch.zeros(3, 3, dtype=torch.float64)
+    check(raw.gram_block_.default, (s.basis, gram, 1, 2, s.scale))
     coefficients = torch.randn(2, 3)
     check(raw.form_basis.default, (s.basis, coefficients, s.scale))
     check(raw.form_basis.default, (s.basis, coefficients, s.scale), {"dtype": torch.bfloat16})
@@ -122,6 +127,9 @@ def test_meta_tensors():
     theta = torch.empty(5, device="meta")
     w = ops.reconstruct(None, basis, theta, scale=scale)
     assert w.shape == (2**33,) and w.device.type == "meta"
+    assert ops.project_many(basis, [[gradient], [gradient]], scale=scale).shape == (2, 5)
+    for vector in ops.reconstruct_residual(basis, theta, theta, [gradient], scale=scale):
+        assert vector.shape == (2**33,) and vector.dtype == torch.float32
 
 
 def test_build_info():

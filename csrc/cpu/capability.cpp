@@ -76,11 +76,15 @@ void set_active_kernels(const std::string& name) {
   active.store(kernels_by_name(name, "cpu_capability"), std::memory_order_release);
 }
 
-void reduce_chunks(const double* partials, int64_t chunks, int64_t width, double* sums) {
-  for (int64_t k = 0; k < width; ++k) sums[k] = 0;
+void add_chunks(const double* partials, int64_t chunks, int64_t width, double* sums) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (int64_t k = 0; k < width; ++k) sums[k] += partials[chunk * width + k];
   }
+}
+
+void reduce_chunks(const double* partials, int64_t chunks, int64_t width, double* sums) {
+  for (int64_t k = 0; k < width; ++k) sums[k] = 0;
+  add_chunks(partials, chunks, width, sums);
 }
 
 }  // namespace dldr

@@ -1,8 +1,8 @@
-// Products of several stored rows with one staged vector: the heart of project and gram_append.
-// Included once for each instruction set.
+// Products of several stored rows with one or two staged vectors at a time: the heart of project,
+// gram_append and gram_block. Included once for each instruction set.
 
 // Rows that are read side by side: enough streams and FMA chains to hide latency, few enough for
-// 16 registers.
+// 16 registers; with two vectors there are twice as many sums.
 constexpr int kRowBlock = 4;
 constexpr int64_t kCacheLine = 64;
 // How far ahead of the read position rows are prefetched.
@@ -20,42 +20,55 @@ inline double sum_lanes(Vec<A> v) {
   return sums[0];
 }
 
-// acc[r] += rows[r][begin, end) * x[begin, end) with begin and end multiples of a cache line of T.
-// The line `shift` elements ahead of the position is fetched from `fetch`.
-template <int R, class T, class A>
+// acc[v][r] += rows[r][begin, end) * x[v][begin, end) with begin and end multiples of a cache line
+// of T. The line `shift` elements ahead of the position is fetched from `fetch`.
+template <int R, int K, class T, class A>
 inline void dot_lines(const T* const (&rows)[R], const T* const (&fetch)[R], int64_t shift,
-                      const A* x, int64_t begin, int64_t end, Vec<A> (&acc)[R]) {
+                      const A* const (&x)[K], int64_t begin, int64_t end, Vec<A> (&acc)[K][R]) {
   using V = Vec<A>;
   constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(T));
   for (int64_t i = begin; i < end; i += kStep) {
     for (int r = 0; r < R; ++r) __builtin_prefetch(fetch[r] + i + shift);
     for (int64_t k = 0; k < kStep; k += V::lanes) {
-      const V v = load<V>(x + i + k);
-      for (int r = 0; r < R; ++r) acc[r] = fma(load<V>(rows[r] + i + k), v, acc[r]);
+      V vectors[K];
+      for (int v = 0; v < K; ++v) vectors[v] = load<V>(x[v] + i + k);
+      for (int r = 0; r < R; ++r) {
+        const V row = load<V>(rows[r] + i + k);
+        for (int v = 0; v < K; ++v) acc[v][r] = fma(row, vectors[v], acc[v][r]);
+      }
     }
   }
 }
 
 // What is left of a row behind the last whole cache line, padded with zeros; so is x.
-template <int R, class T, class A>
-inline void dot_rest(const T* const (&rows)[R], const A* x, int64_t begin, int64_t end,
-                     Vec<A> (&acc)[R]) {
+template <int R, int K, class T, class A>
+inline void dot_rest(const T* const (&rows)[R], const A* const (&x)[K], int64_t begin, int64_t end,
+                     Vec<A> (&acc)[K][R]) {
   using V = Vec<A>;
   for (int r = 0; r < R; ++r) {
     for (int64_t i = begin; i < end; i += V::lanes) {
       T rest[V::lanes] = {};
       __builtin_memcpy(rest, rows[r] + i,
                        static_cast<size_t>(min_of(V::lanes, end - i)) * sizeof(T));
-      acc[r] = fma(load<V>(rest), load<V>(x + i), acc[r]);
+      const V row = load<V>(rest);
+      for (int v = 0; v < K; ++v) acc[v][r] = fma(row, load<V>(x[v] + i), acc[v][r]);
     }
   }
 }
 
-// sums[r] += rows[first + r][begin, begin + count) * x for r < R; rows from `next` on are read
-// after these.
-template <int R, class T, class A>
+// Staged vectors, kTile numbers apart, and the sums of their products with all rows, `width` apart.
+template <class A>
+struct Products {
+  const A* x;
+  double* sums;
+  int64_t width;
+};
+
+// The products of rows first, ..., first + R - 1, columns [begin, begin + count), with vectors
+// vector, ..., vector + K - 1 are added to their sums; rows from `next` on are read after these.
+template <int R, int K, class T, class A>
 void dot_block(const Rows& rows, int64_t first, int64_t next, int64_t begin, int64_t count,
-               const A* x, double* sums) {
+               const Products<A>& products, int64_t vector) {
   using V = Vec<A>;
   constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(T));
   constexpr int64_t kAhead = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
@@ -65,57 +78,81 @@ void dot_block(const Rows& rows, int64_t first, int64_t next, int64_t begin, int
   const T* data = static_cast<const T*>(rows.data) + begin;
   const T* at[R];
   const T* ahead[R];
-  V acc[R];
+  const A* x[K];
+  V acc[K][R];
   for (int r = 0; r < R; ++r) {
     at[r] = data + (first + r) * rows.stride;
     ahead[r] = data + (next + r) * rows.stride;
-    acc[r] = broadcast<V>(A(0));
+  }
+  for (int v = 0; v < K; ++v) {
+    x[v] = products.x + (vector + v) * kTile;
+    for (auto& sum : acc[v]) sum = broadcast<V>(A(0));
   }
   if constexpr (scaled_format<T>::value) {
     const int64_t stride = ceil_div(rows.numel, kScaleBlock);
     const float* scale = rows.scale + first * stride + begin / kScaleBlock;
     for (int64_t block = 0; block < count; block += kScaleBlock) {
-      V part[R];
-      for (auto& v : part) v = broadcast<V>(A(0));
+      V part[K][R];
+      for (auto& line : part) {
+        for (auto& sum : line) sum = broadcast<V>(A(0));
+      }
       const int64_t end = min_of(block + kScaleBlock, whole);
       if (block < near) {
-        dot_lines<R>(at, at, kAhead, x, block, end, part);
+        dot_lines<R, K>(at, at, kAhead, x, block, end, part);
       } else {
-        dot_lines<R>(at, ahead, -near, x, block, end, part);
+        dot_lines<R, K>(at, ahead, -near, x, block, end, part);
       }
-      if (whole < block + kScaleBlock) dot_rest<R>(at, x, whole, count, part);
+      if (whole < block + kScaleBlock) dot_rest<R, K>(at, x, whole, count, part);
       for (int r = 0; r < R; ++r) {
-        acc[r] = fma(part[r], broadcast<V>(A(scale[r * stride + block / kScaleBlock])), acc[r]);
+        const V factor = broadcast<V>(A(scale[r * stride + block / kScaleBlock]));
+        for (int v = 0; v < K; ++v) acc[v][r] = fma(part[v][r], factor, acc[v][r]);
       }
     }
   } else {
-    dot_lines<R>(at, at, kAhead, x, 0, near, acc);
-    dot_lines<R>(at, ahead, -near, x, near, whole, acc);
-    dot_rest<R>(at, x, whole, count, acc);
+    dot_lines<R, K>(at, at, kAhead, x, 0, near, acc);
+    dot_lines<R, K>(at, ahead, -near, x, near, whole, acc);
+    dot_rest<R, K>(at, x, whole, count, acc);
   }
-  for (int r = 0; r < R; ++r) sums[r] += sum_lanes<A>(acc[r]);
+  for (int v = 0; v < K; ++v) {
+    double* sums = products.sums + (vector + v) * products.width + first;
+    for (int r = 0; r < R; ++r) sums[r] += sum_lanes<A>(acc[v][r]);
+  }
 }
 
-// sums[r] += rows[r][begin, begin + count) * x for all r < number of rows.
+// The same for rows [first, last), R of them side by side, and then one by one.
+template <int R, int K, class T, class A>
+inline void dot_rows(const Rows& rows, int64_t first, int64_t last, int64_t begin, int64_t count,
+                     const Products<A>& products, int64_t vector) {
+  int64_t r = first;
+  for (; r + R <= last; r += R) {
+    const int64_t next = r + 2 * R <= last ? r + R : r;
+    dot_block<R, K, T>(rows, r, next, begin, count, products, vector);
+  }
+  for (; r < last; ++r) dot_block<1, K, T>(rows, r, r, begin, count, products, vector);
+}
+
+// The same for rows [first, last) and vectors [0, vectors). Every sum is made alone, in one order:
+// how rows and vectors are grouped changes no bit.
 template <class T, class A>
-void dot_all(const Rows& rows, int64_t number, int64_t begin, int64_t count, const A* x,
-             double* sums) {
-  int64_t r = 0;
-  for (; r + kRowBlock <= number; r += kRowBlock) {
-    const int64_t next = r + 2 * kRowBlock <= number ? r + kRowBlock : r;
-    dot_block<kRowBlock, T>(rows, r, next, begin, count, x, sums + r);
+void dot_all(const Rows& rows, int64_t first, int64_t last, int64_t begin, int64_t count,
+             const Products<A>& products, int64_t vectors) {
+  if (vectors == 1) {
+    dot_rows<kRowBlock, 1, T>(rows, first, last, begin, count, products, 0);
+    return;
   }
-  switch (number - r) {
-    case 3:
-      dot_block<3, T>(rows, r, r, begin, count, x, sums + r);
-      break;
-    case 2:
-      dot_block<2, T>(rows, r, r, begin, count, x, sums + r);
-      break;
-    case 1:
-      dot_block<1, T>(rows, r, r, begin, count, x, sums + r);
-      break;
-    default:
-      break;
+  // Rows that one pair of vectors has read are in cache for the next.
+  for (int64_t r = first; r < last; r += kRowBlock) {
+    const int64_t end = min_of(r + kRowBlock, last);
+    int64_t v = 0;
+    for (; v + 2 <= vectors; v += 2) {
+      dot_rows<kPairRows, 2, T>(rows, r, end, begin, count, products, v);
+    }
+    if (v < vectors) dot_rows<kRowBlock, 1, T>(rows, r, end, begin, count, products, v);
   }
+}
+
+// Zeros behind the `count` numbers of a staged tile, up to a whole cache line of any format.
+template <class A>
+inline void pad_tile(A* x, int64_t count) {
+  for (int64_t i = count; i < kTile && i % kCacheLine != 0; ++i) x[i] = 0;
 }

@@ -1,4 +1,4 @@
-// dldr_ext::gram_append_ on CPU.
+// dldr_ext::store_snapshot_, dldr_ext::gram_append_ and dldr_ext::gram_block_ on CPU.
 #include "../stable_utils.h"
 #include "capability.h"
 #include "parallel.h"
@@ -6,37 +6,74 @@
 namespace dldr {
 namespace {
 
-void gram_append_(const Tensor& snapshots, const Tensor& gram, int64_t index,
-                  const std::vector<Tensor>& params, const Tensor& anchor,
-                  const std::optional<Tensor>& scale) {
-  constexpr const char* op = "gram_append_";
-  GramAppendArgs args;
-  args.snapshots = check_rows(op, "snapshots", snapshots, scale);
-  const Rows& rows = args.snapshots;
-  check_value(index >= 0 && index < rows.rows, op, "index: expected 0 <= index < ", rows.rows,
-              " (rows of snapshots), got ", index);
+// Bounds the memory for sums of the chunks.
+constexpr int64_t kPartialBytes = 16 << 20;
+
+void check_gram(const char* op, const Tensor& gram, int64_t rows, const Tensor& snapshots) {
   check_device(op, "gram", gram, snapshots);
   check_type(gram.scalar_type() == ScalarType::Double, op, "gram: expected torch.float64, got ",
              name_of(gram.scalar_type()));
-  check_value(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) > index, op,
-              "gram: expected a square matrix of more than ", index, " rows, got shape ",
+  check_value(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) >= rows, op,
+              "gram: expected a square matrix of at least ", rows, " rows, got shape ",
               shape_of(gram));
-  const Tensor origin =
-      check_vector(op, "anchor", anchor, rows.numel, wide_of(rows.dtype), snapshots);
-  const TensorList list(op, "params", params, rows.numel, "columns of snapshots", snapshots,
-                        TensorList::Access::read);
-  args.list = list.view();
-  args.anchor = origin.data_ptr();
-  args.index = index;
-  args.row =
-      static_cast<char*>(snapshots.data_ptr()) + index * rows.stride * dtype_size(rows.dtype);
-  if (rows.scale != nullptr) {
-    args.row_scale =
-        static_cast<float*>(scale->data_ptr()) + index * ceil_div(rows.numel, kScaleBlock);
+}
+
+// gram[index, :index + 1] = sums, and its mirror.
+void write_gram(const Tensor& gram, int64_t index, const double* sums) {
+  double* to = static_cast<double*>(gram.data_ptr());
+  for (int64_t t = 0; t <= index; ++t) {
+    to[index * gram.stride(0) + t * gram.stride(1)] = sums[t];
+    to[t * gram.stride(0) + index * gram.stride(1)] = sums[t];
   }
-  args.plan = make_plan(rows.numel);
+}
+
+// Checks what is stored; keeps alive what the arguments point to.
+struct Inputs {
+  Inputs(const char* op, const Tensor& snapshots, int64_t index, const std::vector<Tensor>& params,
+         const Tensor& anchor, const std::optional<Tensor>& scale) {
+    args.snapshots = check_rows(op, "snapshots", snapshots, scale);
+    const Rows& rows = args.snapshots;
+    check_value(index >= 0 && index < rows.rows, op, "index: expected 0 <= index < ", rows.rows,
+                " (rows of snapshots), got ", index);
+    anchor_ = check_vector(op, "anchor", anchor, rows.numel, wide_of(rows.dtype), snapshots);
+    list_ = TensorList(op, "params", params, rows.numel, "columns of snapshots", snapshots,
+                       TensorList::Access::read);
+    args.list = list_.view();
+    args.anchor = anchor_->data_ptr();
+    args.index = index;
+    args.row =
+        static_cast<char*>(snapshots.data_ptr()) + index * rows.stride * dtype_size(rows.dtype);
+    if (rows.scale != nullptr) {
+      args.row_scale =
+          static_cast<float*>(scale->data_ptr()) + index * ceil_div(rows.numel, kScaleBlock);
+    }
+    args.plan = make_plan(rows.numel);
+  }
+
+  GramAppendArgs args;
+
+ private:
+  std::optional<Tensor> anchor_;
+  TensorList list_;
+};
+
+void store_snapshot_(const Tensor& snapshots, int64_t index, const std::vector<Tensor>& params,
+                     const Tensor& anchor, const std::optional<Tensor>& scale) {
+  const Inputs inputs("store_snapshot_", snapshots, index, params, anchor, scale);
+  const CpuKernels& kernels = active_kernels();
+  parallel_chunks(inputs.args.plan, 1, [&](int64_t begin, int64_t end) {
+    kernels.store_snapshot(inputs.args, begin, end);
+  });
+}
+
+void gram_append_(const Tensor& snapshots, const Tensor& gram, int64_t index,
+                  const std::vector<Tensor>& params, const Tensor& anchor,
+                  const std::optional<Tensor>& scale) {
+  Inputs inputs("gram_append_", snapshots, index, params, anchor, scale);
   const int64_t width = index + 1;
-  const Partials partials(args.plan, width);
+  check_gram("gram_append_", gram, width, snapshots);
+  GramAppendArgs& args = inputs.args;
+  const Partials partials(args.plan.chunks, width);
   args.partials = partials.data.get();
   const CpuKernels& kernels = active_kernels();
   parallel_chunks(args.plan, width,
@@ -44,15 +81,47 @@ void gram_append_(const Tensor& snapshots, const Tensor& gram, int64_t index,
 
   std::vector<double> sums(static_cast<size_t>(width));
   reduce_chunks(args.partials, args.plan.chunks, width, sums.data());
-  double* to = static_cast<double*>(gram.data_ptr());
-  for (int64_t t = 0; t < width; ++t) {
-    to[index * gram.stride(0) + t * gram.stride(1)] = sums[t];
-    to[t * gram.stride(0) + index * gram.stride(1)] = sums[t];
+  write_gram(gram, index, sums.data());
+}
+
+void gram_block_(const Tensor& snapshots, const Tensor& gram, int64_t index, int64_t count,
+                 const std::optional<Tensor>& scale) {
+  constexpr const char* op = "gram_block_";
+  GramBlockArgs args;
+  args.snapshots = check_rows(op, "snapshots", snapshots, scale);
+  const int64_t stored = args.snapshots.rows;
+  check_value(index >= 0 && index < stored, op, "index: expected 0 <= index < ", stored,
+              " (rows of snapshots), got ", index);
+  check_value(count >= 1 && count <= stored - index, op,
+              "count: expected 1 <= count <= ", stored - index,
+              " (rows of snapshots from index on), got ", count);
+  const int64_t width = index + count;
+  check_gram(op, gram, width, snapshots);
+  args.index = index;
+  args.count = count;
+  args.plan = make_plan(args.snapshots.numel);
+  std::vector<double> sums(static_cast<size_t>(count * width));
+  const CpuKernels& kernels = active_kernels();
+  // In waves of chunks, which bound the memory of their sums and change no bit of the total.
+  const int64_t size = 8 * count * width;
+  const int64_t wave = max_of(torch::stable::get_num_threads(), kPartialBytes / size);
+  const Partials partials(min_of(wave, args.plan.chunks), count * width);
+  args.partials = partials.data.get();
+  for (; args.first < args.plan.chunks; args.first += wave) {
+    const int64_t last = min_of(args.first + wave, args.plan.chunks);
+    parallel_chunks(args.plan, args.first, last, count * width,
+                    [&](int64_t begin, int64_t end) { kernels.gram_block(args, begin, end); });
+    add_chunks(args.partials, last - args.first, count * width, sums.data());
   }
+  for (int64_t k = 0; k < count; ++k) write_gram(gram, index + k, sums.data() + k * width);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dldr_ext, CPU, m) { m.impl("gram_append_", TORCH_BOX(&gram_append_)); }
+STABLE_TORCH_LIBRARY_IMPL(dldr_ext, CPU, m) {
+  m.impl("store_snapshot_", TORCH_BOX(&store_snapshot_));
+  m.impl("gram_append_", TORCH_BOX(&gram_append_));
+  m.impl("gram_block_", TORCH_BOX(&gram_block_));
+}
 
 }  // namespace dldr

@@ -1,4 +1,4 @@
-// Stores a snapshot and multiplies it with the earlier ones, for a range of chunks. Included once
+// Stores snapshots and multiplies them with the earlier ones, for a range of chunks. Included once
 // for each instruction set.
 
 // Rounds x to the storage format at `row` and back: the Gram matrix is that of the stored rows.
@@ -28,26 +28,46 @@ inline void store_row(A* x, int64_t count, T* row, float* scale) {
   }
 }
 
+// x = the list minus the anchor, columns [at, at + count), rounded as it is stored in the row.
+template <class T, class A>
+inline void store_tile(const GramAppendArgs& args, int64_t at, int64_t count, A* x) {
+  const A* anchor = static_cast<const A*>(args.anchor);
+  stage_list(args.list, at, at + count, x);
+  for (int64_t i = 0; i < count; ++i) x[i] -= anchor[at + i];
+  store_row(x, count, static_cast<T*>(args.row) + at,
+            scaled_format<T>::value ? args.row_scale + at / kScaleBlock : nullptr);
+}
+
+template <class T>
+void store_snapshot_chunks(const GramAppendArgs& args, int64_t begin, int64_t end) {
+  Buffer<typename wide_of<T>::type> buffer(kTile);
+  const int64_t chunks_end = args.plan.chunk_end(end - 1);
+  for (int64_t at = args.plan.chunk_begin(begin); at < chunks_end; at += kTile) {
+    store_tile<T>(args, at, min_of(kTile, chunks_end - at), buffer.data);
+  }
+}
+
+void store_snapshot(const GramAppendArgs& args, int64_t begin, int64_t end) {
+  dispatch(args.snapshots.dtype, [&](auto* type) {
+    store_snapshot_chunks<std::remove_pointer_t<decltype(type)>>(args, begin, end);
+  });
+}
+
 template <class T>
 void gram_append_chunks(const GramAppendArgs& args, int64_t begin, int64_t end) {
   using A = typename wide_of<T>::type;
-  const A* anchor = static_cast<const A*>(args.anchor);
-  T* row = static_cast<T*>(args.row);
+  const int64_t width = args.index + 1;
   Buffer<A> buffer(kTile);
-  A* x = buffer.data;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    double* sums = args.partials + chunk * (args.index + 1);
-    for (int64_t t = 0; t <= args.index; ++t) sums[t] = 0;
+    const Products<A> products = {buffer.data, args.partials + chunk * width, width};
+    for (int64_t t = 0; t < width; ++t) products.sums[t] = 0;
     const int64_t chunk_end = args.plan.chunk_end(chunk);
     for (int64_t at = args.plan.chunk_begin(chunk); at < chunk_end; at += kTile) {
       const int64_t count = min_of(kTile, chunk_end - at);
-      stage_list(args.list, at, at + count, x);
-      for (int64_t i = 0; i < count; ++i) x[i] -= anchor[at + i];
-      store_row(x, count, row + at,
-                scaled_format<T>::value ? args.row_scale + at / kScaleBlock : nullptr);
-      for (int64_t i = count; i < kTile && i % kCacheLine != 0; ++i) x[i] = 0;
+      store_tile<T>(args, at, count, buffer.data);
+      pad_tile(buffer.data, count);
       // The new row too is read back from memory (from cache): one arithmetic for all products.
-      dot_all<T>(args.snapshots, args.index + 1, at, count, x, sums);
+      dot_all<T>(args.snapshots, 0, width, at, count, products, 1);
     }
   }
 }
@@ -55,5 +75,38 @@ void gram_append_chunks(const GramAppendArgs& args, int64_t begin, int64_t end) 
 void gram_append(const GramAppendArgs& args, int64_t begin, int64_t end) {
   dispatch(args.snapshots.dtype, [&](auto* type) {
     gram_append_chunks<std::remove_pointer_t<decltype(type)>>(args, begin, end);
+  });
+}
+
+// The products of `count` stored rows, those before them read once for all.
+template <class T>
+void gram_block_chunks(const GramBlockArgs& args, int64_t begin, int64_t end) {
+  using A = typename wide_of<T>::type;
+  const int64_t width = args.index + args.count;
+  Buffer<A> buffer(args.count * kTile);
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    double* sums = args.partials + (chunk - args.first) * args.count * width;
+    for (int64_t k = 0; k < args.count * width; ++k) sums[k] = 0;
+    const int64_t chunk_end = args.plan.chunk_end(chunk);
+    for (int64_t at = args.plan.chunk_begin(chunk); at < chunk_end; at += kTile) {
+      const int64_t count = min_of(kTile, chunk_end - at);
+      for (int64_t k = 0; k < args.count; ++k) {
+        A* x = buffer.data + k * kTile;
+        widen_row<T>(args.snapshots, args.index + k, at, count, x);
+        pad_tile(x, count);
+      }
+      const Products<A> all = {buffer.data, sums, width};
+      dot_all<T>(args.snapshots, 0, args.index, at, count, all, args.count);
+      for (int64_t k = 0; k < args.count; ++k) {
+        const Products<A> one = {buffer.data + k * kTile, sums + k * width, width};
+        dot_all<T>(args.snapshots, args.index, args.index + k + 1, at, count, one, 1);
+      }
+    }
+  }
+}
+
+void gram_block(const GramBlockArgs& args, int64_t begin, int64_t end) {
+  dispatch(args.snapshots.dtype, [&](auto* type) {
+    gram_block_chunks<std::remove_pointer_t<decltype(type)>>(args, begin, end);
   });
 }

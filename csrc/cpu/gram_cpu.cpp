@@ -11,7 +11,7 @@ Tensor gram(const Tensor& snapshots, const std::optional<Tensor>& scale) {
   args.snapshots = check_rows("gram", "snapshots", snapshots, scale);
   const int64_t rows = args.snapshots.rows;
   args.plan = make_gram_plan(rows, args.snapshots.numel);
-  const Partials partials(args.plan, rows * rows);
+  const Partials partials(args.plan.chunks, rows * rows);
   args.partials = partials.data.get();
   const CpuKernels& kernels = active_kernels();
   parallel_chunks(args.plan, rows,

@@ -12,7 +12,7 @@ namespace {
 #include "staging.h"
 // staging first: the kernels stage their tiles
 #include "dot_kernel.h"
-// the dot kernel serves project and gram_append
+// the dot kernel serves project, gram_append and gram_block
 #include "form_basis_kernel.h"
 #include "gram_append_kernel.h"
 #include "gram_kernel.h"
@@ -25,8 +25,10 @@ namespace {
 #define DLDR_NAME(x) DLDR_NAME_(x)
 #define DLDR_NAME_(x) #x
 extern const CpuKernels kernels;
-const CpuKernels kernels = {DLDR_NAME(DLDR_ISA), project, reconstruct, trial,
-                            gram_append,         gram,    form_basis};
+const CpuKernels kernels = {
+    DLDR_NAME(DLDR_ISA), project,    reconstruct, reconstruct_residual, trial, store_snapshot,
+    gram_append,         gram_block, gram,        form_basis,
+};
 
 }  // namespace DLDR_ISA
 }  // namespace dldr

@@ -17,6 +17,8 @@ struct RegD {
   static constexpr int lanes = 4;
   __m256d v;
 };
+// Rows that dot_kernel.h reads side by side with two vectors.
+constexpr int kPairRows = 2;
 constexpr int kGramRows = 4, kGramColumns = 3;
 
 template <class V>

@@ -10,6 +10,8 @@ struct VecD {
 };
 using RegF = VecF;
 using RegD = VecD;
+// Rows that dot_kernel.h reads side by side with two vectors.
+constexpr int kPairRows = 4;
 constexpr int kGramRows = 4, kGramColumns = 6;
 
 template <class V>

@@ -17,6 +17,8 @@ struct RegD {
   static constexpr int lanes = 2;
   double v[2];
 };
+// Rows that dot_kernel.h reads side by side with two vectors.
+constexpr int kPairRows = 2;
 constexpr int kGramRows = 4, kGramColumns = 2;
 
 #define DLDR_EACH(V) for (int k = 0; k < V::lanes; ++k)

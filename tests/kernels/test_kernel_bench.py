@@ -151,7 +151,8 @@ int main() {
   double partial = 0;
   const dldr::Entry entry{const_cast<float*>(gradient), 0, 3, dldr::DType::f32, false};
   const dldr::Rows rows{basis, dldr::DType::f32, 1, 3, 3, nullptr};
-  dldr::active_kernels().project({dldr::make_plan(3), rows, {&entry, 1}, &partial}, 0, 1);
+  const dldr::EntryList list{&entry, 1};
+  dldr::active_kernels().project({dldr::make_plan(3), rows, &list, 1, &partial}, 0, 1);
   std::printf("%g", partial);
 }
 """
