@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import build_info
+from . import __version__, build_info
 from .cli import missing
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Train neural networks in tiny subspaces.",
 )
 
@@ -35,9 +36,20 @@ class Data(str, Enum):
     digits = "digits"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dldr_ext {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """Keeps the commands named even while there are few."""
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -83,7 +95,8 @@ def demo(
         ),
     ] = None,
     output: Annotated[
-        Path, typer.Option(help="Folder for report.html, plots and results.json.")
+        Path,
+        typer.Option("--output", "-o", help="Folder for report.html, plots and results.json."),
     ] = Path("demo-output"),
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")
@@ -112,8 +125,9 @@ def demo(
     start = time.perf_counter()
     with _Bars(config, console) as bars:
         results, plane = run(config, bars)
-        bars.note("drawing plots, writing the report")
+        bars.update("report", 0.0)
         written = save(results, plane, output)
+        bars.update("report", 1.0)
     console.print()
     console.print(_result_table(results))
     console.print()
@@ -136,7 +150,7 @@ class _Bars:
 
     def __init__(self, config: Config, console: Console) -> None:
         self._many = config.seeds > 1
-        self._tasks: dict[tuple[int, str], TaskID] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=32),
@@ -155,16 +169,14 @@ class _Bars:
     def __call__(self, seed: int, method: str, done: float) -> None:
         from .demo.methods import NAMES
 
-        key = (seed, method)
-        if key not in self._tasks:
-            name = NAMES.get(method, "loss contours")
-            label = f"seed {seed}  {name}" if self._many else name
-            self._tasks[key] = self._progress.add_task(label, total=1.0)
-        self._progress.update(self._tasks[key], completed=done)
+        name = NAMES.get(method, "loss contours")
+        self.update(f"seed {seed}  {name}" if self._many else name, done)
 
-    def note(self, text: str) -> None:
-        """A line below the bars."""
-        self._progress.console.print(text, style="dim")
+    def update(self, label: str, done: float) -> None:
+        """Moves the bar of that name; a new name gets a bar below the others."""
+        if label not in self._tasks:
+            self._tasks[label] = self._progress.add_task(label, total=1.0)
+        self._progress.update(self._tasks[label], completed=done)
 
 
 def _result_table(results: dict[str, Any]) -> Table:

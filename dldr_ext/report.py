@@ -102,9 +102,10 @@ _CAPTIONS = {
     "accuracy.png": (
         "Accuracy",
         "Accuracy on the validation digits against passes over the training images. The vertical "
-        "axis is stretched towards 100 %. A point of a method in the subspace includes the pass "
-        "that re-estimates the batch-norm statistics, as if the run had ended there. Thin lines: "
-        "single seeds, where there are several.",
+        "axis is stretched towards 100 %. P-SGD and P-BFGS take their subspace from the passes of "
+        "SGD up to the dotted line; these come on top and are not drawn. A point of a method in "
+        "the subspace includes the pass that re-estimates the batch-norm statistics, as if the run "
+        "had ended there. Thin lines: single seeds, where there are several.",
     ),
     "spectrum.png": (
         "Spectrum",
@@ -150,7 +151,7 @@ def footnote(results: dict[str, Any]) -> str:
         f"{spread}Test: {split['test']} digits set aside before training, read once at the end. "
         f"Passes: training images that went through the network, for gradients, for trials of the "
         f"line search and, in the subspaces, once over all for the batch-norm statistics, divided "
-        f"by {split['train']}. Sampling passes come on top: the recorded epochs of SGD that the "
+        f"by {split['train']:,}. Sampling passes come on top: the recorded epochs of SGD that the "
         f"subspace was made from. Variance kept: the share of the variance of the recorded "
         f"weights that lies in the subspace."
     )
@@ -160,15 +161,18 @@ def verdict(results: dict[str, Any]) -> str:
     """One sentence that says what came out, whatever it is."""
     rows = {row.method: row for row in summary(results)}
     sgd, pbfgs, random = rows["sgd"], rows["pbfgs"], rows["random"]
-    gap = 100 * (pbfgs.test_accuracy - sgd.test_accuracy)
-    same = f"{abs(gap):.2f} points {'more' if gap > 0 else 'less'} than"
+
+    def against(other: Row) -> str:
+        gap = 100 * (pbfgs.test_accuracy - other.test_accuracy)
+        if abs(gap) < 0.005:
+            return "the same as"
+        return f"{abs(gap):.2f} points {'more' if gap > 0 else 'less'} than"
+
     return (
         f"P-BFGS on {pbfgs.dim} variables came to {percent(pbfgs.test_accuracy, pbfgs.spread)} in "
-        f"{pbfgs.passes:.1f} passes, "
-        f"{'the same as' if abs(gap) < 0.005 else same} SGD on all "
+        f"{pbfgs.passes:.1f} passes, {against(sgd)} SGD on all "
         f"{results['runs'][0]['numel']:,} in {sgd.passes:.1f} "
-        f"({percent(sgd.test_accuracy, sgd.spread)}), and "
-        f"{100 * (pbfgs.test_accuracy - random.test_accuracy):+.1f} points against a random "
+        f"({percent(sgd.test_accuracy, sgd.spread)}), and {against(random)} P-BFGS in a random "
         "subspace of the same dimension."
     )
 
@@ -206,10 +210,10 @@ def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path
             half=f"{config['epochs'] / 2:g}",
             snapshots=config["snapshots"],
             dim=config["dim"],
-            shift=config["shift"],
+            shift="one pixel" if config["shift"] == 1 else f"{config['shift']} pixels",
             budget=config["passes_in_subspace"],
             batch=config["pbfgs_batch_size"],
-            **config["split"],
+            **{part: f"{size:,}" for part, size in config["split"].items()},
         ),
         runs="\n".join(
             "<tr>"
@@ -238,7 +242,7 @@ _METHOD = Template("""<p>$description, cut at random but evenly over the classes
 training, $validation for the curves and for choosing hyperparameters, and $test for the final
 numbers. A small convolutional network with batch norm. Every method starts from the same weights
 and minimises the same regularised cross-entropy; training images are moved at random by up to
-$shift pixels each way, for all methods alike.</p>
+$shift each way, for all methods alike.</p>
 <ul>
 <li><b>SGD</b>: $epochs epochs with momentum; the learning rate falls to a tenth at half of
 the run and again at three quarters. <b>First half</b>: the same run

@@ -63,7 +63,12 @@ def test_module_is_the_command():
     assert json.loads(result.stdout)["version"] == dldr_ext.__version__
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",), ("demo", "--help")])
+def test_version(capsys):
+    needs("typer", "rich")
+    assert call(capsys, "--version") == (0, f"dldr_ext {dldr_ext.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",), ("demo", "--help")])
 def test_help(capsys, arguments):
     needs("typer", "rich")
     _, out, err = call(capsys, *arguments)

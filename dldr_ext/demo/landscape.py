@@ -53,6 +53,7 @@ def landscape(
     the statistics of the evaluated images, as in training. Overwrites the weights of `model`.
     Needs a subspace of two or more dimensions whose origin is the trajectory's anchor.
     """
+    progress(0.0)
     end = subspace.coordinates(outcomes["pbfgs"].model.parameters())
     sgd = subspace.coordinates(outcomes["sgd"].model.parameters())
     sampled = _pairs(trajectory.snapshots @ subspace.basis[:2].T)

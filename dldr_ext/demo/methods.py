@@ -103,6 +103,7 @@ class Task:
 
 def sgd(task: Task) -> tuple[Outcome, Outcome, Trajectory]:
     """SGD: the full run, the run at half, and the recorded first half."""
+    task.progress("sgd", 0.0)
     recipe, train = task.recipe, task.data.train
     model = task.model()
     optimizer = torch.optim.SGD(
@@ -178,6 +179,7 @@ class _SubspaceRun:
 
     def __init__(self, task: Task, method: str, subspace: Subspace) -> None:
         self.task, self.method, self.subspace = task, method, subspace
+        task.progress(method, 0.0)
         self.model = task.model()
         self.account = Account(len(task.data.train))
         self._allowed = (task.recipe.budget - 1) * self.account.size

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .landscape import Landscape
@@ -82,12 +83,12 @@ def _accuracy(results: dict[str, Any]) -> Figure:
 
     The axis spreads what lies near 100 %, where all methods but the control end.
     """
-    figure, axes = _figure("Accuracy on the validation digits, by what it cost")
+    figure, axes = _figure("Accuracy on the validation digits against passes")
     curves: dict[str, list[list[list[float]]]] = defaultdict(list)
     for run in results["runs"]:
         curves[run["method"]].append(run["validation_curve"])
     highest = 0.0
-    for method in ("random", "sgd", "psgd", "pbfgs"):
+    for method in ("sgd", "random", "psgd", "pbfgs"):
         colour = COLOURS[method]
         for curve in curves[method]:
             passes, accuracies = np.array(curve).T
@@ -149,6 +150,7 @@ def _spectrum(results: dict[str, Any]) -> Figure:
         )
         if i == 0:
             axes.set_yscale("log")
+            axes.set_ylim(top=1)
             left = np.clip(1 - np.cumsum(ratio[:-1]), 1e-12, 1)
             axes.plot(order[:-1], left, color=COLOURS["psgd"])
             axes.annotate(
@@ -210,11 +212,16 @@ def _trajectory(plane: Landscape) -> Figure:
         axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.3, label=label)
         axes.plot(x[-1], y[-1], "o", color=colour, markeredgecolor="white", markersize=9)
     axes.plot(*plane.sgd_end, "*", color="black", markeredgecolor="white", markersize=15)
-    axes.annotate(
-        "full SGD", plane.sgd_end, xytext=(8, 6), textcoords="offset points", fontweight="bold"
-    )
     axes.plot(0, 0, "s", color="white", markeredgecolor="black", markersize=8)
-    axes.annotate("start", (0, 0), xytext=(8, 6), textcoords="offset points", fontweight="bold")
+    for text, point in (("end of full SGD", plane.sgd_end), ("start", (0, 0))):
+        axes.annotate(
+            text,
+            point,
+            xytext=(8, 6),
+            textcoords="offset points",
+            fontweight="bold",
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )
     axes.set_xlabel("theta 1")
     axes.set_ylabel("theta 2")
     axes.legend(loc="best", frameon=True)
