@@ -126,7 +126,8 @@ class Trajectory:
         index = self._length
         if index == self.capacity:
             raise ValueError(
-                f"the trajectory is full: it holds {self.capacity} snapshots, its capacity"
+                f"the trajectory is full: it holds {self.capacity} snapshots, its capacity; make it "
+                "with a larger one or record less often"
             )
         self._check_params()
         anchor = self._anchor if self._anchor is not None else flatten(self.params, self._wide())

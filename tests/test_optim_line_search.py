@@ -77,6 +77,20 @@ def test_strong_wolfe_conditions_hold(name: str, alpha: float, c2: float) -> Non
     assert result.last == result.alpha == recorded.trials[-1]
 
 
+@pytest.mark.parametrize("alpha", [0.4, 1.5])
+def test_strong_wolfe_finds_the_minimum_of_a_cubic_in_one_interpolation(alpha: float) -> None:
+    """From both sides: beyond the first trial, and inside the bracket."""
+    result = Recorded(lambda a: a**3 - 3 * a, lambda a: 3 * a * a - 3).wolfe(alpha, c2=0.01)
+    assert result.evaluations == 2 and result.alpha == pytest.approx(1.0, rel=1e-12)
+
+
+def test_strong_wolfe_finds_the_minimum_of_a_parabola_without_the_second_slope() -> None:
+    recorded = Recorded(*FUNCTIONS["parabola"])
+    result = recorded.wolfe(10.0, c2=0.01)  # the first trial is too high for its slope to be read
+    assert recorded.slopes == recorded.trials[1:]
+    assert result.evaluations == 2 and result.alpha == pytest.approx(3.0, rel=1e-12)
+
+
 def test_strong_wolfe_asks_for_no_slope_of_a_rejected_trial() -> None:
     recorded = Recorded(*FUNCTIONS["parabola"])
     result = recorded.wolfe(100.0)

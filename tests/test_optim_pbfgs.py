@@ -62,6 +62,22 @@ def test_published_algorithm_with_the_residual() -> None:
     assert torch.linalg.vector_norm(outside) > 0.1
 
 
+def test_point_is_computed_anew_from_theta() -> None:
+    """Else the rounding of many steps would carry the weights out of the subspace."""
+    batches = Batches(0, dtype=torch.float32)
+    subspace = random_subspace(batches.params, 6, torch.float32)
+    # No search, so that every step is accepted.
+    optimizer = PBFGS(batches.params, subspace, lr=1e-2, line_search_fn=None)
+    same = []
+    for step in range(64):
+        optimizer.step(batches.forward(step))
+        assert optimizer.status is Status.ACCEPTED
+        expected = subspace.reconstruct(optimizer.theta)
+        torch.testing.assert_close(flat(batches.params).float(), expected, rtol=1e-5, atol=1e-6)
+        same.append(torch.equal(flat(batches.params).float(), expected))
+    assert same[31] and same[63] and not all(same)
+
+
 # Against SciPy, in the whole space.
 
 

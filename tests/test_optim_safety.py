@@ -293,6 +293,26 @@ def test_failed_search_leaves_the_buffers_and_moves_the_random_state_on() -> Non
     assert torch.equal(after, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("search", SEARCHES)
+def test_random_state_is_that_of_the_first_evaluation_alone(search: str) -> None:
+    """Though the others draw more numbers."""
+    params = [nn.Parameter(torch.full((4,), 2.0))]
+    optimizer = PBFGS(params, whole_space(params), line_search_fn=search)
+    drawn = []
+
+    def closure() -> Tensor:
+        drawn.append(torch.rand(1 + len(drawn)))
+        return params[0].double().square().sum()
+
+    state = torch.get_rng_state()
+    optimizer.step(closure)
+    after = torch.get_rng_state()
+    assert optimizer.status.moved and len(drawn) > 1
+    torch.set_rng_state(state)
+    torch.rand(1)
+    assert torch.equal(after, torch.get_rng_state())
+
+
 # Where construction puts the model.
 
 
