@@ -126,8 +126,8 @@ class Trajectory:
         index = self._length
         if index == self.capacity:
             raise ValueError(
-                f"the trajectory is full: it holds {self.capacity} snapshots, its capacity; make it "
-                "with a larger one or record less often"
+                f"the trajectory is full: it holds {self.capacity} snapshots, its capacity; a "
+                "larger capacity takes more"
             )
         self._check_params()
         anchor = self._anchor if self._anchor is not None else flatten(self.params, self._wide())

@@ -93,6 +93,56 @@ def test_a_failed_search_forgets_the_last_gradient() -> None:
     assert state["previous_step"] is None and state["fresh"]
 
 
+def test_a_failed_step_forgets_the_momentum_outside_the_subspace() -> None:
+    batches = Batches(0)
+    optimizer = PBFGS(batches.params, random_subspace(batches.params, 4), residual_lr=0.01)
+    optimizer.step(batches.forward(0))
+    assert optimizer.state_dict()["subspace"]["residual"].abs().max() > 0
+    optimizer.step(lambda: batches.forward(0)() + math.nan)
+    assert optimizer.status is Status.NON_FINITE_LOSS
+    assert optimizer.state_dict()["subspace"]["residual"] is None
+
+
+@pytest.mark.parametrize("curvature", ["same_batch", "consecutive"])
+def test_b_that_rounding_rules_is_dropped(monkeypatch: pytest.MonkeyPatch, curvature: str) -> None:
+    batches = Batches(0)
+    optimizer = PBFGS(batches.params, random_subspace(batches.params, 4), curvature=curvature)
+    for _ in range(3):
+        optimizer.step(batches.forward(0))
+    assert not optimizer.state_dict()["subspace"]["fresh"]
+    monkeypatch.setattr("dldr_ext.optim.bfgs.well_conditioned", lambda b: False)
+    optimizer.step(batches.forward(0))
+    assert optimizer.status is Status.ACCEPTED
+    assert optimizer.state_dict()["subspace"]["fresh"]
+    assert torch.equal(curvature_of(optimizer), torch.eye(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("curvature", ["same_batch", "consecutive"])
+@pytest.mark.parametrize("search", [*SEARCHES, None])
+def test_learning_rate_zero_is_a_step_of_length_zero(search: str | None, curvature: str) -> None:
+    """Where a schedule ends: no failure, and what is known of the curvature stays."""
+    batches = Batches(0)
+    optimizer = PBFGS(
+        batches.params,
+        random_subspace(batches.params, 4),
+        line_search_fn=search,
+        curvature=curvature,
+    )
+    for _ in range(3):
+        optimizer.step(batches.forward(0))
+    before, learnt = bits(batches.params), curvature_of(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for _ in range(2):
+        optimizer.step(batches.forward(0))
+        assert optimizer.status is Status.ACCEPTED
+        assert bits(batches.params) == before
+        if curvature == "same_batch":
+            assert torch.equal(curvature_of(optimizer), learnt)
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.step(batches.forward(0))
+    assert optimizer.status.moved
+
+
 def penalty(batches: Batches) -> Tensor:
     return sum(p.square().sum() for p in batches.params)
 
