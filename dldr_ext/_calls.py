@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._library import device_problem
 from ._params import type_name
 
 __all__ = ["call", "check_list", "fill_none"]
@@ -62,7 +63,8 @@ def call(name: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     The checks live in C++ and cost nothing here. Only a failed call is looked at again: the ops
     mark their own messages with the exception's name, and what the dispatcher refuses before an op
-    is reached (sparse, mixed devices, not a tensor) is diagnosed in Python.
+    is reached (sparse, mixed devices, not a tensor) is diagnosed in Python, and so is a device that
+    this build has no kernels for.
     """
     try:
         return op(*args, **kwargs)
@@ -109,6 +111,10 @@ def _diagnose(name: str, arguments: dict[str, Any]) -> None:
     if len(devices) > 1:
         where = ", ".join(f"{argument} on {device}" for device, argument in devices.items())
         raise ValueError(f"{name}: expected all tensors on one device, got {where}")
+    for device, argument in devices.items():
+        problem = device_problem(device)
+        if problem is not None:
+            raise ValueError(f"{name}: {argument}: {problem}")
 
 
 def _check_tensors(name: str, argument: str, value: Any) -> None:

@@ -30,8 +30,16 @@ NEEDS = [
     "typer",
     "rich",
 ]
-# Without the demo's and the kernel bench's own tests: they do not depend on torch's release.
-LEFT_OUT = ("kernels", "test_readme.py", "test_demo.py", "test_cli.py", "matrix.py")
+# Without the tests of the demo, the kernel bench and the build: they do not depend on torch's
+# release, or need the source tree.
+LEFT_OUT = (
+    "kernels",
+    "test_build.py",
+    "test_readme.py",
+    "test_demo.py",
+    "test_cli.py",
+    "matrix.py",
+)
 
 
 def main() -> None:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
 
 import dldr_ext
-from dldr_ext import _library
+from dldr_ext import _calls, _library
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
@@ -86,3 +88,120 @@ def test_torch_versions_are_compared_as_numbers(monkeypatch, version, good):
     else:
         with pytest.raises(ImportError, match=r"needs torch >= 2\.10; found: torch 2\.9\.1"):
             _library.load()
+
+
+NOTE = {
+    "torch": "2.14.1+cu130",
+    "compiler": "c++ 12.2",
+    "machine": "x86_64",
+    "cuda": "13.0",
+    "cuda_archs": ["8.0", "9.0", "12.0+PTX"],
+    "without_cuda_because": None,
+}
+CPU_NOTE = NOTE | {"cuda": None, "cuda_archs": [], "without_cuda_because": "nvcc was not found"}
+
+
+@pytest.fixture
+def cuda_torch(monkeypatch, tmp_path):
+    """A torch for CUDA 12 and a `_C_cuda.so`, as far as the loader looks."""
+    library = tmp_path / "_C_cuda.so"
+    library.write_bytes(b"not a library")
+    loaded = []
+    monkeypatch.setattr(_library, "_CUDA_LIBRARY", library)
+    monkeypatch.setattr(_library, "_registered", lambda: False)
+    monkeypatch.setattr(_library.torch.version, "cuda", "12.8")
+    monkeypatch.setattr(_library.torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(_library, "build_metadata", lambda: NOTE | {"cuda": "12.4"})
+    return loaded
+
+
+def test_the_cuda_library_is_loaded_where_torch_has_cuda(cuda_torch):
+    _library.load()
+    assert [path.rsplit("/", 1)[1] for path in cuda_torch] == ["_C.so", "_C_cuda.so"]
+
+
+def test_the_cuda_library_is_left_alone_under_a_cpu_torch(cuda_torch, monkeypatch):
+    monkeypatch.setattr(_library.torch.version, "cuda", None)
+    _library.load()
+    assert [path.rsplit("/", 1)[1] for path in cuda_torch] == ["_C.so"]
+
+
+def test_another_cuda_major_is_refused_before_anything_is_loaded(cuda_torch, monkeypatch):
+    monkeypatch.setattr(_library, "build_metadata", lambda: NOTE)
+    with pytest.raises(
+        ImportError,
+        match=r"wheel is for CUDA 13 \(built CUDA 13\.0 for 8\.0, .*torch is for CUDA 12; found: "
+        r"torch .*DLDR_BUILD_CUDA=1 pip install",
+    ):
+        _library.load()
+    assert cuda_torch == []
+
+
+def test_cuda_tensors_without_cuda_kernels_are_explained(monkeypatch):
+    monkeypatch.setattr(_library, "cuda_loaded", lambda: False)
+    monkeypatch.setattr(_library, "build_metadata", lambda: CPU_NOTE)
+    with pytest.raises(
+        ValueError,
+        match=r"project: basis: got a tensor on cuda:0, but .* has no CUDA kernels \(built without "
+        r"CUDA, .*: nvcc was not found\); found: torch .*DLDR_BUILD_CUDA=1 pip install",
+    ):
+        call_on_cuda(monkeypatch)
+
+
+def test_a_device_outside_the_wheels_architectures_is_explained(monkeypatch):
+    monkeypatch.setattr(_library, "cuda_loaded", lambda: True)
+    monkeypatch.setattr(_library, "build_metadata", lambda: NOTE)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(
+        ValueError,
+        match=r"basis: Tesla T4 \(cuda:0\) has compute capability 7\.5, but dldr_ext was built "
+        r"CUDA 13\.0 for 8\.0, 9\.0, 12\.0\+PTX.*TORCH_CUDA_ARCH_LIST=7\.5",
+    ):
+        call_on_cuda(monkeypatch)
+
+
+def test_an_error_on_a_fitting_device_is_passed_on(monkeypatch):
+    monkeypatch.setattr(_library, "cuda_loaded", lambda: True)
+    monkeypatch.setattr(_library, "build_metadata", lambda: NOTE)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(RuntimeError, match="no kernel"):
+        call_on_cuda(monkeypatch)
+
+
+def call_on_cuda(monkeypatch) -> None:
+    """Calls an op that fails as torch's dispatcher or a kernel launch does, on a made-up device."""
+    with FakeTensorMode():
+        basis, gradient = torch.empty(2, 3, device="cuda"), torch.empty(3, device="cuda")
+
+    def fail(*args, **kwargs):
+        raise NotImplementedError("no kernel")
+
+    fail._schema = torch.ops.dldr_ext.project.default._schema
+    _calls.call("project", fail, basis, [gradient], scale=None)
+
+
+def test_a_device_without_kernels_for_it_is_named():
+    problem = _library.device_problem(torch.device("mps"))
+    assert problem == "the ops run on cpu and cuda, got a tensor on mps"
+
+
+@pytest.mark.parametrize(
+    "arch, capability, runs",
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 9), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("9.0", (12, 0), False),
+        ("12.0+PTX", (12, 1), True),
+        ("9.0+PTX", (10, 0), True),
+        ("12.0+PTX", (10, 3), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("10.0f", (10, 3), True),
+        ("10.0f", (12, 0), False),
+    ],
+)
+def test_which_code_runs_where(arch, capability, runs):
+    assert _library._runs(arch, capability) is runs
