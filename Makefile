@@ -13,9 +13,10 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+SOURCES := $(shell find csrc tools -type f) setup.py pyproject.toml
 
-.PHONY: demo test test-kernels test-matrix sanitize bench wheel lint format clean
+.PHONY: demo test test-kernels test-matrix sanitize bench wheel sdist ptxas lint lint-release format \
+  clean
 
 demo: $(VENV)/.built
 	$(BIN)/dldr demo $(ARGS)
@@ -38,8 +39,20 @@ sanitize: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini $(ARGS)
 
-wheel: $(VENV)/.built
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+# A wheel for others: torch's and CUDA's libraries stay outside, the tag says which systems it
+# needs. With CUDA kernels where nvcc is there and TORCH is a CUDA build (docs/building.md).
+wheel: $(VENV)/.release-tools
+	rm -rf build/lib* build/raw
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir build/raw .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --exclude 'libcuda*' --exclude 'libcudart*' --wheel-dir dist build/raw/*.whl
+
+sdist: $(VENV)/.release-tools
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
+
+# Registers and spills of the CUDA kernels that the last build compiled; fails if one spills.
+ptxas:
+	$(PYTHON) tools/ptxas_report.py build $(ARGS)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
@@ -47,6 +60,13 @@ lint: $(VENV)/.built
 	$(BIN)/mypy
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' | \
 	  xargs $(BIN)/clang-format --dry-run --Werror
+
+# What only other machines can run: the release workflows and their settings.
+lint-release: $(VENV)/.release-tools
+	$(BIN)/validate-pyproject pyproject.toml
+	$(BIN)/yamllint --strict .github
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/cibuildwheel --platform linux --archs x86_64,aarch64 --print-build-identifiers
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
@@ -57,6 +77,10 @@ $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.release-tools: requirements-release.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements-release.txt
 	touch $@
 
 # Built in place, without build isolation: an isolated build would fetch another torch.

@@ -80,8 +80,8 @@ def find(torch: Any, environ: Mapping[str, str] = os.environ) -> Toolkit:
     if toolkit.version.split(".")[0] != torch.version.cuda.split(".")[0]:
         raise CannotBuild(
             f"{toolkit.nvcc} is CUDA {toolkit.version}, torch {torch.__version__} is built for "
-            f"CUDA {torch.version.cuda}: the major versions must agree. Set CUDA_HOME to a toolkit of "
-            f"CUDA {torch.version.cuda.split('.')[0]} or install a torch built for CUDA "
+            f"CUDA {torch.version.cuda}: the major versions must agree. Set CUDA_HOME to a toolkit "
+            f"of CUDA {torch.version.cuda.split('.')[0]} or install a torch built for CUDA "
             f"{toolkit.version.split('.')[0]}"
         )
     toolkit.cudart()

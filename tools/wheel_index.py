@@ -1,4 +1,4 @@
-"""Writes a package index (PEP 503) over a folder of wheels, for `pip install --index-url`.
+"""Writes a package index (PEP 503) over a folder of wheels, for `pip install --extra-index-url`.
 
     python tools/wheel_index.py dist public/cu130 --wheels-url https://host/wheels
 
