@@ -4,8 +4,7 @@
 and a CUDA torch are found, never by asking for a device. torch must be importable while building:
 `pip install --no-build-isolation .`
 
-Switches (environment), explained in docs/building.md: DLDR_BUILD_CUDA, TORCH_CUDA_ARCH_LIST,
-CUDA_HOME, NVCC_THREADS, MAX_JOBS, CXX, CXXFLAGS.
+The switches, all in the environment, are explained in docs/building.md.
 """
 
 import json
@@ -53,6 +52,8 @@ NVCC_FLAGS = [
 LINK_FLAGS = ["-Wl,--no-undefined", "-Wl,--exclude-libs,ALL", "-s"]
 
 TOOLKIT, CPU_ONLY_REASON = cuda_toolkit.choose(torch)
+if TOOLKIT and not list((ROOT / "csrc" / "cuda").glob("*.cu")):
+    TOOLKIT, CPU_ONLY_REASON = None, "there are no kernels in csrc/cuda"
 ARCHS: list[str] = []
 
 
