@@ -15,6 +15,8 @@
 
 namespace dldr {
 
+void bind_cuda(py::module_& parent);  // bench_cuda_bindings.cpp
+
 #if defined(DLDR_EMULATED_AVX512)
 namespace avx512_emulated {
 extern const CpuKernels kernels;
@@ -333,6 +335,8 @@ PYBIND11_MODULE(dldr_kernels, m) {
         arg("scale") = py::none(), arg("path") = "portable", arg("threads") = 1);
 
   bind_planner(m);
+
+  bind_cuda(m);
 
 #if defined(DLDR_SANITIZE)
   m.attr("SANITIZERS") = DLDR_SANITIZE;

@@ -6,6 +6,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define DLDR_HOST_DEVICE __host__ __device__
+#else
+#define DLDR_HOST_DEVICE
+#endif
+
 namespace dldr {
 
 // Elements whose products are accumulated in the working precision before they are added to
@@ -19,9 +25,9 @@ constexpr int64_t kMaxChunks = 1024;
 // Most basis rows.
 constexpr int64_t kMaxDim = 1024;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+DLDR_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DLDR_HOST_DEVICE constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+DLDR_HOST_DEVICE constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // The cut of n elements. It depends on n alone (never on threads, or on how the flat vector is cut
 // into tensors): that is what makes every reduction reproducible bit for bit.

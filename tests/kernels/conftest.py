@@ -10,7 +10,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from kernel_build import PATHS, ROOT, build
+from kernel_build import ROOT, build
+from kernel_paths import PATHS, Bench
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,7 @@ def kernels(kernels_folder):
     spec = importlib.util.spec_from_file_location("dldr_kernels", file, loader=loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
-    return module
+    return Bench(module)
 
 
 @pytest.fixture(params=PATHS)

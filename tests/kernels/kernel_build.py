@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PATHS = ["portable", "avx2", "avx512", "avx512_emulated"]
 
 
 def tool(name: str) -> str:

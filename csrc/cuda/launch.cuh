@@ -1,0 +1,63 @@
+// What a kernel file needs of CUDA: the runtime under nvcc, or tests/kernels/emulated_cuda.h, which
+// carries out the same kernels on the CPU (DLDR_EMULATED_CUDA).
+#pragma once
+
+#if defined(DLDR_EMULATED_CUDA)
+#include "emulated_cuda.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <stdexcept>
+#include <string>
+
+#include "../plan.h"
+
+#if defined(__CUDACC__)
+#define DLDR_UNROLL _Pragma("unroll")
+#define DLDR_NO_UNROLL _Pragma("unroll 1")
+// Shared memory whose size the launch gives, aligned for 16-byte accesses.
+#define DLDR_DYNAMIC_SHARED(type, name)                          \
+  extern __shared__ __align__(16) unsigned char dldr_shared[];   \
+  type* const name = reinterpret_cast<type*>(dldr_shared)
+#else
+#define DLDR_UNROLL
+#define DLDR_NO_UNROLL
+#endif
+
+namespace dldr::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("dldr_ext: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+// More than this much shared memory has to be asked for.
+constexpr int64_t kDefaultShared = 48 << 10;
+
+// Queues kernel<<<grid, block, shared, stream>>>(arguments...) and checks that it was accepted.
+template <class... Parameters, class... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, int block, int64_t shared,
+            void* stream, const Arguments&... arguments) {
+  if (shared > kDefaultShared) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared)),
+          what);
+  }
+#if defined(__CUDACC__)
+  kernel<<<grid, static_cast<unsigned>(block), static_cast<size_t>(shared),
+           static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
+#else
+  (void)stream;
+  emulated::run(grid, block, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+#endif
+  check(cudaGetLastError(), what);
+}
+
+inline dim3 make_grid(int64_t x, int64_t y = 1) {
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+}
+
+}  // namespace dldr::cuda

@@ -1,0 +1,316 @@
+// Carries out CUDA kernels on the CPU: the same .cu files, compiled by the host compiler, with
+// grids, blocks, shared memory, barriers and warp shuffles. Blocks run one after the other. The
+// threads of a block are
+//   - fibers that take turns at barriers and shuffles (the default: fast, deterministic, and a
+//     barrier that some thread never reaches is reported), or
+//   - threads of the operating system (DLDR_EMULATED_THREADS), for the thread sanitizer, which then
+//     reports a missing barrier as the race that it is.
+// Dynamic shared memory is allocated for each block at its exact size, full of NaN, so that the
+// address sanitizer sees what lies outside and sums show what was never written.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#if defined(DLDR_EMULATED_THREADS)
+#include <barrier>
+#include <thread>
+#else
+#include <ucontext.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+namespace emulated {
+
+constexpr int kLanes = 32;
+// The limits of the smallest architecture that the kernels are built for.
+constexpr int64_t kMaxShared = 99 << 10;
+constexpr int64_t kMaxThreads = 1024;
+constexpr int64_t kMaxGridX = 0x7fffffff;
+constexpr int64_t kMaxGridY = 0xffff;
+
+class Block;
+
+#if !defined(DLDR_EMULATED_THREADS)
+// Fibers start with swapcontext and then switch with these: no system call.
+using Jump = void* [5];
+
+// The address sanitizer need not know: each fiber goes on where it stopped.
+[[gnu::noinline, gnu::no_sanitize("address")]] inline void jump_to(Jump& jump) {
+  __builtin_longjmp(jump, 1);
+}
+#endif
+
+struct Thread {
+  dim3 index;
+  Block* block = nullptr;
+  int warp = 0, lane = 0;
+  unsigned turn = 0;  // of its shuffles
+#if !defined(DLDR_EMULATED_THREADS)
+  ucontext_t context{};
+  Jump jump{};
+  std::unique_ptr<char[]> stack;
+  bool started = false, done = false;
+#endif
+};
+
+inline thread_local Thread* self = nullptr;
+inline dim3 block_index, block_size, grid_size;
+inline cudaError_t last_error = cudaSuccess;
+// Of a grid with more blocks along x, only so many at either end are run; 0: all.
+inline int64_t sampled_blocks = 0;
+
+#if defined(DLDR_EMULATED_THREADS)
+
+class Barrier {
+ public:
+  explicit Barrier(int threads) : barrier_(threads) {}
+  void wait() { barrier_.arrive_and_wait(); }
+  void leave() { barrier_.arrive_and_drop(); }
+
+ private:
+  std::barrier<> barrier_;
+};
+
+#else
+
+inline ucontext_t scheduler_start;
+inline Jump scheduler;
+
+// From a thread to the scheduler, which comes back with resume.
+[[gnu::noinline]] inline void give_way() {
+  if (__builtin_setjmp(self->jump) == 0) jump_to(scheduler);
+}
+
+// From the scheduler to a thread, until it gives way or ends.
+[[gnu::noinline]] inline void resume(Thread& thread) {
+  self = &thread;
+  if (__builtin_setjmp(scheduler) != 0) return;
+  if (thread.started) jump_to(thread.jump);
+  thread.started = true;
+  swapcontext(&scheduler_start, &thread.context);
+}
+
+inline bool progress = false;
+
+class Barrier {
+ public:
+  explicit Barrier(int threads) : expected_(threads) {}
+  void wait() {
+    const int turn = turn_;
+    ++arrived_;
+    release();
+    while (turn == turn_) give_way();
+  }
+  void leave() {
+    --expected_;
+    release();
+  }
+
+ private:
+  void release() {
+    if (arrived_ < expected_ || arrived_ == 0) return;
+    arrived_ = 0;
+    ++turn_;
+    progress = true;
+  }
+  int expected_, arrived_ = 0, turn_ = 0;
+};
+
+#endif
+
+class Block {
+ public:
+  Block(int threads, int64_t shared, const std::function<void()>& body)
+      : all_(threads), body_(body), shared_(static_cast<size_t>(shared)) {
+    for (auto& byte : shared_) byte = static_cast<char>(0xff);
+    for (int begin = 0; begin < threads; begin += kLanes) {
+      const int lanes = threads - begin < kLanes ? threads - begin : kLanes;
+      warps_.push_back(std::make_unique<Warp>(lanes));
+    }
+    threads_.resize(static_cast<size_t>(threads));
+    for (int t = 0; t < threads; ++t) {
+      Thread& thread = threads_[static_cast<size_t>(t)];
+      thread.index = dim3(static_cast<unsigned>(t));
+      thread.block = this;
+      thread.warp = t / kLanes;
+      thread.lane = t % kLanes;
+    }
+  }
+
+  void* shared() { return shared_.data(); }
+  void sync() { all_.wait(); }
+
+  // The value that the lane with number lane ^ mask gives.
+  template <class T>
+  T exchange(T value, int mask) {
+    static_assert(sizeof(T) <= sizeof(double));
+    Warp& warp = *warps_[static_cast<size_t>(self->warp)];
+    // Two buffers in turn: nobody writes the next value over one that is still to be read.
+    auto& slots = warp.slots[self->turn++ % 2];
+    std::memcpy(&slots[self->lane], &value, sizeof(T));
+    warp.barrier.wait();
+    T other;
+    std::memcpy(&other, &slots[self->lane ^ mask], sizeof(T));
+    return other;
+  }
+
+  void run() {
+#if defined(DLDR_EMULATED_THREADS)
+    std::vector<std::thread> workers;
+    for (Thread& thread : threads_) workers.emplace_back([this, &thread] { enter(thread); });
+    for (std::thread& worker : workers) worker.join();
+#else
+    for (Thread& thread : threads_) {
+      thread.stack = take_stack();
+      getcontext(&thread.context);
+      thread.context.uc_stack.ss_sp = thread.stack.get();
+      thread.context.uc_stack.ss_size = kStack;
+      thread.context.uc_link = nullptr;
+      makecontext(&thread.context, &Block::start, 0);
+    }
+    for (size_t left = threads_.size(); left > 0 && !error_;) {
+      progress = false;
+      for (Thread& thread : threads_) {
+        if (thread.done || error_) continue;
+        resume(thread);
+        if (thread.done) {
+          --left;
+          progress = true;
+        }
+      }
+      if (!progress && !error_) {
+        error_ = std::make_exception_ptr(
+            std::logic_error("deadlock: a barrier that not every thread of the block reaches"));
+      }
+    }
+    for (Thread& thread : threads_) stacks().push_back(std::move(thread.stack));
+    self = nullptr;
+#endif
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  struct Warp {
+    explicit Warp(int lanes) : barrier(lanes) {}
+    Barrier barrier;
+    double slots[2][kLanes];
+  };
+
+  void enter(Thread& thread) {
+    self = &thread;
+    try {
+      body_();
+    } catch (...) {
+      error_ = std::current_exception();
+    }
+    // A thread that has returned holds nobody up.
+    all_.leave();
+    warps_[static_cast<size_t>(thread.warp)]->barrier.leave();
+  }
+
+#if !defined(DLDR_EMULATED_THREADS)
+  static constexpr size_t kStack = 256 << 10;
+  static std::vector<std::unique_ptr<char[]>>& stacks() {
+    static std::vector<std::unique_ptr<char[]>> unused;
+    return unused;
+  }
+  static std::unique_ptr<char[]> take_stack() {
+    if (stacks().empty()) return std::unique_ptr<char[]>(new char[kStack]);
+    auto stack = std::move(stacks().back());
+    stacks().pop_back();
+    return stack;
+  }
+  static void start() {
+    Thread& thread = *self;
+    thread.block->enter(thread);
+    thread.done = true;
+    jump_to(scheduler);
+  }
+#endif
+
+  Barrier all_;
+  const std::function<void()>& body_;
+  std::vector<char> shared_;
+  std::vector<std::unique_ptr<Warp>> warps_;
+  std::vector<Thread> threads_;
+  std::exception_ptr error_;
+};
+
+inline void* dynamic_shared() { return self->block->shared(); }
+
+inline void run(dim3 grid, int block, int64_t shared, const std::function<void()>& body) {
+  if (grid.x < 1 || grid.x > kMaxGridX || grid.y < 1 || grid.y > kMaxGridY || block < 1 ||
+      block > kMaxThreads || shared > kMaxShared) {
+    last_error = cudaErrorInvalidValue;
+    return;
+  }
+  grid_size = grid;
+  block_size = dim3(static_cast<unsigned>(block));
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      if (sampled_blocks > 0 && x >= sampled_blocks && x + sampled_blocks < grid.x) continue;
+      block_index = dim3(x, y);
+      Block(block, shared, body).run();
+    }
+  }
+}
+
+}  // namespace emulated
+
+#define threadIdx (::emulated::self->index)
+#define blockIdx (::emulated::block_index)
+#define blockDim (::emulated::block_size)
+#define gridDim (::emulated::grid_size)
+
+inline void __syncthreads() { emulated::self->block->sync(); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulated::self->block->exchange(value, mask);
+}
+
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid launch"; }
+inline cudaError_t cudaGetLastError() {
+  const cudaError_t error = emulated::last_error;
+  emulated::last_error = cudaSuccess;
+  return error;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
+  return bytes <= emulated::kMaxShared ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+#define DLDR_DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(::emulated::dynamic_shared())
+
+namespace dldr::cuda {
+using std::fma;  // for float too
+}
