@@ -170,13 +170,14 @@ void launch_dot(const char* what, const DeviceList& list, const Rows& rows, cons
   // rows.
   const int64_t wanted = 4 * stream.multiprocessors;
   const int64_t groups = ceil_div(total, kDotRows);
-  const int64_t splits = min_of(groups, max_of(ceil_div(total * K, kDotSums),
-                                               ceil_div(wanted, dot_tiles(rows))));
+  const int64_t splits =
+      min_of(groups, max_of(ceil_div(total * K, kDotSums), ceil_div(wanted, dot_tiles(rows))));
   const int64_t per_block = ceil_div(groups, splits) * kDotRows;
-  const int64_t shared = static_cast<int64_t>(sizeof(A)) * (K * kDotTile + kDotWarps * K * per_block);
+  const int64_t shared =
+      static_cast<int64_t>(sizeof(A)) * (K * kDotTile + kDotWarps * K * per_block);
   launch(what, dot_tile<T, K, Source>, make_grid(dot_tiles(rows), ceil_div(total, per_block)),
-         kDotThreads, shared, stream.handle, list, rows, source, total,
-         static_cast<int>(per_block), rows_aligned(rows), partials);
+         kDotThreads, shared, stream.handle, list, rows, source, total, static_cast<int>(per_block),
+         rows_aligned(rows), partials);
 }
 
 // Threads of sum_tiles.

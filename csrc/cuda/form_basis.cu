@@ -1,6 +1,6 @@
-#include "lanes.cuh"
-#include "formats.cuh"
 #include "cuda_kernels.h"
+#include "formats.cuh"
+#include "lanes.cuh"
 
 namespace dldr::cuda {
 namespace {
@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kFormThreads)
         A value = i < count ? widen(data[i]) : A(0);
         if constexpr (scaled_format<T>::value) {
           if (i < count) {
-            value *= rows.scale[(t + s) * ceil_div(rows.numel, kScaleBlock) + (at + i) / kScaleBlock];
+            value *=
+                rows.scale[(t + s) * ceil_div(rows.numel, kScaleBlock) + (at + i) / kScaleBlock];
           }
         }
         x[s][i] = value;

@@ -122,8 +122,7 @@ __global__ void __launch_bounds__(kGramThreads)
       packs[u] = {};
       scales[u] = 0;
       if (slot_row >= pairing.slots * M || at + column >= end) continue;
-      const int64_t row =
-          min_of(pairing.group(slot_row / M) * M + slot_row % M, rows.rows - 1);
+      const int64_t row = min_of(pairing.group(slot_row / M) * M + slot_row % M, rows.rows - 1);
       const int64_t i = at + column;
       const T* from = static_cast<const T*>(rows.data) + row * rows.stride + i;
       const int left = static_cast<int>(min_of(kPack<T>, end - i));
@@ -171,7 +170,7 @@ __global__ void __launch_bounds__(kGramThreads)
       const A* const left = now + pairing.a * M * kColumns + lane();
       const A* const right = now + pairing.b * M * kColumns + lane();
       DLDR_NO_UNROLL  // the registers are full
-      for (int c = 0; c < kColumns; c += kWarp) {
+          for (int c = 0; c < kColumns; c += kWarp) {
         A x[M], y[M];
         DLDR_UNROLL
         for (int k = 0; k < M; ++k) {
@@ -196,7 +195,8 @@ __global__ void __launch_bounds__(kGramThreads)
   DLDR_UNROLL
   for (int k = 0; k < kMySums; ++k) {
     const int p = first_sum<M * M>(lane()) + k;
-    const int64_t i = pairing.group(pairing.a) * M + p / M, j = pairing.group(pairing.b) * M + p % M;
+    const int64_t i = pairing.group(pairing.a) * M + p / M,
+                  j = pairing.group(pairing.b) * M + p % M;
     if (i < rows.rows && j < rows.rows) out[i * rows.rows + j] = sums[k];
   }
 }
@@ -230,8 +230,8 @@ void gram(const Rows& snapshots, double* out, void* scratch, const Stream& strea
       const int64_t shared =
           static_cast<int64_t>(sizeof(A)) * 2 * kGramSlots * kGroup<A> * kGramColumns<T>;
       launch("gram", gram_chunk<T>, make_grid(shape.chunks, shape.sets), kGramThreads, shared,
-             stream.handle, snapshots, shape.groups, shape.tiles_per_chunk,
-             rows_aligned(snapshots), partials);
+             stream.handle, snapshots, shape.groups, shape.tiles_per_chunk, rows_aligned(snapshots),
+             partials);
     });
   }
   launch("gram", sum_gram, make_grid(ceil_div(snapshots.rows * snapshots.rows, kSumGramThreads)),

@@ -17,8 +17,8 @@
 #define DLDR_UNROLL _Pragma("unroll")
 #define DLDR_NO_UNROLL _Pragma("unroll 1")
 // Shared memory whose size the launch gives, aligned for 16-byte accesses.
-#define DLDR_DYNAMIC_SHARED(type, name)                          \
-  extern __shared__ __align__(16) unsigned char dldr_shared[];   \
+#define DLDR_DYNAMIC_SHARED(type, name)                        \
+  extern __shared__ __align__(16) unsigned char dldr_shared[]; \
   type* const name = reinterpret_cast<type*>(dldr_shared)
 #else
 #define DLDR_UNROLL
@@ -41,10 +41,10 @@ template <class... Parameters, class... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, int block, int64_t shared,
             void* stream, const Arguments&... arguments) {
   if (shared > kDefaultShared) {
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared)),
-          what);
+    check(
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        what);
   }
 #if defined(__CUDACC__)
   kernel<<<grid, static_cast<unsigned>(block), static_cast<size_t>(shared),

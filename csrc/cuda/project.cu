@@ -12,8 +12,7 @@ struct PutNumber {
 }  // namespace
 
 int64_t project_scratch(const Rows& basis, int64_t list_size, int64_t lists) {
-  return list_scratch(list_size) +
-         8 * dot_partials(basis, basis.rows, min_of(lists, kMaxLists));
+  return list_scratch(list_size) + 8 * dot_partials(basis, basis.rows, min_of(lists, kMaxLists));
 }
 
 void project(const Rows& basis, const EntryList& list, int64_t lists, void* out, void* scratch,

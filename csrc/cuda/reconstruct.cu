@@ -15,9 +15,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   const A* const thetas[1] = {theta};
   combine_tile_into<T, 1>(rows, at, aligned, thetas, sums + tile, sums);
   // P theta is summed alone and the origin added last: the small sum keeps its own precision.
-  write_list(list, at, static_cast<int>(min_of(tile, rows.numel - at)), [&](int i) {
-    return origin == nullptr ? sums[i] : origin[at + i] + sums[i];
-  });
+  write_list(list, at, static_cast<int>(min_of(tile, rows.numel - at)),
+             [&](int i) { return origin == nullptr ? sums[i] : origin[at + i] + sums[i]; });
 }
 
 }  // namespace

@@ -19,8 +19,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     direction[at + i] = sums[i];
   }
-  read_list<A>(list, at, count,
-               [&](int i, A value) { residual[at + i] = value - sums[tile + i]; });
+  read_list<A>(list, at, count, [&](int i, A value) { residual[at + i] = value - sums[tile + i]; });
 }
 
 }  // namespace

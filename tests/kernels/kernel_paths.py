@@ -1,5 +1,5 @@
-"""The kernel bench with one more path: "cuda", the CUDA kernels carried out on the CPU, called as the
-CPU kernels are, so that every test has them too."""
+"""The kernel bench with one more path, "cuda": the CUDA kernels carried out on the CPU. They are
+called as the CPU kernels are, so that every test has them too."""
 
 import numpy as np
 
@@ -37,7 +37,17 @@ class Bench:
         return out.astype(np.float64)
 
     def reconstruct_residual_(
-        self, direction, residual, basis, theta, c, tensors, *, path="portable", threads=1, scale=None
+        self,
+        direction,
+        residual,
+        basis,
+        theta,
+        c,
+        tensors,
+        *,
+        path="portable",
+        threads=1,
+        scale=None,
     ):
         if path != "cuda":
             self._module.reconstruct_residual_(
