@@ -366,6 +366,15 @@ def test_random_state_is_that_of_the_first_evaluation_alone(search: str) -> None
 # Where construction puts the model.
 
 
+@pytest.mark.parametrize("optimizer", [PBFGS, PSGD])
+def test_theta0_stays_the_callers(optimizer: type[PBFGS | PSGD]) -> None:
+    batches = Batches(0)
+    theta0 = torch.full((4,), 0.1, dtype=torch.float64)
+    made = optimizer(batches.params, random_subspace(batches.params, 4), lr=0.1, theta0=theta0)
+    made.step(batches.forward(0))
+    assert made.status.moved and bool((theta0 == 0.1).all())
+
+
 def test_construction_says_once_that_it_moved_the_weights(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

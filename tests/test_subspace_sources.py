@@ -90,6 +90,17 @@ def test_snapshots_pca(dtype, spread):
     torch.testing.assert_close(space.explained_variance_ratio, ratio, rtol=1e-6, atol=0)
 
 
+def test_snapshots_pca_of_weights_far_from_zero():
+    """Their own Gram matrix would hold nothing of differences this small."""
+    deltas = 1e-5 * torch.randn(7, 500, dtype=torch.float64).cumsum(0)
+    space = Subspace.from_snapshots(1e4 * torch.randn(500, dtype=torch.float64) + deltas, 4)
+    pca = PCA(4, svd_solver="full").fit(deltas.numpy())
+    overlap = space.basis @ torch.from_numpy(pca.components_).T
+    assert (overlap.abs() - torch.eye(4)).abs().max() < 1e-5
+    singular = torch.from_numpy(pca.singular_values_)
+    torch.testing.assert_close(space.singular_values, singular, rtol=1e-5, atol=0)
+
+
 def test_snapshots_pca_is_that_of_a_trajectory():
     weights = raw()
     param = torch.zeros(500)
@@ -123,6 +134,14 @@ def test_snapshots_qr_takes_in_the_snapshots_and_their_averages(dtype, spread, d
     reference = torch.linalg.qr(weights.double().T).Q.T[:dim]
     overlap = (space.basis.double() @ reference.T).abs()
     assert (overlap - torch.eye(dim)).abs().max() < 1e-7 / spread + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_snapshots_qr_leaves_out_what_is_new_by_rounding_alone(dtype):
+    base = torch.randn(2, 500, dtype=torch.float64)
+    weights = torch.stack([base[0], base[1], 0.3 * base[0] + 0.7 * base[1]]).to(dtype)
+    with pytest.warns(UserWarning, match="kept 2"):
+        assert Subspace.from_snapshots(weights, 3, "qr").dim == 2
 
 
 def test_snapshots_as_lists_and_dicts():
