@@ -116,7 +116,7 @@ void gram_block_(const py::array& snapshots, py::array& gram, int64_t index, int
   check_value(gram.shape(0) >= index + count, "gram: too small");
   check_writeable("gram", gram);
   Scratch scratch(cuda::gram_block_scratch(rows, index, count));
-  cuda::gram_block(rows, index, count, static_cast<double*>(gram.mutable_data()), gram.shape(0),
+  cuda::gram_block(rows, index, count, static_cast<double*>(gram.mutable_data()), gram.shape(0), 1,
                    scratch.get(), {nullptr, multiprocessors});
 }
 

@@ -1,5 +1,5 @@
 // dldr_ext::store_snapshot_, dldr_ext::gram_append_ and dldr_ext::gram_block_ on CPU.
-#include "../stable_utils.h"
+#include "../inputs.h"
 #include "capability.h"
 #include "parallel.h"
 
@@ -8,15 +8,6 @@ namespace {
 
 // Bounds the memory for sums of the chunks.
 constexpr int64_t kPartialBytes = 16 << 20;
-
-void check_gram(const char* op, const Tensor& gram, int64_t rows, const Tensor& snapshots) {
-  check_device(op, "gram", gram, snapshots);
-  check_type(gram.scalar_type() == ScalarType::Double, op, "gram: expected torch.float64, got ",
-             name_of(gram.scalar_type()));
-  check_value(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) >= rows, op,
-              "gram: expected a square matrix of at least ", rows, " rows, got shape ",
-              shape_of(gram));
-}
 
 // gram[index, :index + 1] = sums, and its mirror.
 void write_gram(const Tensor& gram, int64_t index, const double* sums) {
@@ -27,39 +18,10 @@ void write_gram(const Tensor& gram, int64_t index, const double* sums) {
   }
 }
 
-// Checks what is stored; keeps alive what the arguments point to.
-struct Inputs {
-  Inputs(const char* op, const Tensor& snapshots, int64_t index, const std::vector<Tensor>& params,
-         const Tensor& anchor, const std::optional<Tensor>& scale) {
-    args.snapshots = check_rows(op, "snapshots", snapshots, scale);
-    const Rows& rows = args.snapshots;
-    check_value(index >= 0 && index < rows.rows, op, "index: expected 0 <= index < ", rows.rows,
-                " (rows of snapshots), got ", index);
-    anchor_ = check_vector(op, "anchor", anchor, rows.numel, wide_of(rows.dtype), snapshots);
-    list_ = TensorList(op, "params", params, rows.numel, "columns of snapshots", snapshots,
-                       TensorList::Access::read);
-    args.list = list_.view();
-    args.anchor = anchor_->data_ptr();
-    args.index = index;
-    args.row =
-        static_cast<char*>(snapshots.data_ptr()) + index * rows.stride * dtype_size(rows.dtype);
-    if (rows.scale != nullptr) {
-      args.row_scale =
-          static_cast<float*>(scale->data_ptr()) + index * ceil_div(rows.numel, kScaleBlock);
-    }
-    args.plan = make_plan(rows.numel);
-  }
-
-  GramAppendArgs args;
-
- private:
-  std::optional<Tensor> anchor_;
-  TensorList list_;
-};
-
 void store_snapshot_(const Tensor& snapshots, int64_t index, const std::vector<Tensor>& params,
                      const Tensor& anchor, const std::optional<Tensor>& scale) {
-  const Inputs inputs("store_snapshot_", snapshots, index, params, anchor, scale);
+  StoreInputs inputs("store_snapshot_", snapshots, index, params, anchor, scale);
+  inputs.args.plan = make_plan(inputs.args.snapshots.numel);
   const CpuKernels& kernels = active_kernels();
   parallel_chunks(inputs.args.plan, 1, [&](int64_t begin, int64_t end) {
     kernels.store_snapshot(inputs.args, begin, end);
@@ -69,10 +31,11 @@ void store_snapshot_(const Tensor& snapshots, int64_t index, const std::vector<T
 void gram_append_(const Tensor& snapshots, const Tensor& gram, int64_t index,
                   const std::vector<Tensor>& params, const Tensor& anchor,
                   const std::optional<Tensor>& scale) {
-  Inputs inputs("gram_append_", snapshots, index, params, anchor, scale);
+  StoreInputs inputs("gram_append_", snapshots, index, params, anchor, scale);
   const int64_t width = index + 1;
   check_gram("gram_append_", gram, width, snapshots);
   GramAppendArgs& args = inputs.args;
+  args.plan = make_plan(args.snapshots.numel);
   const Partials partials(args.plan.chunks, width);
   args.partials = partials.data.get();
   const CpuKernels& kernels = active_kernels();
@@ -86,19 +49,8 @@ void gram_append_(const Tensor& snapshots, const Tensor& gram, int64_t index,
 
 void gram_block_(const Tensor& snapshots, const Tensor& gram, int64_t index, int64_t count,
                  const std::optional<Tensor>& scale) {
-  constexpr const char* op = "gram_block_";
-  GramBlockArgs args;
-  args.snapshots = check_rows(op, "snapshots", snapshots, scale);
-  const int64_t stored = args.snapshots.rows;
-  check_value(index >= 0 && index < stored, op, "index: expected 0 <= index < ", stored,
-              " (rows of snapshots), got ", index);
-  check_value(count >= 1 && count <= stored - index, op,
-              "count: expected 1 <= count <= ", stored - index,
-              " (rows of snapshots from index on), got ", count);
+  GramBlockArgs args = check_gram_block("gram_block_", snapshots, gram, index, count, scale);
   const int64_t width = index + count;
-  check_gram(op, gram, width, snapshots);
-  args.index = index;
-  args.count = count;
   args.plan = make_plan(args.snapshots.numel);
   std::vector<double> sums(static_cast<size_t>(count * width));
   const CpuKernels& kernels = active_kernels();

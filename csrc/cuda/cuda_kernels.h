@@ -48,11 +48,11 @@ int64_t store_snapshot_scratch(int64_t list_size);
 void store_snapshot(const Rows& snapshots, const EntryList& list, const void* anchor, void* row,
                     float* row_scale, void* scratch, const Stream& stream);
 
-// gram[i, j] and gram[j, i] for index <= i < index + count and j <= i, from the stored rows; row r
-// of gram starts at gram + r * stride.
+// gram[i, j] and gram[j, i] for index <= i < index + count and j <= i, from the stored rows;
+// element (i, j) of gram lies at gram + i * row_stride + j * column_stride.
 int64_t gram_block_scratch(const Rows& snapshots, int64_t index, int64_t count);
-void gram_block(const Rows& snapshots, int64_t index, int64_t count, double* gram, int64_t stride,
-                void* scratch, const Stream& stream);
+void gram_block(const Rows& snapshots, int64_t index, int64_t count, double* gram,
+                int64_t row_stride, int64_t column_stride, void* scratch, const Stream& stream);
 
 // All products of the rows with each other, (rows, rows).
 int64_t gram_scratch(const Rows& snapshots);

@@ -1,0 +1,46 @@
+// What every CUDA op needs of torch: its device and stream, and scratch memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../inputs.h"
+#include "cuda_kernels.h"
+
+namespace dldr::cuda {
+
+// Makes the tensor's device the current one, and finds the current stream on it. Memory that is
+// freed when the op returns goes to later work on the same stream only: torch's allocator orders
+// it.
+class Call {
+ public:
+  explicit Call(const Tensor& tensor)
+      : like_(tensor), guard_(static_cast<int32_t>(tensor.get_device_index())) {
+    const int device = static_cast<int>(tensor.get_device_index());
+    if (aoti_torch_get_current_cuda_stream(device, &stream_.handle) != 0) {
+      throw std::runtime_error("dldr_ext: torch has no current CUDA stream");
+    }
+    int count = 0;
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+      throw std::runtime_error("dldr_ext: CUDA does not say how many multiprocessors there are");
+    }
+    stream_.multiprocessors = count;
+  }
+
+  const Stream& stream() const { return stream_; }
+
+  // Memory for as long as this object lives.
+  void* scratch(int64_t bytes) {
+    memory_ = torch::stable::new_empty(like_, {bytes}, ScalarType::Byte);
+    return memory_->data_ptr();
+  }
+
+ private:
+  Tensor like_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  Stream stream_;
+  std::optional<Tensor> memory_;
+};
+
+}  // namespace dldr::cuda
