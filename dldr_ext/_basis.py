@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from . import _pca, ops
 from ._params import DTYPES, dtype_name, type_name
+from ._rows import empty_rows, readable_rows
 
 # The 8-bit formats, and the largest magnitude that each uses.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -30,7 +31,7 @@ def quantize(basis: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, 
         raise ValueError(f"format: expected one of {sorted(_FORMATS)}, got {format!r}")
     dtype = _FORMATS[format]
     rows, columns = basis.shape
-    result = torch.empty((rows, columns), dtype=dtype, device=basis.device)
+    result = empty_rows(rows, columns, dtype=dtype, device=basis.device)
     scales = torch.empty((rows, blocks(columns)), dtype=torch.float32, device=basis.device)
     step = _pca.column_step(rows)
     for begin in range(0, columns, step):
@@ -55,7 +56,7 @@ def quantize(basis: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, 
 
 def dequantize(basis: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of an 8-bit basis in ``dtype``, chunk by chunk."""
-    result = torch.empty(basis.shape, dtype=dtype, device=basis.device)
+    result = empty_rows(*basis.shape, dtype=dtype, device=basis.device)
     step = _pca.column_step(basis.shape[0])
     for begin in range(0, basis.shape[1], step):
         result[:, begin : begin + step] = _chunk(basis, scale, begin, step)
@@ -75,7 +76,7 @@ def checked_basis(basis: Any) -> Tensor:
             f"basis: expected shape (d, n) with 1 <= d <= {_pca.MAX_DIM} rows and n >= 1 columns, "
             f"got {tuple(basis.shape)}"
         )
-    return basis.detach().contiguous()
+    return readable_rows(basis.detach())
 
 
 def checked_scale(scale: Any, basis: Tensor) -> Tensor | None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._rows import empty_rows
+
 _check = torch._check
 _ops = torch.ops.dldr_ext
 
@@ -160,7 +162,9 @@ def _form_basis(
     if dtype is None:
         dtype = snapshots.dtype if snapshots.dtype.is_floating_point else torch.float32
         dtype = torch.float32 if dtype == torch.float8_e4m3fn else dtype
-    return snapshots.new_empty((coefficients.shape[0], snapshots.shape[1]), dtype=dtype)
+    return empty_rows(
+        coefficients.shape[0], snapshots.shape[1], dtype=dtype, device=snapshots.device
+    )
 
 
 # w = origin + P theta: d theta = P^T dw, d origin = dw. The basis and its scale are constants.

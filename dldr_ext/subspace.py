@@ -20,6 +20,7 @@ from ._params import (
     numel,
     unique_parameters,
 )
+from ._rows import empty_rows
 
 if TYPE_CHECKING:
     from .parametrize import SubspaceModule
@@ -272,7 +273,7 @@ class Subspace:
             raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         origin = flatten(listed, wide)
-        basis = torch.empty((dim, n), dtype=dtype, device=device)
+        basis = empty_rows(dim, n, dtype=dtype, device=device)
         for row in basis:
             row.copy_(torch.randn(n, generator=generator, dtype=wide, device=device))
         # Gaussian rows are far from parallel, unless n is close to dim: a second round, then.

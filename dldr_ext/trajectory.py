@@ -21,6 +21,7 @@ from ._params import (
     numel,
     type_name,
 )
+from ._rows import empty_rows
 from .storage import Reader, save
 from .subspace import Subspace
 
@@ -79,7 +80,7 @@ class Trajectory:
         self.dtype = dtype
         self._length = 0
         self._anchor = None if anchor is None else self._given_anchor(anchor)
-        self._snapshots = torch.empty((self.capacity, self.numel), dtype=dtype, device=self.device)
+        self._snapshots = empty_rows(self.capacity, self.numel, dtype=dtype, device=self.device)
         self._gram = torch.zeros(
             (self.capacity, self.capacity), dtype=torch.float64, device=self.device
         )

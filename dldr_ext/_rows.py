@@ -1,0 +1,31 @@
+"""Matrices of rows as the kernels like to read them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# On CUDA rows start at multiples of this many bytes: their kernels read 16 bytes at a time.
+CUDA_ALIGNMENT = 256
+
+
+def empty_rows(
+    rows: int, columns: int, *, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """An uninitialised (rows, columns) matrix; on CUDA a view of a slightly wider one."""
+    width = columns
+    if torch.device(device).type == "cuda":
+        width += -columns % (CUDA_ALIGNMENT // dtype.itemsize)
+    return torch.empty((rows, width), dtype=dtype, device=device)[:, :columns]
+
+
+def readable_rows(matrix: Tensor) -> Tensor:
+    """The matrix itself, or a copy if the kernels could not, or only slowly, read its rows."""
+    if matrix.device.type != "cuda":
+        return matrix.contiguous()
+    packed = matrix.stride(1) == 1 or matrix.shape[1] == 1
+    step = matrix.stride(0) * matrix.itemsize
+    if packed and matrix.data_ptr() % 16 == 0 and (len(matrix) == 1 or step % 16 == 0):
+        return matrix
+    result = empty_rows(*matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    return result.copy_(matrix)
