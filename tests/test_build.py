@@ -182,8 +182,8 @@ def test_ptxas_output_is_read():
 
 
 def test_the_report_fails_on_spills_alone(tmp_path):
-    def report() -> subprocess.CompletedProcess:
-        command = [TOOLS / "ptxas_report.py", tmp_path, "--json", tmp_path / "report.json"]
+    def report(*more: str) -> subprocess.CompletedProcess:
+        command = [TOOLS / "ptxas_report.py", tmp_path, "--json", tmp_path / "report.json", *more]
         return subprocess.run([sys.executable, *command], capture_output=True, text=True)
 
     assert "build the CUDA library first" in report().stderr
@@ -191,6 +191,10 @@ def test_the_report_fails_on_spills_alone(tmp_path):
     done = report()
     assert done.returncode != 0
     assert "1 of 2 compiled kernels spill registers" in done.stderr
+    assert report("--arch", "90").returncode != 0
+    elsewhere = report("--arch", "80")
+    assert elsewhere.returncode == 0
+    assert "spills on sm_90" in elsewhere.stderr
     clean = "".join(PTXAS.splitlines(keepends=True)[7:])
     (tmp_path / "project.o.ptxas").write_text(clean)
     done = report()
