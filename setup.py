@@ -52,8 +52,6 @@ NVCC_FLAGS = [
 LINK_FLAGS = ["-Wl,--no-undefined", "-Wl,--exclude-libs,ALL", "-s"]
 
 TOOLKIT, CPU_ONLY_REASON = cuda_toolkit.choose(torch)
-if TOOLKIT and not list((ROOT / "csrc" / "cuda").glob("*_cuda.cpp")):
-    TOOLKIT, CPU_ONLY_REASON = None, "there are no ops in csrc/cuda"
 ARCHS: list[str] = []
 
 
