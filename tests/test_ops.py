@@ -258,11 +258,15 @@ def test_none_counts_as_zeros():
     assert torch.equal(ops.project(basis, [a, stride0, b]), expected)
 
 
-def test_leaves_that_need_a_gradient_are_written_outside_autograd():
+@pytest.mark.parametrize("op", ["reconstruct_", "trial_"])
+def test_leaves_that_need_a_gradient_are_written_outside_autograd(op):
     layer = torch.nn.Linear(7, 3)
     params = list(layer.parameters())
     loss = layer(torch.randn(2, 7, requires_grad=True)).sum()
-    ops.reconstruct_(params, None, torch.randn(2, 24), torch.ones(2))
+    if op == "reconstruct_":
+        ops.reconstruct_(params, None, torch.randn(2, 24), torch.ones(2))
+    else:
+        ops.trial_(params, torch.randn(24), torch.randn(24), 0.5)
     assert all(p.requires_grad and p.is_leaf for p in params)
     # autograd notices that a weight which it saved has changed
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -25,7 +25,7 @@ from .recipe import RECIPES, Recipe
 #: Called with seed, method and the share of it that is done, 0 to 1.
 Progress = Callable[[int, str, float], None]
 
-_PACKAGES = ("torch", "numpy", "matplotlib", "mlxtend", "scikit-learn")
+_PACKAGES = ("numpy", "matplotlib", "mlxtend", "scikit-learn")
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,7 @@ def _describe(config: Config) -> dict[str, Any]:
 def _versions() -> dict[str, Any]:
     info = build_info()
     found: dict[str, Any] = {"dldr_ext": info["version"], "cpu_capability": info["cpu_capability"]}
+    found["torch"] = torch.__version__  # which build, too: its metadata may not say
     found["python"] = platform.python_version()
     found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
     for name in _PACKAGES:
