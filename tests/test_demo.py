@@ -134,6 +134,7 @@ def test_model_is_seeded_and_leaves_the_random_state_alone(size, numel):
 def test_batch_norm_statistics_are_those_of_all_images(digits):
     model = build(8, 0)
     images = digits.train.images[:900]
+    model(5 * images)  # statistics of something else, to be forgotten
     assert reestimate_batch_norm(model, images, batch_size=300) == 900
     first = batch_norms(model)[0]
     with torch.no_grad():
@@ -235,6 +236,19 @@ def test_sgd_reads_each_image_once_an_epoch_and_records_the_first_half(digits, m
     assert len(trajectory) == 8
     weights = torch.cat([p.detach().reshape(-1) for p in half.model.parameters()])
     torch.testing.assert_close(trajectory.anchor + trajectory.snapshots[-1], weights)
+
+
+def test_sgd_and_psgd_step_by_the_scheduled_learning_rate(digits, monkeypatch):
+    """With a schedule of zeros nothing moves."""
+    settings = run.Config("digits", epochs=6, dim=4).recipe
+    task = methods.Task(digits, settings, 0, 4, lambda *_: None)
+    monkeypatch.setattr(methods, "learning_rate", lambda recipe, done: 0.0)
+    full, _, _ = methods.sgd(task)
+    pairs = zip(full.model.parameters(), task.model().parameters(), strict=True)
+    assert all(torch.equal(after, start) for after, start in pairs)
+    parameters = task.model().parameters()
+    subspace = Subspace.random(parameters, 4, generator=torch.Generator().manual_seed(0))
+    assert set(methods.psgd(task, subspace).path) == {(0.0, 0.0)}
 
 
 @pytest.mark.parametrize(("images", "size", "count"), [(1197, 24, 50), (1197, 400, 3), (5, 9, 1)])

@@ -213,7 +213,7 @@ def _trajectory(plane: Landscape) -> Figure:
         axes.plot(x[-1], y[-1], "o", color=colour, markeredgecolor="white", markersize=9)
     axes.plot(*plane.sgd_end, "*", color="black", markeredgecolor="white", markersize=15)
     axes.plot(0, 0, "s", color="white", markeredgecolor="black", markersize=8)
-    for text, point in (("end of full SGD", plane.sgd_end), ("start", (0, 0))):
+    for text, point in (("full SGD", plane.sgd_end), ("start", (0, 0))):
         axes.annotate(
             text,
             point,
