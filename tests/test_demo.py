@@ -353,6 +353,26 @@ def test_same_seed_same_numbers(outcome):
     assert plane == outcome[1]
 
 
+def test_numbers_are_those_of_the_models(outcome, digits):
+    """The first seed again by hand: what the test part says, and the loss on the plane."""
+    results, plane = outcome
+    settings = CONFIG.recipe
+    task = methods.Task(digits, settings, 0, CONFIG.snapshots, lambda *_: None)
+    full, _, trajectory = methods.sgd(task)
+    subspace = trajectory.subspace(dim=CONFIG.dim)
+    quasi_newton = methods.pbfgs(task, subspace)
+    found = {run["method"]: run["test_accuracy"] for run in results["runs"] if run["seed"] == 0}
+    for method, model in (("sgd", full.model), ("pbfgs", quasi_newton.model)):
+        assert found[method] == accuracy(model, digits.test.images, digits.test.labels)
+    theta = subspace.coordinates(quasi_newton.model.parameters())
+    theta[0], theta[1] = plane.x[3], plane.y[-2]
+    model = task.model()
+    subspace.reconstruct_(model.parameters(), theta)
+    images, labels = digits.train.images[:400], digits.train.labels[:400]
+    loss = methods.objective(model, images, labels, settings.weight_decay)
+    assert plane.loss[-2][3] == pytest.approx(float(loss), rel=1e-4)
+
+
 def test_threads_are_given_back():
     before = torch.get_num_threads()
     with pytest.raises(RuntimeError, match="stop"):
