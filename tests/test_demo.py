@@ -370,7 +370,7 @@ def test_numbers_are_those_of_the_models(outcome, digits):
     subspace.reconstruct_(model.parameters(), theta)
     images, labels = digits.train.images[:400], digits.train.labels[:400]
     loss = methods.objective(model, images, labels, settings.weight_decay)
-    assert plane.loss[-2][3] == pytest.approx(float(loss), rel=1e-4)
+    assert plane.loss[-2][3] == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_threads_are_given_back():
