@@ -6,7 +6,9 @@
 
 namespace dldr::cuda {
 
-constexpr int kCombineThreads = 256;
+constexpr int kCombineThreads = 128;
+// Blocks that share a multiprocessor: 3 x 128 threads x 8 loads of 16 bytes are 48 KiB in flight.
+constexpr int kCombineBlocks = 3;
 // Fewer threads, hence smaller tiles, where the elements would not fill the device otherwise.
 constexpr int kCombineThreadsSmall = 64;
 // Rows whose loads are in flight together.

@@ -13,6 +13,12 @@ constexpr int kDotThreads = 128;
 constexpr int kDotWarps = kDotThreads / kWarp;
 // Rows that are read side by side: 8 loads of 16 bytes in flight for each thread.
 constexpr int kDotRows = 8;
+// Blocks that share a multiprocessor, so that the loads of some hide the staging of others; many
+// right-hand sides need the registers.
+template <int K>
+constexpr int kDotBlocks = K == 1   ? 4
+                           : K == 2 ? 3
+                                    : 2;
 // Rows times right-hand sides of one block: bounds the sums kept in shared memory.
 constexpr int kDotSums = 512;
 static_assert(kDotTile % (kDotThreads * kPack<int8_t>) == 0, "whole packs for every thread");
@@ -65,8 +71,8 @@ __device__ inline void dot_rows(const Rows& rows, int64_t first, int rows_here, 
   const T* data = static_cast<const T*>(rows.data) + at;
   for (int r = 0; r < rows_here; r += kDotRows) {
     A acc[K][kDotRows] = {};
-    DLDR_UNROLL
-    for (int u = 0; u < kPacks; ++u) {
+    DLDR_UNROLL_TWICE  // 16 loads of a thread in flight
+        for (int u = 0; u < kPacks; ++u) {
       const int i = (u * kDotThreads + static_cast<int>(threadIdx.x)) * kPack<T>;
       Pack packs[kDotRows];
       DLDR_UNROLL
@@ -121,7 +127,7 @@ __device__ inline void dot_rows(const Rows& rows, int64_t first, int rows_here, 
 
 // partials[(k * total + r) * tiles + tile] for K right-hand sides and the rows of this block.
 template <class T, int K, class Source>
-__global__ void __launch_bounds__(kDotThreads)
+__global__ void __launch_bounds__(kDotThreads, kDotBlocks<K>)
     dot_tile(const __grid_constant__ DeviceList list, const Rows rows, const Source source,
              int64_t total, int rows_per_block, bool aligned, double* partials) {
   using A = typename wide_of<T>::type;

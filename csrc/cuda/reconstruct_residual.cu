@@ -4,7 +4,7 @@ namespace dldr::cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kCombineThreads)
+__global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
     residual_tile(const __grid_constant__ DeviceList list, const Rows rows,
                   const typename wide_of<T>::type* theta,
                   const typename wide_of<T>::type* coordinates, bool aligned,

@@ -16,7 +16,7 @@ __device__ inline float2 block_scale(float largest) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kStoreThreads)
+__global__ void __launch_bounds__(kStoreThreads, 1)
     store_tile(const __grid_constant__ DeviceList list, int64_t numel,
                const typename wide_of<T>::type* anchor, T* row, float* row_scale) {
   using A = typename wide_of<T>::type;
