@@ -16,8 +16,8 @@ namespace dldr::cuda {
 class Call {
  public:
   explicit Call(const Tensor& tensor)
-      : like_(tensor), guard_(static_cast<int32_t>(tensor.get_device_index())) {
-    const int device = static_cast<int>(tensor.get_device_index());
+      : like_(tensor), guard_(device_of_cuda(tensor)) {
+    const int device = device_of_cuda(tensor);
     if (aoti_torch_get_current_cuda_stream(device, &stream_.handle) != 0) {
       throw std::runtime_error("dldr_ext: torch has no current CUDA stream");
     }
@@ -37,6 +37,16 @@ class Call {
   }
 
  private:
+  // A basis on the CPU with gradients on a GPU comes here, too. Asking CUDA about device -1 would
+  // leave an error behind that the next kernel launch reports as its own.
+  static int32_t device_of_cuda(const Tensor& tensor) {
+    if (!tensor.is_cuda()) {
+      throw std::runtime_error("ValueError: expected all tensors on one device, got one on " +
+                               device_of(tensor));
+    }
+    return static_cast<int32_t>(tensor.get_device_index());
+  }
+
   Tensor like_;
   torch::stable::accelerator::DeviceGuard guard_;
   Stream stream_;
