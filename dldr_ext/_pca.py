@@ -144,7 +144,7 @@ def orthonormalize_(basis: Tensor) -> None:
     Row i stays in the span of rows 0 to i.
     """
     factor = torch.linalg.cholesky(exact_gram(basis).cpu())
-    identity = torch.eye(len(factor), dtype=torch.float64)
+    identity = torch.eye(len(factor), dtype=torch.float64, device="cpu")
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False).to(basis.device)
     step = column_step(len(factor))
     for begin in range(0, basis.shape[1], step):
@@ -163,7 +163,7 @@ def gram_schmidt(gram: Tensor, dim: int) -> Tensor:
     for t in range(len(gram)):
         if len(found) == dim:
             break
-        row = torch.zeros(len(gram), dtype=torch.float64)
+        row = torch.zeros_like(gram[t])
         row[t] = 1
         for _ in range(2):  # twice is enough (Kahan and Parlett)
             for earlier in found:
@@ -171,4 +171,4 @@ def gram_schmidt(gram: Tensor, dim: int) -> Tensor:
         square = float(row @ gram @ row)
         if square > _FLOAT64_SUMS * float(gram[t, t]):
             found.append(row / square**0.5)
-    return torch.stack(found) if found else torch.zeros(0, len(gram), dtype=torch.float64)
+    return torch.stack(found) if found else gram[:0].clone()

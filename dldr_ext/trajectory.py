@@ -383,10 +383,10 @@ class Trajectory:
                     f"start: expected an index of the {len(self)} snapshots, got {index}"
                 )
         if start == "mean":
-            weights = torch.full((1, len(self)), 1 / len(self), dtype=torch.float64)
-            delta = ops.form_basis(
-                self.snapshots, weights.to(self.device), dtype=self._anchor.dtype
-            )[0]
+            weights = torch.full(
+                (1, len(self)), 1 / len(self), dtype=torch.float64, device=self.device
+            )
+            delta = ops.form_basis(self.snapshots, weights, dtype=self._anchor.dtype)[0]
         else:
             delta = self.snapshots[index].to(self._anchor.dtype, copy=True)
         return delta.add_(self._anchor).to(dtype)

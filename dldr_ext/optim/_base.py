@@ -214,7 +214,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _first_theta(self, name: str, theta0: Tensor | str | None) -> Tensor:
         dim = self._subspace.dim
         if theta0 is None:
-            return torch.zeros(dim, dtype=torch.float64)
+            return torch.zeros(dim, dtype=torch.float64, device="cpu")
         if isinstance(theta0, str) and theta0 == "current":
             theta = self._subspace.coordinates(self._params)
         elif isinstance(theta0, Tensor):

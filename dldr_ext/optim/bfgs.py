@@ -46,7 +46,7 @@ def first_guess(dim: int, singular_values: Tensor | None = None) -> Tensor:
     a small convolutional network, d = 20) that saved two thirds of the passes over the data.
     """
     if singular_values is None:
-        return torch.eye(dim, dtype=torch.float64)
+        return torch.eye(dim, dtype=torch.float64, device="cpu")
     sigma = singular_values.to(device="cpu", dtype=torch.float64)
     guess = (sigma / sigma.max()).clamp_min(FIRST_GUESS_FLOOR)
     return torch.diag(guess) if bool(guess.isfinite().all()) else first_guess(dim)
