@@ -1,4 +1,4 @@
-"""Every op against the float64 reference, on every instruction-set path."""
+"""Every op against the float64 reference, on every instruction-set path and CUDA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from samples import DIMS, FLOATS, LISTS, QUANTIZED, SIZES, STORAGE, make_list, m
 
 from dldr_ext import ops
 
-pytestmark = pytest.mark.usefixtures("cpu_capability")
+pytestmark = pytest.mark.usefixtures("kernels")
 dtypes = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 
 

@@ -8,7 +8,7 @@ from samples import LISTS, QUANTIZED, STORAGE, make_list, make_sample, wide
 
 from dldr_ext import ops
 
-pytestmark = pytest.mark.usefixtures("cpu_capability")
+pytestmark = pytest.mark.usefixtures("kernels")
 dtypes = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 
 

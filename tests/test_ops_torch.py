@@ -13,6 +13,7 @@ from dldr_ext import ops
 raw = torch.ops.dldr_ext
 dtypes = pytest.mark.parametrize("dtype", STORAGE, ids=str)
 pytestmark = [
+    pytest.mark.usefixtures("device"),
     # torch's own code, under torch.compile and opcheck
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),

@@ -1,0 +1,204 @@
+"""Recording, subspaces and optimizers from end to end, on each kind of device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from published import PUBLISHED
+from torch import nn
+
+from dldr_ext import PBFGS, PSGD, Status, Subspace, Trajectory, ops
+
+pytestmark = pytest.mark.usefixtures("device")
+FORMATS = [torch.float32, torch.bfloat16, torch.float64, "int8", "float8_e4m3fn"]
+
+
+class Problem:
+    """A small network (dropout, batch norm, convolutions in channels_last) and one batch."""
+
+    def __init__(self, dtype=torch.float32, dropout=0.0, seed=0):
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.Tanh(),
+            nn.Dropout(dropout),
+            nn.Flatten(),
+            nn.Linear(8 * 36, 4),
+        ).to(dtype=dtype, memory_format=torch.channels_last)
+        self.inputs = torch.randn(64, 3, 6, 6, dtype=dtype)
+        self.labels = self.inputs[:, :, :2, :2].sum((2, 3)).argmax(1)
+        self.params = list(self.model.parameters())
+
+    def loss(self):
+        return nn.functional.cross_entropy(self.model(self.inputs), self.labels)
+
+    def record(self, dtype=torch.float32, count=12):
+        """SGD from the initial weights, recorded; the model is back at the start after it."""
+        trajectory = Trajectory(self.model.named_parameters(), count, dtype=dtype)
+        optimizer = torch.optim.SGD(self.params, 0.2)
+        for _ in range(count):
+            trajectory.record()
+            optimizer.zero_grad()
+            self.loss().backward()
+            optimizer.step()
+        start = trajectory.subspace(1)
+        start.reconstruct_(self.params, start.origin.new_zeros(1))
+        return trajectory
+
+
+def subspace_of(problem, format):
+    dtype = format if isinstance(format, torch.dtype) else torch.float32
+    subspace = problem.record(dtype).subspace(6)
+    return subspace if format == dtype else subspace.quantize(format)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("options", [{}, PUBLISHED, {"line_search_fn": "strong_wolfe"}])
+def test_pbfgs(format, options, device):
+    problem = Problem()
+    subspace = subspace_of(problem, format)
+    assert subspace.basis.device.type == device.type
+    optimizer = PBFGS(problem.params, subspace, buffers=problem.model, **options)
+    first = float(optimizer.step(problem.loss))
+    for _ in range(8):
+        optimizer.step(problem.loss)
+    assert problem.loss().item() < 0.8 * first
+    assert optimizer.status in (Status.ACCEPTED, Status.DECREASED, Status.LINE_SEARCH_FAILED)
+    # the weights stand where theta says
+    own = torch.cat([p.detach().reshape(-1) for p in problem.params])
+    there = subspace.reconstruct(optimizer.theta)
+    assert torch.linalg.vector_norm(own - there) <= 1e-5 * torch.linalg.vector_norm(there)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_psgd(format):
+    problem = Problem()
+    optimizer = PSGD(problem.params, subspace_of(problem, format), lr=0.2)
+    first = float(optimizer.step(problem.loss))
+    for _ in range(30):
+        optimizer.step(problem.loss)
+    assert problem.loss().item() < 0.8 * first
+
+
+def test_the_same_run_as_on_the_cpu(device):
+    """float64: the devices differ by roundings only."""
+    with torch.device("cpu"):
+        there = Problem(torch.float64)
+    here = Problem(torch.float64)
+    here.model.load_state_dict(there.model.state_dict())
+    here.inputs, here.labels = there.inputs.to(device), there.labels.to(device)
+    losses = []
+    for problem in (there, here):
+        trajectory = problem.record(torch.float64)
+        optimizer = PBFGS(problem.params, trajectory.subspace(5), buffers=problem.model)
+        losses.append([float(optimizer.step(problem.loss)) for _ in range(8)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_trials_see_the_same_random_numbers():
+    """Dropout draws on the device's generator."""
+    problem = Problem(dropout=0.5)
+    optimizer = PBFGS(problem.params, subspace_of(Problem(), torch.float32), buffers=problem.model)
+    seen = []
+
+    def closure():
+        seen.append(torch.rand(4).tolist())
+        return problem.loss()
+
+    for _ in range(3):
+        seen.clear()
+        optimizer.step(closure)
+        assert len(seen) > 1 and all(numbers == seen[0] for numbers in seen)
+
+
+def test_saved_and_resumed(tmp_path, device):
+    pytest.importorskip("safetensors")
+    problem = Problem()
+    trajectory = problem.record(torch.bfloat16)
+    trajectory.save(tmp_path / "trajectory.safetensors")
+    again = Trajectory.load(tmp_path / "trajectory.safetensors", problem.model.named_parameters())
+    assert torch.equal(again.snapshots, trajectory.snapshots)
+    assert torch.equal(again.gram, trajectory.gram)
+    subspace = again.subspace(5)
+    subspace.save(tmp_path / "subspace.safetensors")
+    loaded = Subspace.load(tmp_path / "subspace.safetensors", device=device)
+    assert loaded.device.type == device.type and torch.equal(loaded.basis, subspace.basis)
+    optimizer = PBFGS(problem.params, loaded, buffers=problem.model)
+    for _ in range(3):
+        optimizer.step(problem.loss)
+    state, weights = optimizer.state_dict(), problem.model.state_dict()
+    weights = {name: value.clone() for name, value in weights.items()}
+    optimizer.step(problem.loss)
+    expected = [p.detach().clone() for p in problem.params]
+    problem.model.load_state_dict(weights)
+    resumed = PBFGS(problem.params, loaded, buffers=problem.model, theta0="current")
+    resumed.load_state_dict(state)
+    resumed.step(problem.loss)
+    for p, value in zip(problem.params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_parametrized_model(device):
+    problem = Problem()
+    subspace = subspace_of(problem, torch.float32)
+    module = subspace.parametrize(problem.model)
+    module(problem.inputs).square().sum().backward()
+    assert module.theta.grad.device.type == device.type
+    assert bool(module.theta.grad.isfinite().all()) and bool(module.theta.grad.any())
+
+
+@pytest.mark.parametrize("orthonormal", ["pca", "qr"])
+def test_from_snapshots_and_random(orthonormal, device):
+    n = 33_333  # odd: rows are padded on CUDA
+    points = torch.randn(9, n).cumsum(0)
+    subspaces = [
+        Subspace.from_snapshots(points, 5, orthonormal),
+        Subspace.random([torch.randn(n)], 5, generator=torch.Generator(device).manual_seed(1)),
+    ]
+    for subspace in subspaces:
+        gram = ops.gram(subspace.basis)
+        assert (gram - torch.eye(5, dtype=torch.float64)).abs().max() < 1e-5
+        if device.type == "cuda":
+            assert subspace.basis.stride(0) * 4 % 256 == 0
+        for format in ("int8", "float8_e4m3fn"):
+            small = subspace.quantize(format)
+            g = torch.randn(n)
+            c, exact = small.project(g), subspace.project(g)
+            assert (c - exact).abs().max() <= 0.1 * torch.linalg.vector_norm(exact)
+
+
+def test_a_subspace_moves_between_devices(device):
+    subspace = Subspace.random([torch.randn(3_333)], 4)
+    with torch.device("cpu"):
+        there = subspace.to("cpu")
+        back = there.to(device)
+        assert there.device.type == "cpu" and torch.equal(back.basis, subspace.basis)
+        theta = torch.randn(4)
+    torch.testing.assert_close(
+        there.reconstruct(theta), back.reconstruct(theta.to(device)).cpu(), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_new_tensors_do_not_follow_torchs_default_device(format):
+    """`torch.set_default_device` is for users: what it names is not where the parameters are."""
+    problem = Problem()
+    with torch.device("meta"):
+        subspace = subspace_of(problem, format)
+        assert subspace.basis.device == problem.inputs.device
+        for options in ({}, PUBLISHED, {"residual_lr": 0.1}):
+            optimizer = PBFGS(problem.params, subspace, buffers=problem.model, **options)
+            first = optimizer.step(problem.loss).item()
+            for _ in range(3):
+                optimizer.step(problem.loss)
+            assert optimizer.theta.device == problem.inputs.device
+        sgd = PSGD(problem.params, subspace)
+        assert sgd.step(problem.loss).item() == pytest.approx(first, rel=1e-3)
+        assert sgd.status is Status.ACCEPTED
+        points = torch.stack([subspace.reconstruct(row) for row in subspace.basis[:, :6].float()])
+        for orthonormal in ("pca", "qr"):
+            Subspace.from_snapshots(points, 3, orthonormal)
+        generator = torch.Generator(problem.inputs.device)
+        random = Subspace.random(problem.params, 3, generator=generator)
+        random.quantize("int8").to(dtype=torch.bfloat16)
