@@ -55,6 +55,7 @@ def main() -> None:
     with zipfile.ZipFile(wheel) as archive:
         library = hashlib.sha256(archive.read("dldr_ext/_C.so")).hexdigest()
     print(f"{wheel.name}, _C.so {library[:12]}")
+    options.work = options.work.resolve()  # the tests run in it
     tests = options.work / "tests"
     shutil.rmtree(tests, ignore_errors=True)
     shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns(*LEFT_OUT, "__pycache__"))
