@@ -10,6 +10,7 @@
 #include "bench_arrays.h"
 #include "cuda/cuda_kernels.h"
 #include "cuda/formats.cuh"
+#include "quasi_newton.h"
 
 namespace dldr {
 namespace {
@@ -142,6 +143,41 @@ void form_basis_(py::array& out, const py::array& snapshots, const py::array& co
                    result.dtype, result.stride, {});
 }
 
+py::tuple quasi_newton_(py::array& b, const py::array& guess, const py::array& c,
+                        const std::optional<py::array>& s, const std::optional<py::array>& y,
+                        const std::optional<py::array>& hs, bool fresh, bool damped, bool published,
+                        bool one_thread) {
+  QuasiNewtonArgs args;
+  args.dim = guess.size();
+  const auto vector = [&](const char* name, const py::array& array) {
+    check_array(name, array, DType::f64, {args.dim});
+    return static_cast<const double*>(array.data());
+  };
+  check_array("b", b, DType::f64, {args.dim, args.dim});
+  check_writeable("b", b);
+  args.b = static_cast<double*>(b.mutable_data());
+  args.guess = vector("guess", guess);
+  args.c = vector("c", c);
+  check_value(s.has_value() == y.has_value(), "y: expected beside s, and only there");
+  if (s) args.s = vector("s", *s);
+  if (y) args.y = vector("y", *y);
+  if (hs) args.hs = vector("hs", *hs);
+  args.fresh = fresh;
+  args.damped = damped;
+  args.published = published;
+  py::array_t<double> p(args.dim), info(kQuasiNewtonInfo);
+  args.p = p.mutable_data();
+  args.info = info.mutable_data();
+  Scratch scratch(8 * quasi_newton_scratch(args.dim));
+  args.scratch = static_cast<double*>(scratch.get());
+  if (one_thread) {
+    QuasiNewton<Alone>(Alone(), args).run();
+  } else {
+    cuda::quasi_newton(args, {});
+  }
+  return py::make_tuple(p, info);
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& parent) {
@@ -167,6 +203,10 @@ void bind_cuda(py::module_& parent) {
   m.def("gram", &gram, arg("snapshots"), kw_only(), arg("scale") = py::none());
   m.def("form_basis_", &form_basis_, arg("out"), arg("snapshots"), arg("coefficients"), kw_only(),
         arg("scale") = py::none());
+  m.def("quasi_newton_", &quasi_newton_, arg("b"), arg("guess"), arg("c"), arg("s").none(true),
+        arg("y").none(true), arg("hs").none(true), kw_only(), arg("fresh"), arg("damped"),
+        arg("published"), arg("one_thread") = false,
+        "b learns in place; returns (p, info). one_thread: as the CPU op does it.");
   m.def(
       "sample_blocks", [](int64_t count) { emulated::sampled_blocks = count; }, arg("count"),
       "Of larger grids run only so many blocks at either end; 0: all.");

@@ -164,4 +164,46 @@ struct FormBasisInputs {
   std::optional<Tensor> coefficients_;
 };
 
+struct QuasiNewtonInputs {
+  QuasiNewtonInputs(const char* op, const Tensor& b, const Tensor& guess, const Tensor& c,
+                    const std::optional<Tensor>& s, const std::optional<Tensor>& y,
+                    const std::optional<Tensor>& hs, bool fresh, bool damped, bool published) {
+    check_type(b.scalar_type() == ScalarType::Double, op, "b: expected torch.float64, got ",
+               name_of(b.scalar_type()));
+    check_value(b.dim() == 2 && b.size(0) == b.size(1) && b.size(0) >= 1 && b.size(0) <= kMaxDim,
+                op, "b: expected a square matrix of 1 to ", kMaxDim, " rows, got shape ",
+                shape_of(b));
+    check_value(b.is_contiguous(), op, "b: expected a contiguous tensor");
+    args.dim = b.size(0);
+    args.b = static_cast<double*>(b.data_ptr());
+    args.guess = vector(op, "guess", guess, b);
+    args.c = vector(op, "c", c, b);
+    check_value(s.has_value() == y.has_value(), op, "y: expected beside s, and only there");
+    if (s) {
+      args.s = vector(op, "s", *s, b);
+      args.y = vector(op, "y", *y, b);
+      check_value(hs.has_value() || !damped || published, op,
+                  "hs: expected B^-1 s for damping, got None");
+    }
+    if (hs) args.hs = vector(op, "hs", *hs, b);
+    args.fresh = fresh;
+    args.damped = damped;
+    args.published = published;
+    p = torch::stable::new_empty(b, {args.dim});
+    info = torch::stable::new_empty(b, {kQuasiNewtonInfo});
+    args.p = static_cast<double*>(p->data_ptr());
+    args.info = static_cast<double*>(info->data_ptr());
+  }
+
+  QuasiNewtonArgs args;
+  std::optional<Tensor> p, info;
+
+ private:
+  const double* vector(const char* op, const char* name, const Tensor& tensor, const Tensor& b) {
+    kept_.push_back(check_vector(op, name, tensor, b.size(0), ScalarType::Double, b));
+    return static_cast<const double*>(kept_.back().data_ptr());
+  }
+  std::vector<Tensor> kept_;
+};
+
 }  // namespace dldr

@@ -100,6 +100,26 @@ struct FormBasisArgs {
   DType out_dtype = DType::f32;
 };
 
+// The d x d algebra of a step (quasi_newton.h), all float64. From the pair (s, y), unless s is
+// null, b learns first; hs is B^-1 s. Then p = -b c. b is set to diag(guess) where it cannot go on.
+struct QuasiNewtonArgs {
+  int64_t dim = 0;
+  double* b = nullptr;
+  const double* guess = nullptr;
+  const double* c = nullptr;
+  const double* s = nullptr;
+  const double* y = nullptr;
+  const double* hs = nullptr;
+  bool fresh = false;      // b is still the guess: it may be scaled up before it learns
+  bool damped = false;     // Powell's damping
+  bool published = false;  // the rule of the paper's code instead
+  double* p = nullptr;
+  double* info = nullptr;  // c.p, |c|, 1 if b learned, 1 if it was reset, 1 if p goes downhill
+  double* scratch = nullptr;
+};
+constexpr int64_t kQuasiNewtonInfo = 5;
+constexpr int64_t quasi_newton_scratch(int64_t dim) { return dim * (dim + 3); }
+
 struct CpuKernels {
   const char* name;
   void (*project)(const ProjectArgs&, int64_t begin, int64_t end);

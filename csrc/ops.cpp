@@ -27,6 +27,9 @@ STABLE_TORCH_LIBRARY(dldr_ext, m) {
   m.def(
       "form_basis(Tensor snapshots, Tensor coefficients, Tensor? scale=None, "
       "*, ScalarType? dtype=None) -> Tensor");
+  m.def(
+      "quasi_newton_(Tensor(a!) b, Tensor guess, Tensor c, Tensor? s, Tensor? y, Tensor? hs, *, "
+      "bool fresh, bool damped, bool published) -> (Tensor, Tensor)");
   m.def("_cpu_capability() -> str");
   m.def("_cpu_capabilities() -> str");
   m.def("_set_cpu_capability(str name) -> ()");

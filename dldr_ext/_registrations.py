@@ -150,6 +150,22 @@ def _gram_block_(
     _check_rows("gram_block_", "snapshots", snapshots)
 
 
+@torch.library.register_fake("dldr_ext::quasi_newton_")
+def _quasi_newton_(
+    b: Tensor,
+    guess: Tensor,
+    c: Tensor,
+    s: Tensor | None,
+    y: Tensor | None,
+    hs: Tensor | None,
+    *,
+    fresh: bool,
+    damped: bool,
+    published: bool,
+) -> tuple[Tensor, Tensor]:
+    return b.new_empty(len(b)), b.new_empty(5)
+
+
 @torch.library.register_fake("dldr_ext::form_basis")
 def _form_basis(
     snapshots: Tensor,

@@ -63,4 +63,7 @@ void gram(const Rows& snapshots, double* out, void* scratch, const Stream& strea
 void form_basis(const Rows& snapshots, const double* coefficients, int64_t dim, void* out,
                 DType out_dtype, int64_t out_stride, const Stream& stream);
 
+// One block of threads does the whole d x d algebra of a step; scratch memory is in the arguments.
+void quasi_newton(const QuasiNewtonArgs& args, const Stream& stream);
+
 }  // namespace dldr::cuda
