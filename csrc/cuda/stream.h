@@ -15,8 +15,7 @@ namespace dldr::cuda {
 // it.
 class Call {
  public:
-  explicit Call(const Tensor& tensor)
-      : like_(tensor), guard_(device_of_cuda(tensor)) {
+  explicit Call(const Tensor& tensor) : like_(tensor), guard_(device_of_cuda(tensor)) {
     const int device = device_of_cuda(tensor);
     if (aoti_torch_get_current_cuda_stream(device, &stream_.handle) != 0) {
       throw std::runtime_error("dldr_ext: torch has no current CUDA stream");
