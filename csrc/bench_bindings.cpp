@@ -45,15 +45,15 @@ const CpuKernels& path_by_name(const std::string& name) {
                         name + "'");
 }
 
-// f(begin, end) over all chunks of the plan, in as many runs of chunks as there are threads.
+// f(begin, end) over all tasks, in as many runs of them as there are threads.
 template <class F>
-void run_chunks(const Plan& plan, int64_t threads, const F& f) {
+void run_tasks(int64_t tasks, int64_t threads, const F& f) {
   check_value(threads >= 1, "threads: expected at least 1, got ", threads);
   const py::gil_scoped_release release;
   std::vector<std::thread> workers;
-  const int64_t parts = min_of(threads, plan.chunks);
+  const int64_t parts = min_of(threads, tasks);
   for (int64_t k = 0; k < parts; ++k) {
-    const int64_t begin = plan.chunks * k / parts, end = plan.chunks * (k + 1) / parts;
+    const int64_t begin = tasks * k / parts, end = tasks * (k + 1) / parts;
     if (k + 1 < parts) {
       workers.emplace_back([&f, begin, end] { f(begin, end); });
     } else {
@@ -61,6 +61,11 @@ void run_chunks(const Plan& plan, int64_t threads, const F& f) {
     }
   }
   for (std::thread& worker : workers) worker.join();
+}
+
+template <class F>
+void run_chunks(const Plan& plan, int64_t threads, const F& f) {
+  run_tasks(plan.chunks, threads, f);
 }
 
 // Memory for the sums of the chunks, full of NaN: kernels must not count on zeros.
@@ -250,7 +255,8 @@ py::array gram(const py::array& snapshots, const Scale& scale, const std::string
   args.plan = make_gram_plan(rows, args.snapshots.numel);
   auto partials = make_partials(args.plan, rows * rows);
   args.partials = partials.data();
-  run_chunks(args.plan, threads, [&](int64_t b, int64_t e) { kernels.gram(args, b, e); });
+  run_tasks(args.plan.chunks * gram_strips(rows), threads,
+            [&](int64_t b, int64_t e) { kernels.gram(args, b, e); });
   py::array_t<double> sums = reduced(partials, args.plan, {rows, rows});
   auto at = sums.mutable_unchecked<2>();
   for (int64_t i = 0; i < rows; ++i) {

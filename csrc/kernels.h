@@ -83,7 +83,8 @@ struct GramBlockArgs {
   double* partials = nullptr;
 };
 
-// partials[chunk * rows * rows + r * rows + t], t <= r, = product of rows r and t over the chunk
+// partials[chunk * rows * rows + r * rows + t], t <= r, = product of rows r and t over the chunk.
+// Runs over tasks: task k makes strip k % gram_strips(rows) of chunk k / gram_strips(rows).
 struct GramArgs {
   Plan plan;
   Rows snapshots;

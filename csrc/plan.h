@@ -107,14 +107,20 @@ inline void for_each_piece(const EntryList& list, int64_t begin, int64_t end, Vi
   }
 }
 
+// Rows of a Gram matrix that one task makes: many rows are parallel in strips of them, where the
+// memory for the sums of many chunks would be too much.
+constexpr int64_t kGramStrip = 128;
+
+constexpr int64_t gram_strips(int64_t rows) { return ceil_div(rows, kGramStrip); }
+
 // The Gram matrix of T rows keeps T * T float64 sums a chunk: fewer chunks for large T, so that
-// they stay small beside the rows, and tiles whose T rows stay in a private L2.
+// they stay small beside the rows; tiles of which a strip of rows stays in a private L2.
 inline Plan make_gram_plan(int64_t rows, int64_t numel) {
   constexpr int64_t kTileBytes = 192 << 10;
   constexpr int64_t kPartialBytes = 64 << 20;
-  const int64_t tile =
-      min_of(1024, max_of(1, kTileBytes / (4 * max_of(rows, 1) * kScaleBlock)) * kScaleBlock);
-  const int64_t chunks = max_of(16, kPartialBytes / (8 * max_of(rows * rows, 1)));
+  const int64_t strip = max_of(1, min_of(rows, kGramStrip));
+  const int64_t tile = min_of(1024, kTileBytes / (4 * strip * kScaleBlock) * kScaleBlock);
+  const int64_t chunks = max_of(1, kPartialBytes / (8 * max_of(rows * rows, 1)));
   return make_plan(numel, tile, min_of(chunks, 256));
 }
 

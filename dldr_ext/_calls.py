@@ -41,20 +41,17 @@ def fill_none(
     return [*rest[:first], zero, *rest[first:]]
 
 
-def check_list(op: str, name: str, tensors: Sequence[Tensor], basis: Tensor) -> None:
-    """Checks one of several lists before they are joined: a list cannot be told apart later."""
-    if isinstance(tensors, Tensor) or not isinstance(tensors, (list, tuple)):
-        raise TypeError(
-            f"{op}: {name}: expected a list or tuple of tensors, got {type_name(tensors)}"
-        )
-    _check_tensors(op, name, tensors)
+def check_list(op: str, name: str, tensors: Any, basis: Any) -> None:
+    """Checks one of several lists before they are joined: then they cannot be told apart."""
+    if not isinstance(tensors, (list, tuple)) or not all([isinstance(t, Tensor) for t in tensors]):
+        _check_sequence(op, name, tensors)
     if not isinstance(basis, Tensor) or basis.dim() != 2:
         return  # the op refuses it
-    total = sum(t.numel() for t in tensors)
+    total = sum([t.numel() for t in tensors])
     if total != basis.shape[1]:
         raise ValueError(
-            f"{op}: {name}: expected {basis.shape[1]} elements in all (columns of basis), got "
-            f"{total}"
+            f"{op}: {name}: expected {basis.shape[1]} elements in all (columns of basis), "
+            f"got {total}"
         )
 
 
@@ -97,12 +94,7 @@ def _diagnose(name: str, arguments: dict[str, Any]) -> None:
             if isinstance(value, bool) or not isinstance(value, _NUMBERS[argument]):  # type: ignore[arg-type]
                 raise TypeError(f"{name}: {argument}: expected a number, got {type_name(value)}")
         elif argument in _LISTS:
-            if isinstance(value, Tensor) or not isinstance(value, (list, tuple)):
-                got = type_name(value)
-                raise TypeError(
-                    f"{name}: {argument}: expected a list or tuple of tensors, got {got}"
-                )
-            _check_tensors(name, argument, value)
+            _check_sequence(name, argument, value)
             for i, tensor in enumerate(value):
                 devices.setdefault(tensor.device, f"{argument}[{i}]")
         else:
@@ -115,6 +107,13 @@ def _diagnose(name: str, arguments: dict[str, Any]) -> None:
         problem = device_problem(device)
         if problem is not None:
             raise ValueError(f"{name}: {argument}: {problem}")
+
+
+def _check_sequence(name: str, argument: str, value: Any) -> None:
+    if isinstance(value, Tensor) or not isinstance(value, (list, tuple)):
+        got = type_name(value)
+        raise TypeError(f"{name}: {argument}: expected a list or tuple of tensors, got {got}")
+    _check_tensors(name, argument, value)
 
 
 def _check_tensors(name: str, argument: str, value: Any) -> None:

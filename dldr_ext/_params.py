@@ -80,15 +80,15 @@ def gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """
     result = []
     for i, p in enumerate(params):
-        if p.grad is None:
-            result.append(torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape))
-            continue
-        if p.grad.layout != torch.strided:
+        grad = p.grad
+        if grad is None:
+            grad = torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
+        elif grad.layout is not torch.strided:
             raise TypeError(
-                f"params[{i}]: expected a dense gradient, got {p.grad.layout} for shape "
+                f"params[{i}]: expected a dense gradient, got {grad.layout} for shape "
                 f"{tuple(p.shape)}; build the layer with sparse=False"
             )
-        result.append(p.grad)
+        result.append(grad)
     return result
 
 

@@ -110,9 +110,9 @@ def test_lists(op, name):
     byte = [torch.randn(200), torch.ones(400, dtype=torch.int8)]
     refuse(op, TypeError, rf"{op}: {joined}: expected float32.* got torch.int8", tensors=byte)
     imaginary = [torch.randn(200), torch.randn(400, dtype=torch.complex64)]
-    refuse(op, TypeError, rf"{op}: {name}\[1\]: .*complex64", tensors=imaginary)
+    refuse(op, TypeError, rf"{op}: {joined}: .*complex64", tensors=imaginary)
     sparse = [torch.randn(200), torch.randn(20, 20).to_sparse()]
-    refuse(op, TypeError, rf"{op}: {name}\[1\]: expected a dense tensor", tensors=sparse)
+    refuse(op, TypeError, rf"{op}: {joined}: expected a dense tensor", tensors=sparse)
     meta = [torch.randn(200), torch.randn(400, device="meta")]
     refuse(op, ValueError, rf"{op}: .*(cpu|cuda:0).*meta", tensors=meta)
 

@@ -414,10 +414,10 @@ def test_negative_curvature_is_damped() -> None:
     torch.testing.assert_close(x.detach().cos(), -torch.ones(2, dtype=torch.float64))
 
 
-def test_direction_is_computed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two passes over the basis a step, however many trials (three with same-batch curvature)."""
+def test_two_passes_over_the_basis_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many trials: the last step's pair and the residual travel with other passes."""
     passes: list[str] = []
-    for name in ("project", "reconstruct", "reconstruct_"):
+    for name in ops.__all__:
         real = getattr(ops, name)
 
         def counted(*args: object, real: object = real, name: str = name, **kwargs: object):
@@ -426,10 +426,12 @@ def test_direction_is_computed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> N
             return real(*args, **kwargs)
 
         monkeypatch.setattr(ops, name, counted)
+    both = ["project_many", "reconstruct_"]
     for options, expected in (
         (PUBLISHED, ["project", "reconstruct_"]),
-        ({}, ["project", "reconstruct_", "project"]),
-        ({"line_search_fn": "strong_wolfe"}, ["project", "reconstruct_", "project"]),
+        ({}, both),
+        ({"line_search_fn": "strong_wolfe"}, both),
+        ({"residual_lr": 0.1}, ["project_many", "reconstruct_residual"]),
     ):
         batches = Batches(0)
         subspace = random_subspace(batches.params, 4)
@@ -437,7 +439,30 @@ def test_direction_is_computed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> N
         for step in range(6):
             passes.clear()
             optimizer.step(batches.forward(step))
-            assert passes == expected
+            first = [name.replace("project_many", "project") for name in expected]
+            assert passes == (expected if step else first)
+
+
+@pytest.mark.parametrize("options", [{}, {"line_search_fn": "strong_wolfe", "residual_lr": 0.01}])
+def test_learning_in_the_next_step_changes_no_bit(options: dict) -> None:
+    """Saving makes the last pair count at once; what the caller does to p.grad does not matter."""
+    results = []
+    for saves in (False, True):
+        batches = Batches(3)
+        optimizer = PBFGS(batches.params, random_subspace(batches.params, 5), **options)
+        for step in range(12):
+            if saves:
+                guess = optimizer.state_dict()["subspace"]["inverse_hessian"]
+                assert step == 0 or not torch.equal(guess, torch.eye(5, dtype=torch.float64))
+            else:
+                for p in batches.params:
+                    if p.grad is not None:
+                        p.grad.fill_(torch.nan)
+            optimizer.step(batches.forward(step))
+        results.append([bits(batches.params), optimizer.state_dict()["subspace"]])
+    (one, left), (two, right) = results
+    assert one == two
+    assert torch.equal(left["inverse_hessian"], right["inverse_hessian"])
 
 
 def test_steps_are_deterministic_for_any_number_of_threads() -> None:

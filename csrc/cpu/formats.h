@@ -89,15 +89,15 @@ inline void narrow(float x, int8_t& out) {
   out = static_cast<int8_t>(x == x ? __builtin_rintf(clamped) : 0);
 }
 
-// float64 to the float32 that keeps a sticky last bit (round to odd): rounding it once more to 8 or
-// 11 bits gives what one rounding of x would.
+// float64 to float32, rounded to odd: of the two neighbours of a number that float32 cannot hold,
+// the one whose last bit is set. Rounding it once more to 8 or 11 bits gives what one rounding of x
+// would, subnormal numbers included.
 inline float round_to_odd(double x) {
-  uint64_t bits;
-  __builtin_memcpy(&bits, &x, 8);
-  constexpr uint64_t kLow = (uint64_t{1} << 29) - 1;
-  bits = (bits & ~kLow) | ((bits & kLow) ? kLow + 1 : 0);
-  __builtin_memcpy(&x, &bits, 8);
-  return static_cast<float>(x);
+  const float near = static_cast<float>(x);
+  uint32_t bits = float_bits(near);
+  const double size = __builtin_fabs(x), found = __builtin_fabs(static_cast<double>(near));
+  if (bits % 2 == 0) bits += (size > found) - (size < found);
+  return bits_float(bits);
 }
 
 // The largest stored magnitude of a scaled format.

@@ -14,7 +14,7 @@ Tensor gram(const Tensor& snapshots, const std::optional<Tensor>& scale) {
   const Partials partials(args.plan.chunks, rows * rows);
   args.partials = partials.data.get();
   const CpuKernels& kernels = active_kernels();
-  parallel_chunks(args.plan, rows,
+  parallel_chunks(args.plan, 0, args.plan.chunks * gram_strips(rows), rows,
                   [&](int64_t begin, int64_t end) { kernels.gram(args, begin, end); });
 
   const Tensor result = torch::stable::new_empty(snapshots, {rows, rows}, ScalarType::Double);

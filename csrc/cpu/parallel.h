@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <memory>
 
 #include "../kernels.h"
@@ -12,13 +13,25 @@ namespace dldr {
 // Numbers below which a second thread costs more than it saves.
 constexpr int64_t kNumbersPerThread = 1 << 16;
 
+// Pieces that the work is cut into for each thread: one that starts late or is interrupted leaves
+// more of them to the others.
+constexpr int64_t kPiecesPerThread = 8;
+
 // Calls f(begin, end) over the chunks [first, last) of a plan on torch's threads; `rows` numbers
 // are touched for each element.
 template <class F>
 void parallel_chunks(const Plan& plan, int64_t first, int64_t last, int64_t rows, const F& f) {
   if (first >= last) return;
   const int64_t numbers = plan.tile * plan.tiles_per_chunk * max_of(rows, 1);
-  torch::stable::parallel_for(first, last, max_of(1, kNumbersPerThread / numbers), f);
+  const int64_t most = ceil_div((last - first) * numbers, kNumbersPerThread);
+  const int64_t threads = min_of(torch::stable::get_num_threads(), min_of(most, last - first));
+  const int64_t piece = ceil_div(last - first, threads * kPiecesPerThread);
+  std::atomic<int64_t> next{first};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t at = next.fetch_add(piece); at < last; at = next.fetch_add(piece)) {
+      f(at, min_of(at + piece, last));
+    }
+  });
 }
 template <class F>
 void parallel_chunks(const Plan& plan, int64_t rows, const F& f) {

@@ -19,7 +19,8 @@ struct RegD {
 };
 // Rows that dot_kernel.h reads side by side with two vectors.
 constexpr int kPairRows = 2;
-constexpr int kGramRows = 4, kGramColumns = 3;
+// The patch of gram_kernel.h, and the vectors of each row after which a line is fetched.
+constexpr int kGramRows = 4, kGramColumns = 3, kGramUnroll = 2;
 
 template <class V>
 inline V broadcast(float x) {
@@ -141,14 +142,7 @@ inline void store(T* p, VecF x) {
   store8(p, x.lo);
   store8(p + 8, x.hi);
 }
-inline __m128 round_to_odd(__m256d x) {
-  const __m256i low = _mm256_set1_epi64x((1 << 29) - 1);
-  const __m256i bits = _mm256_castpd_si256(x);
-  const __m256i exact = _mm256_cmpeq_epi64(_mm256_and_si256(bits, low), _mm256_setzero_si256());
-  const __m256i sticky = _mm256_andnot_si256(exact, _mm256_set1_epi64x(1 << 29));
-  return _mm256_cvtpd_ps(
-      _mm256_castsi256_pd(_mm256_or_si256(_mm256_andnot_si256(low, bits), sticky)));
-}
+#include "round_to_odd_x86.h"
 template <class T>
 inline void store(T* p, VecD x) {
   store8(p, _mm256_set_m128(round_to_odd(x.hi), round_to_odd(x.lo)));

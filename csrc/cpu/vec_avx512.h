@@ -12,7 +12,8 @@ using RegF = VecF;
 using RegD = VecD;
 // Rows that dot_kernel.h reads side by side with two vectors.
 constexpr int kPairRows = 4;
-constexpr int kGramRows = 4, kGramColumns = 6;
+// The patch of gram_kernel.h, and the vectors of each row after which a line is fetched.
+constexpr int kGramRows = 4, kGramColumns = 6, kGramUnroll = 1;
 
 template <class V>
 inline V broadcast(float x) {
@@ -107,13 +108,10 @@ inline void store(T* p, VecF x) {  // int8 and float8: written once a snapshot
   for (int k = 0; k < 16; ++k) narrow(values[k], p[k]);
 }
 
+#include "round_to_odd_x86.h"
 inline __m256 round_to_odd(__m512d x) {
-  const __m512i low = _mm512_set1_epi64((1 << 29) - 1);
-  const __m512i bits = _mm512_castpd_si512(x);
-  const __mmask8 inexact = _mm512_test_epi64_mask(bits, low);
-  const __m512i kept = _mm512_andnot_si512(low, bits);
-  return _mm512_cvtpd_ps(
-      _mm512_castsi512_pd(_mm512_mask_or_epi64(kept, inexact, kept, _mm512_set1_epi64(1 << 29))));
+  return _mm256_set_m128(round_to_odd(_mm512_extractf64x4_pd(x, 1)),
+                         round_to_odd(_mm512_castpd512_pd256(x)));
 }
 inline void store(float* p, VecD x) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(x.v)); }
 inline void store(double* p, VecD x) { _mm512_storeu_pd(p, x.v); }

@@ -19,7 +19,8 @@ struct RegD {
 };
 // Rows that dot_kernel.h reads side by side with two vectors.
 constexpr int kPairRows = 2;
-constexpr int kGramRows = 4, kGramColumns = 2;
+// The patch of gram_kernel.h, and the vectors of each row after which a line is fetched.
+constexpr int kGramRows = 4, kGramColumns = 2, kGramUnroll = 4;
 
 #define DLDR_EACH(V) for (int k = 0; k < V::lanes; ++k)
 

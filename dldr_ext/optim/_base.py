@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._params import check_matches, gradients, numel, unique_parameters
+from .._params import check_matches, numel, unique_parameters
 from ..subspace import Subspace
 from ._closure import Evaluator
 from .status import Status
@@ -167,10 +167,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         dtype = torch.float64 if basis.dtype == torch.float64 else torch.float32
         return vector.to(device=basis.device, dtype=dtype, copy=copy)
 
-    def _projected_gradient(self) -> Tensor:
+    def _projected(self, tensors: list[Tensor]) -> Tensor:
         """c = P^T g, float64 on the CPU. One pass over the basis."""
         subspace = self._subspace
-        c = ops.project(subspace.basis, gradients(self._params), scale=subspace.scale)
+        c = ops.project(subspace.basis, tensors, scale=subspace.scale)
         return c.to(device="cpu", dtype=torch.float64)
 
     def _saved_tensor(self, state: dict[str, Any], key: str, like: Tensor) -> Tensor:

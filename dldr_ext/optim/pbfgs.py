@@ -39,8 +39,8 @@ class PBFGS(SubspaceOptimizer):
 
     A step takes c = P^T g (pass 1 over the basis), the direction p = -B c with B an approximation
     of the d x d inverse Hessian, u = P p (pass 2), and searches along w + alpha u without touching
-    the basis again. ``curvature="same_batch"`` adds pass 3, the projected gradient at the accepted
-    point.
+    the basis again. The projected gradient at the accepted point, which ``curvature="same_batch"``
+    wants, is made in pass 1 of the next step.
 
     Constructing it puts the model at origin + P theta0 and logs a warning (logger ``dldr_ext``) if
     that moved the weights. From then on the weights are the optimizer's: it writes them from its
@@ -65,15 +65,15 @@ class PBFGS(SubspaceOptimizer):
     curvature : "same_batch" or "consecutive"
         Where y comes from. "same_batch": the change of the projected gradient of this step's
         closure from the old to the new point; costs one evaluation with backward, the accepted
-        trial itself whenever that kept its graph. "consecutive": the change between the gradients
-        of two consecutive steps, whatever their batches; costs nothing, and is the same if the
-        closure always uses all data.
+        trial itself whenever that kept its graph, and a flat copy of the gradient (n numbers).
+        "consecutive": the change between the gradients of two consecutive steps, whatever their
+        batches; costs nothing, and is the same if the closure always uses all data.
     damping : "powell" or None
         Powell's damping of y, which keeps B positive definite where the curvature is negative.
     residual_lr : float
         Learning rate, >= 0, of the part g - P P^T g of the gradient outside the subspace, by which
         the weights move too after each accepted step (P+-BFGS). The weights then leave
-        origin + P theta; costs a third pass and 2 n numbers.
+        origin + P theta; costs 2 n numbers and no pass of its own.
     residual_momentum : float
         Momentum of that part, in [0, 1).
     buffers : module, iterable of Tensor, or None
@@ -105,6 +105,9 @@ class PBFGS(SubspaceOptimizer):
 
     The state that `state_dict` saves includes a flat copy of the weights, n numbers.
     """
+
+    _point: Tensor  # flat weights, origin + P theta
+    _direction: Tensor  # u = P p
 
     def __init__(
         self,
@@ -157,6 +160,10 @@ class PBFGS(SubspaceOptimizer):
         self._fresh = True  # B is still the first guess
         # "consecutive" only: s, c and B^-1 s of the last step.
         self._previous: tuple[Tensor, Tensor, Tensor] | None = None
+        # "same_batch" only: the same, and the flat gradient at the point that was accepted. It is
+        # projected beside the next step's gradient, by when B is needed.
+        self._unlearned: tuple[Tensor, Tensor, Tensor] | None = None
+        self._after: Tensor | None = None
         self._since_anchor = 0
         # P+-BFGS only: momentum outside the subspace, and where it has carried the origin.
         self._residual: Tensor | None = None
@@ -211,7 +218,8 @@ class PBFGS(SubspaceOptimizer):
             return Status.NO_GRADIENT
         if not math.isfinite(loss):
             return Status.NON_FINITE_LOSS
-        c = self._projected_gradient()
+        gradient = gradients(self._params)
+        c = self._project_and_learn(gradient)
         size = float(torch.linalg.vector_norm(c))
         if not math.isfinite(size):
             return Status.NON_FINITE_GRADIENT
@@ -228,9 +236,8 @@ class PBFGS(SubspaceOptimizer):
         if direction is None:  # |c|^2 over- or underflows
             return Status.LINE_SEARCH_FAILED
         p, slope = direction
-        residual = self._next_residual(c) if group["residual_lr"] > 0.0 else None
-        basis, scale = self._subspace.basis, self._subspace.scale
-        ops.reconstruct_([self._direction], None, basis, self._to_basis(p), scale=scale)
+        residual = self._next_direction(p, c, gradient)
+        del gradient  # the next evaluation may use its memory
         trials = Trials(
             closure, self._evaluator, self._replay, self._params, self._point, self._direction
         )
@@ -276,11 +283,30 @@ class PBFGS(SubspaceOptimizer):
         if not same_batch:
             self._previous = (s, c, hs)
             return None
-        after = self._projected_gradient()
-        if not bool(after.isfinite().all()):
+        if self._after is None:
+            self._after = torch.empty_like(self._point)
+        torch.cat([g.reshape(-1) for g in gradients(self._params)], out=self._after)
+        # NaN and infinity reach the slope whatever they are multiplied with.
+        if not math.isfinite(float(torch.dot(self._after, self._direction))):
             return Status.NON_FINITE_GRADIENT
-        self._update(s, after - c, hs)
+        self._unlearned = (s, c, hs)
         return None
+
+    def _project_and_learn(self, gradient: list[Tensor]) -> Tensor:
+        """c of this step's gradient; B learns from the last step's pair. One pass for both."""
+        if self._unlearned is None or self._after is None:
+            return self._projected(gradient)
+        basis, scale = self._subspace.basis, self._subspace.scale
+        both = ops.project_many(basis, [gradient, [self._after]], scale=scale)
+        c, after = both.to(device="cpu", dtype=torch.float64)
+        self._learn(after)
+        return c
+
+    def _learn(self, after: Tensor) -> None:
+        if self._unlearned is not None:
+            s, before, hs = self._unlearned
+            self._unlearned = None
+            self._update(s, after - before, hs)
 
     def _published_rule(self) -> bool:
         group = self.param_groups[0]
@@ -319,14 +345,20 @@ class PBFGS(SubspaceOptimizer):
         if anchor or residual is not None:
             self._put_back_weights()
 
-    def _next_residual(self, c: Tensor) -> Tensor:
-        """Momentum of g - P P^T g, as it will be if the step is accepted."""
-        flat = torch.cat([g.reshape(-1).to(self._point.dtype) for g in gradients(self._params)])
-        basis, scale = self._subspace.basis, self._subspace.scale
-        residual = ops.reconstruct(flat, basis, self._to_basis(-c), scale=scale)
+    def _next_direction(self, p: Tensor, c: Tensor, gradient: list[Tensor]) -> Tensor | None:
+        """u = P p; and the momentum of g - P P^T g as it will be if the step is accepted."""
+        group, subspace = self.param_groups[0], self._subspace
+        basis, scale, theta = subspace.basis, subspace.scale, self._to_basis(p)
+        if group["residual_lr"] == 0.0:
+            ops.reconstruct_([self._direction], None, basis, theta, scale=scale)
+            return None
+        coordinates = self._to_basis(c)
+        direction, residual = ops.reconstruct_residual(
+            basis, theta, coordinates, gradient, scale=scale
+        )
+        self._direction = direction
         if self._residual is not None:
-            momentum = self.param_groups[0]["residual_momentum"]
-            residual.add_(self._residual, alpha=momentum)
+            residual.add_(self._residual, alpha=group["residual_momentum"])
         return residual
 
     def _leave_subspace(self, residual: Tensor) -> None:
@@ -341,7 +373,7 @@ class PBFGS(SubspaceOptimizer):
         """Forgets all curvature."""
         self._b = self._first_guess()
         self._fresh = True
-        self._previous = None
+        self._previous = self._unlearned = None
 
     def _put_back(self) -> None:
         """Weights and buffers as before the step, bit for bit."""
@@ -360,6 +392,8 @@ class PBFGS(SubspaceOptimizer):
         def copy(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.clone()
 
+        if self._unlearned is not None and self._after is not None:
+            self._learn(self._projected([self._after]))  # as the next step would, to the bit
         s, c, hs = (None, None, None) if self._previous is None else self._previous
         return {
             "point": copy(self._point),
@@ -402,5 +436,6 @@ class PBFGS(SubspaceOptimizer):
         self._since_anchor = own["since_anchor"]
         s, c, hs = (own[f"previous_{key}"] for key in ("step", "coordinates", "believed"))
         self._previous = None if s is None else (s, c, hs)
+        self._unlearned = self._after = None
         self._residual, self._moved_origin = own["residual"], own["moved_origin"]
         self._put_back_weights()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._params import gradients
 from ..subspace import Subspace
 from ._base import SubspaceOptimizer, check_number
 from ._closure import Closure, Loss, number
@@ -84,7 +85,7 @@ class PSGD(SubspaceOptimizer):
         return loss.detach() if isinstance(loss, Tensor) else loss
 
     def _move(self) -> Status:
-        c = self._projected_gradient()
+        c = self._projected(gradients(self._params))
         if not bool(c.isfinite().all()):
             return Status.NON_FINITE_GRADIENT
         group = self.param_groups[0]

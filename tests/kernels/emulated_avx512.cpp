@@ -55,7 +55,6 @@ struct __m512i {
 DLDR_SET1(__m512, _mm512_set1_ps, float, _mm256_set1_ps)
 DLDR_SET1(__m512d, _mm512_set1_pd, double, _mm256_set1_pd)
 DLDR_SET1(__m512i, _mm512_set1_epi32, int, _mm256_set1_epi32)
-DLDR_SET1(__m512i, _mm512_set1_epi64, long long, _mm256_set1_epi64x)
 
 DLDR_BINARY(__m512, _mm512_add_ps, _mm256_add_ps)
 DLDR_BINARY(__m512d, _mm512_add_pd, _mm256_add_pd)
@@ -66,7 +65,6 @@ DLDR_TERNARY(__m512, _mm512_fmadd_ps, _mm256_fmadd_ps)
 DLDR_TERNARY(__m512d, _mm512_fmadd_pd, _mm256_fmadd_pd)
 DLDR_BINARY(__m512i, _mm512_add_epi32, _mm256_add_epi32)
 DLDR_BINARY(__m512i, _mm512_and_si512, _mm256_and_si256)
-DLDR_BINARY(__m512i, _mm512_andnot_si512, _mm256_andnot_si256)
 DLDR_BINARY(__m512i, _mm512_or_si512, _mm256_or_si256)
 inline __m512i _mm512_slli_epi32(__m512i x, unsigned count) {
   const __m128i by = _mm_cvtsi32_si128(static_cast<int>(count));
@@ -79,8 +77,6 @@ inline __m512i _mm512_srli_epi32(__m512i x, unsigned count) {
 
 DLDR_CAST(__m512i, _mm512_castps_si512, __m512, _mm256_castps_si256)
 DLDR_CAST(__m512, _mm512_castsi512_ps, __m512i, _mm256_castsi256_ps)
-DLDR_CAST(__m512i, _mm512_castpd_si512, __m512d, _mm256_castpd_si256)
-DLDR_CAST(__m512d, _mm512_castsi512_pd, __m512i, _mm256_castsi256_pd)
 inline __m256 _mm512_castps512_ps256(__m512 x) { return x.lo; }
 inline __m256d _mm512_castpd512_pd256(__m512d x) { return x.lo; }
 inline __m512 _mm512_castps256_ps512(__m256 x) {  // the high half is undefined: make it visible
@@ -115,13 +111,6 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_UNORD_Q));
   return static_cast<__mmask16>(lo | hi << 8);
 }
-inline __mmask8 _mm512_test_epi64_mask(__m512i a, __m512i b) {
-  const __m512i both = _mm512_and_si512(a, b);
-  const __m256i zero = _mm256_setzero_si256();
-  const int lo = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(both.lo, zero)));
-  const int hi = _mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(both.hi, zero)));
-  return static_cast<__mmask8>(~(lo | hi << 4));
-}
 inline __m512i _mm512_mask_mov_epi32(__m512i source, __mmask16 mask, __m512i x) {
   int from[16], to[16];
   std::memcpy(from, &x, sizeof(from));
@@ -130,12 +119,6 @@ inline __m512i _mm512_mask_mov_epi32(__m512i source, __mmask16 mask, __m512i x) 
   std::memcpy(&source, to, sizeof(to));
   return source;
 }
-inline __m512i _mm512_mask_or_epi64(__m512i source, __mmask8 mask, __m512i a, __m512i b) {
-  int spread = 0;
-  for (int k = 0; k < 8; ++k) spread |= (mask >> k & 1) * (3 << 2 * k);
-  return _mm512_mask_mov_epi32(source, static_cast<__mmask16>(spread), _mm512_or_si512(a, b));
-}
-
 // Conversions, rounded to nearest even where they round.
 inline __m128i high_bytes(__m128i x) { return _mm_unpackhi_epi64(x, x); }
 inline __m512 _mm512_cvtepi32_ps(__m512i x) {

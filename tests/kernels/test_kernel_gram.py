@@ -66,10 +66,13 @@ def test_gram_rounding_error_and_bits(kernels, path, name):
 
 
 def test_gram_of_many_rows(kernels, path):
-    """Tiles become narrower and chunks fewer."""
-    sample = Sample(300, 5000, "bfloat16")
-    gram = kernels.gram(sample.array, path=path, threads=2)
-    np.testing.assert_array_equal(gram, sample.values @ sample.values.T)
+    """Tiles become narrower, chunks fewer, and rows are cut into strips of 128."""
+    for rows in (127, 128, 129, 300):
+        sample = Sample(rows, 3000, "bfloat16")
+        expected = sample.values @ sample.values.T
+        for threads in (1, 2, 7):
+            gram = kernels.gram(sample.array, path=path, threads=threads)
+            np.testing.assert_array_equal(gram, expected, err_msg=f"T = {rows}")
 
 
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16", "float8_e4m3fn"])
