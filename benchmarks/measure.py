@@ -69,6 +69,35 @@ def paired(
     return found
 
 
+class Objective:
+    """Gradients made beforehand and a loss that falls enough for every first trial to pass."""
+
+    def __init__(self, params) -> None:
+        self.params = params
+        self.sets = [[torch.randn_like(p) for p in params] for _ in range(4)]
+        self.calls = 0
+
+    def _next(self) -> float:
+        self.calls += 1
+        return -1e6 * self.calls
+
+    def backward(self) -> None:
+        for param, gradient in zip(self.params, self.sets[self.calls % 4], strict=True):
+            param.grad = gradient
+
+    def item(self) -> float:
+        return self._next()
+
+    def closure(self) -> float:
+        """For PBFGS: sets the gradients, returns the loss."""
+        self.backward()
+        return self._next()
+
+    def forward(self):
+        """For the published algorithm: has backward() and item(), as a loss tensor has."""
+        return self
+
+
 def resnet18_sizes(total: int) -> list[int]:
     """62 tensor sizes in the proportions of ResNet-18 (torchvision), `total` elements in all."""
     sizes = [9408, 64, 64]
