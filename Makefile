@@ -3,11 +3,14 @@
 #   PYTHON  the interpreter that the environment is made from (3.10 or newer)
 #   VENV    where the environment goes
 #   TORCH   the torch to install; an installed one that satisfies it is kept
-#   ARGS    passed on to `dldr demo` and to pytest
+#   ARGS    passed on to `dldr demo`, pytest and tools/gpu.py
+#   OUT     folder for the results of `make gpu`
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+OUT ?= build/gpu-results
+COMMIT ?= $(shell git describe --always --dirty 2>/dev/null)
 BIN := $(VENV)/bin
 # Idle OpenMP threads sleep: on few cores spinning ones slow the many small tests down.
 export OMP_WAIT_POLICY ?= passive
@@ -15,8 +18,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 SOURCES := $(shell find csrc tools -type f) setup.py pyproject.toml
 
-.PHONY: demo test test-kernels test-matrix sanitize bench wheel sdist ptxas lint lint-release format \
-  clean
+.PHONY: demo test test-kernels test-matrix sanitize bench gpu wheel sdist ptxas lint lint-release \
+  format clean
 
 demo: $(VENV)/.built
 	$(BIN)/dldr demo $(ARGS)
@@ -38,6 +41,10 @@ sanitize: $(VENV)/.built
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini $(ARGS)
+
+# Everything that needs a GPU, in one run with the interpreter at hand: OUT is where results go.
+gpu:
+	DLDR_COMMIT="$(COMMIT)" $(PYTHON) tools/gpu.py "$(OUT)" $(ARGS)
 
 # A wheel for others: torch's and CUDA's libraries stay outside, the tag says which systems it
 # needs. With CUDA kernels where nvcc is there and TORCH is a CUDA build (docs/building.md).

@@ -101,6 +101,7 @@ def demo(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
     """Train a network by SGD; then only a few dozen variables of it, by P-BFGS."""
@@ -112,7 +113,7 @@ def demo(
     from .demo.run import Config, run, save
 
     try:
-        config = Config(data.value, dim, seeds, epochs, threads)
+        config = Config(data.value, dim, seeds, epochs, threads, device)
     except ValueError as error:
         option, _, reason = str(error).partition(": ")
         raise typer.BadParameter(reason, param_hint=f"--{option}") from None

@@ -85,6 +85,7 @@ def test_help(capsys, arguments):
         (("--epochs", "-1"), "--epochs"),
         (("--threads", "0"), "--threads"),
         (("--nonsense",), "--nonsense"),
+        (("--device", "gpu"), "--device: expected cpu or cuda"),
         (("--dim", "2000"), "--dim: expected at most 1000, got 2000"),
     ],
 )

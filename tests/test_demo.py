@@ -409,6 +409,9 @@ def test_one_dimension_has_no_plane():
         ({"seeds": 0}, "seeds: expected at least 1, got 0"),
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
+        ({"device": "tpu"}, "device: expected cpu or cuda, got 'tpu'"),
+        ({"device": "mps"}, "device: expected cpu or cuda, got 'mps'"),
+        ({"device": "cuda:99"}, "device: expected one of the"),
         ({"data": "digits", "epochs": 2, "dim": 51}, "dim: expected at most 50, got 51"),
     ],
 )

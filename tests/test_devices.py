@@ -202,3 +202,13 @@ def test_new_tensors_do_not_follow_torchs_default_device(format):
         generator = torch.Generator(problem.inputs.device)
         random = Subspace.random(problem.params, 3, generator=generator)
         random.quantize("int8").to(dtype=torch.bfloat16)
+
+
+def test_demo(device):
+    pytest.importorskip("sklearn")
+    from dldr_ext.demo.run import Config, run
+
+    results, plane = run(Config("digits", dim=4, epochs=2, device=str(device)), lambda *_: None)
+    assert (results["config"]["device"] == "cpu") == (device.type == "cpu")
+    assert len(results["runs"]) == 5 and plane is not None
+    assert all(0 <= one["test_accuracy"] <= 1 for one in results["runs"])

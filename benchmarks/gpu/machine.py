@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import torch
-
-import dldr_ext
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,8 +21,8 @@ def output(*command: str) -> str | None:
     return lines[0] if done.returncode == 0 and lines else None
 
 
-def machine(device: torch.device) -> dict:
-    """Device, driver, releases and commit."""
+def machine(device: torch.device, build: bool = True) -> dict:
+    """Device, driver, releases and commit; the package's build if it is there already."""
     found: dict = {"device": "CPU (the code was tried out, nothing was measured)"}
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
@@ -34,9 +33,14 @@ def machine(device: torch.device) -> dict:
             "capability": f"{about.major}.{about.minor}",
             "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
-    return found | {
+    found |= {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": output("git", "describe", "--always", "--dirty"),
-        "build": dldr_ext.build_info(),
+        # a copy of the sources without its repository cannot be asked
+        "commit": os.environ.get("DLDR_COMMIT") or output("git", "describe", "--always", "--dirty"),
     }
+    if build:
+        from dldr_ext import build_info
+
+        found["build"] = build_info()
+    return found

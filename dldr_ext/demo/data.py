@@ -8,7 +8,7 @@ is read once, when all training of a run is over.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -39,6 +39,10 @@ class Part:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> Part:
+        """The same part on a device."""
+        return Part(self.images.to(device), self.labels.to(device), self.indices)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -50,6 +54,11 @@ class Dataset:
     test: Part
     mean: float
     std: float
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same parts on a device."""
+        train, validation, test = (p.to(device) for p in (self.train, self.validation, self.test))
+        return replace(self, train=train, validation=validation, test=test)
 
     #: Decides which image goes to which part; apart from the seeds of training, so that all seeds
     #: share one test part and none of it can have been tuned on.

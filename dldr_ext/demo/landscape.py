@@ -77,7 +77,7 @@ def landscape(
 
 
 def _pairs(rows: Tensor) -> list[tuple[float, float]]:
-    return [(float(row[0]), float(row[1])) for row in rows]
+    return [(x, y) for x, y in rows[:, :2].tolist()]
 
 
 def _axis(values: list[float]) -> list[float]:

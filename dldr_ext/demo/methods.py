@@ -90,11 +90,16 @@ class Task:
 
     def model(self) -> nn.Module:
         """The network at the initial weights."""
-        return build(self.data.train.images.shape[-1], self.seed)
+        return build(self.data.train.images.shape[-1], self.seed).to(self.device)
 
-    def generator(self, stream: int) -> torch.Generator:
+    @property
+    def device(self) -> torch.device:
+        """Where the images and the networks are."""
+        return self.data.train.images.device
+
+    def generator(self, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
         """Random numbers of this seed; one stream for each use."""
-        return torch.Generator().manual_seed(10 * self.seed + stream)
+        return torch.Generator(device).manual_seed(10 * self.seed + stream)
 
     def validate(self, model: nn.Module) -> float:
         """Accuracy on the validation part."""
@@ -170,8 +175,8 @@ def pbfgs(task: Task, subspace: Subspace, method: str = "pbfgs") -> Outcome:
 
 def random(task: Task, dim: int) -> Outcome:
     """The control: the same P-BFGS in a random subspace of dimension `dim`."""
-    parameters = task.model().parameters()
-    return pbfgs(task, Subspace.random(parameters, dim, generator=task.generator(3)), "random")
+    parameters, generator = task.model().parameters(), task.generator(3, task.device)
+    return pbfgs(task, Subspace.random(parameters, dim, generator=generator), "random")
 
 
 class _SubspaceRun:
@@ -185,7 +190,7 @@ class _SubspaceRun:
         self._allowed = (task.recipe.budget - 1) * self.account.size
         self._path = [(0.0, 0.0)]
         # (passes, theta) to be validated later, about once per pass
-        self._kept = [(0.0, torch.zeros(subspace.dim))]
+        self._kept = [(0.0, torch.zeros(subspace.dim, device=subspace.device))]
 
     @property
     def images_left(self) -> int:

@@ -53,7 +53,8 @@ class Account:
 
     Every image that goes through the network counts once, whether for a gradient, for a trial of a
     line search or for batch-norm statistics; a backward pass belongs to the forward pass that it
-    differentiates. Time counts only inside ``with account:``, hence not while curves are drawn.
+    differentiates. Time counts only inside ``with account:``, hence not while curves are drawn; on
+    a GPU it stops when the queued work is done.
 
     Parameters
     ----------
@@ -81,6 +82,8 @@ class Account:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self._since
 
 
@@ -98,8 +101,10 @@ def batches(
     moved anew by `shifted`.
     """
     count = batch_count(len(part), size)
+    device = part.images.device
     while True:
-        order = torch.randperm(len(part), generator=generator)
+        # Drawn on the CPU: the same batches on every device.
+        order = torch.randperm(len(part), generator=generator).to(device)
         for index in order.tensor_split(count):
             yield shifted(part.images[index], shift, generator), part.labels[index]
 
@@ -121,8 +126,8 @@ def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
     count, _, height, width = images.shape
     padded = functional.pad(images, (most,) * 4, value=float(images.min()))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 1, 2 most + 1, ..., H, W)
-    y, x = torch.randint(2 * most + 1, (2, count), generator=generator)
-    moved = windows[torch.arange(count), :, y, x]
+    y, x = torch.randint(2 * most + 1, (2, count), generator=generator).to(images.device)
+    moved = windows[torch.arange(count, device=images.device), :, y, x]
     return moved.contiguous(memory_format=torch.channels_last)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import build_info
+from .._library import device_problem
 from . import methods
 from .data import DESCRIPTIONS, SIZES, Dataset, load
 from .landscape import Landscape, landscape
@@ -43,10 +44,12 @@ class Config:
     seeds: int = 1
     epochs: int | None = None  # None: the recipe's
     threads: int | None = None  # None: torch's own choice
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.data not in SIZES:
             raise ValueError(f"data: expected {' or '.join(SIZES)}, got {self.data!r}")
+        _check_device(self.device)
         for name, value in (
             ("dim", self.dim),
             ("seeds", self.seeds),
@@ -99,7 +102,7 @@ def run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape |
 
 
 def _run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape | None]:
-    data = load(config.data)
+    data = load(config.data).to(torch.device(config.device))
     results: dict[str, Any] = {
         "config": _describe(config),
         "versions": _versions(),
@@ -167,6 +170,26 @@ def _record(
     }
 
 
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
+    if device.type == "cuda":
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= there:
+            raise ValueError(f"device: expected one of the {there} GPUs of torch, got {name!r}")
+        problem = device_problem(device)
+        if problem is not None:
+            raise ValueError(f"device: {problem}")
+
+
+def _device_name(name: str) -> str:
+    return torch.cuda.get_device_name(name) if torch.device(name).type == "cuda" else "cpu"
+
+
 def _describe(config: Config) -> dict[str, Any]:
     sizes = dict(zip(("train", "validation", "test"), SIZES[config.data], strict=True))
     recipe = asdict(config.recipe) | {"passes_in_subspace": config.recipe.budget}
@@ -179,6 +202,7 @@ def _describe(config: Config) -> dict[str, Any]:
         "seeds": list(range(config.seeds)),
         "snapshots": config.snapshots + 1,
         "threads": torch.get_num_threads(),
+        "device": _device_name(config.device),
         **recipe,
     }
 
