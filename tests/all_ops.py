@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dldr_ext import ops
 
+quasi_newton_ = torch.ops.dldr_ext.quasi_newton_
+
 
 @contextmanager
 def poisoned_memory():
@@ -42,6 +44,9 @@ class AllOps:
         self.theta, self.coordinates = torch.randn(2, d, dtype=wide(dtype)).unbind()
         self.origin, self.direction = torch.randn(2, n, dtype=wide(dtype)).unbind()
         self.coefficients = torch.randn(3, d, dtype=torch.float64)
+        self.b, step = torch.eye(d, dtype=torch.float64), torch.randn(d, dtype=torch.float64)
+        self.guess, self.step = torch.ones(d, dtype=torch.float64), step
+        self.change, self.c = 2 * step, torch.randn(d, dtype=torch.float64)
         # rows 0 ... d - 1 are the basis; rows d and d + 1 are stored by `run`
         more, scales = make_rows(2, n, dtype)
         self.rows = torch.cat([self.basis.view(torch.uint8), more.view(torch.uint8)]).view(dtype)
@@ -61,7 +66,7 @@ class AllOps:
 
     def fresh_inputs(self) -> None:
         """Other numbers, at the same addresses."""
-        inputs = [*self.tensors, *self.other, self.theta, self.coordinates]
+        inputs = [*self.tensors, *self.other, self.theta, self.coordinates, self.c]
         for tensor in [*inputs, self.origin, self.direction]:
             tensor.copy_(torch.randn_like(tensor))
 
@@ -86,6 +91,11 @@ class AllOps:
         ops.gram_append_(store, self.gram, d, self.tensors, self.origin, scale=self.row_scale)
         ops.store_snapshot_(store, d + 1, self.other, self.origin, scale=self.row_scale)
         ops.gram_block_(store, self.gram, 0, d + 2, scale=self.row_scale)
+        found["inverse Hessian"] = self.b.clone()
+        found["quasi_newton_"], found["quasi_newton_ info"] = quasi_newton_(
+            found["inverse Hessian"], self.guess, self.c, self.step, self.change, self.step,
+            fresh=True, damped=True, published=False,
+        )  # fmt: skip
         return found
 
     def results(self, found: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -35,10 +35,12 @@ NEEDS = [
 LEFT_OUT = (
     "kernels",
     "test_build.py",
+    "test_gpu_tools.py",
     "test_readme.py",
     "test_demo.py",
     "test_cli.py",
     "matrix.py",
+    "small_ops.py",
 )
 
 

@@ -17,7 +17,7 @@ LONG, SECONDS = 10**8, 3 * 10**9
 
 
 def values(case: AllOps) -> list[torch.Tensor]:
-    inputs = [case.basis, *case.tensors, *case.other, case.theta, case.coordinates]
+    inputs = [case.basis, *case.tensors, *case.other, case.theta, case.coordinates, case.c]
     return [*inputs, case.origin, case.direction]
 
 
