@@ -130,15 +130,18 @@ def test_cpu_and_cuda_agree(dtype):
         elif isinstance(value, list):
             setattr(case, name, [tensor.cpu() for tensor in value])
     eps = torch.finfo(wide(dtype)).eps
+    quantized = dtype in (torch.int8, torch.float8_e4m3fn)
     for name, expected in case.now().items():
-        if name == "stored" and dtype not in (torch.int8, torch.float8_e4m3fn):
+        if name == "stored" and not quantized:
             assert torch.equal(found[name], expected)  # one subtraction, one rounding
         elif name not in ("stored", "row scale"):
             size = expected.abs().max().item()
             # of the parameters of 16 bits an ulp, where a float32 ulp changes the rounding
             coarse = 2.0**-8 if name in ("reconstruct_", "trial_") else 0.0
             error = (found[name].double() - expected.double()).abs()
-            assert (error <= 64 * eps * size + coarse * expected.double().abs()).all(), name
+            # in 8 bits a product one rounding off may be stored as the next value
+            fine = 1e-4 if quantized and name == "gram_block_" else 64 * eps
+            assert (error <= fine * size + coarse * expected.double().abs()).all(), name
 
 
 def random_rows(d: int, n: int, dtype: torch.dtype, aligned: bool) -> torch.Tensor:

@@ -85,6 +85,7 @@ def test_a_graph_keeps_no_pointer_into_host_memory():
     assert torch.equal(c, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("kind", ["cut", "strided", "many"])
 @pytest.mark.parametrize("dtype", SHORT, ids=str)
 def test_no_call_waits_for_the_device(dtype, kind):
