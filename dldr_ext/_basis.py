@@ -33,7 +33,7 @@ def quantize(basis: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, 
     rows, columns = basis.shape
     result = empty_rows(rows, columns, dtype=dtype, device=basis.device)
     scales = torch.empty((rows, blocks(columns)), dtype=torch.float32, device=basis.device)
-    step = _pca.column_step(rows)
+    step = _pca.column_step(basis)
     for begin in range(0, columns, step):
         chunk = _chunk(basis, scale, begin, step)
         width = chunk.shape[1]
@@ -57,7 +57,7 @@ def quantize(basis: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, 
 def dequantize(basis: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of an 8-bit basis in ``dtype``, chunk by chunk."""
     result = empty_rows(*basis.shape, dtype=dtype, device=basis.device)
-    step = _pca.column_step(basis.shape[0])
+    step = _pca.column_step(basis)
     for begin in range(0, basis.shape[1], step):
         result[:, begin : begin + step] = _chunk(basis, scale, begin, step)
     return result

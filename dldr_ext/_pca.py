@@ -32,7 +32,8 @@ _FLOAT64_SUMS, _FLOAT64_SUMS_OF_FLOAT32 = 2.0**-44, 2.0**-36
 # in each snapshot: a direction with an eigenvalue below this share of |w|^2 is made of just that.
 _WEIGHTS, _WEIGHTS_OF_FLOAT64 = 2.0**-48, 2.0**-104
 
-_CHUNK_BYTES = 1 << 25
+# Of a float64 chunk: near a CPU's caches; on a GPU enough to be worth its launches.
+_CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
 
 
 class Spectrum(NamedTuple):
@@ -124,7 +125,7 @@ def exact_gram(snapshots: Tensor, *, relative: bool = False) -> Tensor:
     """
     rows, numel = snapshots.shape
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=snapshots.device)
-    step = column_step(rows)
+    step = column_step(snapshots)
     for begin in range(0, numel, step):
         chunk = snapshots[:, begin : begin + step].to(torch.float64)
         if relative:
@@ -133,9 +134,10 @@ def exact_gram(snapshots: Tensor, *, relative: bool = False) -> Tensor:
     return gram
 
 
-def column_step(rows: int) -> int:
-    """Columns of a float64 chunk of some 32 MB: a multiple of 4096 set by the rows alone."""
-    return max(4096, _CHUNK_BYTES // (8 * rows) // 4096 * 4096)
+def column_step(matrix: Tensor) -> int:
+    """Columns of a chunk: a multiple of 4096 set by the number of rows and the kind of device."""
+    size = _CHUNK_BYTES.get(matrix.device.type, _CHUNK_BYTES["cpu"])
+    return max(4096, size // (8 * len(matrix)) // 4096 * 4096)
 
 
 def orthonormalize_(basis: Tensor) -> None:
@@ -146,7 +148,7 @@ def orthonormalize_(basis: Tensor) -> None:
     factor = torch.linalg.cholesky(exact_gram(basis).cpu())
     identity = torch.eye(len(factor), dtype=torch.float64, device="cpu")
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False).to(basis.device)
-    step = column_step(len(factor))
+    step = column_step(basis)
     for begin in range(0, basis.shape[1], step):
         chunk = basis[:, begin : begin + step]
         chunk.copy_(ops.form_basis(chunk.contiguous(), inverse))
