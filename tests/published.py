@@ -2,13 +2,14 @@
 
 After the training script of Li et al. (TPAMI 2022): gradients flattened with ``cat``, P as one
 (n, d) matrix in the gradient's dtype, read for the projection, for the residual, for each trial
-and for the final move; trials build graphs; a Python loop writes the weights back. Two things
-differ from the script: weights are kept in memory instead of in a file, and the loss comes from
-``forward`` instead of being cross-entropy. Generic in the dtype of P.
+and for the final move; trials build graphs; a Python loop writes the weights back. The script keeps the
+weights in a file, written in each step and read back after each trial: so does this if it is given
+one. The loss comes from ``forward`` instead of being cross-entropy. Generic in the dtype of P.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,6 +35,8 @@ class PublishedPBFGS:
     p : Tensor, shape (n, d)
     residual_lr, residual_momentum : float
         alpha and gamma of the paper: SGD with momentum outside the subspace.
+    file : path, optional
+        Where the script's ``temporary.pt`` goes; None keeps the weights in memory instead.
     """
 
     def __init__(
@@ -42,8 +45,11 @@ class PublishedPBFGS:
         p: Tensor,
         residual_lr: float = 0.0,
         residual_momentum: float = 0.9,
+        file: str | os.PathLike[str] | None = None,
     ) -> None:
         self.params = list(params)
+        self.file = file
+        self.kept: list[Tensor] = []
         self.p = p
         self.alpha, self.gamma = residual_lr, residual_momentum
         self.b = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
@@ -76,15 +82,13 @@ class PublishedPBFGS:
         direction = -torch.mm(self.b, g)
 
         descent = torch.mm(g.T, direction)[0, 0]
-        saved = [param.detach().clone() for param in self.params]
+        self._keep()
         s = direction
         self.failed = True
         for trial in range(20):
             self._add(torch.mm(self.p, s).reshape(-1))
             new = forward().item()
-            with torch.no_grad():
-                for param, value in zip(self.params, saved, strict=True):
-                    param.copy_(value)
+            self._put_back()
             self.trials = trial + 1
             if new < old + 0.4 * descent:
                 self.failed = False
@@ -95,6 +99,18 @@ class PublishedPBFGS:
         self.momentum = self.momentum * self.gamma + residual
         self._add(torch.mm(self.p, s).reshape(-1) - self.alpha * self.momentum)
         return old
+
+    def _keep(self) -> None:
+        if self.file is None:
+            self.kept = [param.detach().clone() for param in self.params]
+        else:
+            torch.save([param.detach() for param in self.params], self.file)
+
+    def _put_back(self) -> None:
+        kept = self.kept if self.file is None else torch.load(self.file)
+        with torch.no_grad():
+            for param, value in zip(self.params, kept, strict=True):
+                param.copy_(value)
 
     def _add(self, change: Tensor) -> None:
         start = 0

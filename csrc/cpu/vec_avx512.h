@@ -13,7 +13,7 @@ using RegD = VecD;
 // Rows that dot_kernel.h reads side by side with two vectors.
 constexpr int kPairRows = 4;
 // The patch of gram_kernel.h, and the vectors of each row after which a line is fetched.
-constexpr int kGramRows = 4, kGramColumns = 6, kGramUnroll = 1;
+constexpr int kGramRows = 5, kGramColumns = 5, kGramUnroll = 1;
 
 template <class V>
 inline V broadcast(float x) {
