@@ -2,9 +2,9 @@
 
 After the training script of Li et al. (TPAMI 2022): gradients flattened with ``cat``, P as one
 (n, d) matrix in the gradient's dtype, read for the projection, for the residual, for each trial
-and for the final move; trials build graphs; a Python loop writes the weights back. The script keeps the
-weights in a file, written in each step and read back after each trial: so does this if it is given
-one. The loss comes from ``forward`` instead of being cross-entropy. Generic in the dtype of P.
+and for the final move; trials build graphs; a Python loop writes the weights back. The script keeps
+the weights in a file, written in each step and read back after each trial: so does this if it is
+given one. The loss comes from ``forward``, not cross-entropy. Generic in the dtype of P.
 """
 
 from __future__ import annotations
