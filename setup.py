@@ -37,7 +37,6 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-unused-parameter",
-    "-Wno-maybe-uninitialized",  # GCC 12's own AVX-512 header
     "-Wno-psabi",
 ]
 NVCC_FLAGS = [

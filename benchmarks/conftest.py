@@ -78,11 +78,11 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     write = terminalreporter.write_line
     write("")
-    write(f"{'case':34} {'of the ceiling, %':>24} {'against plain torch':>26}")
+    write(f"{'case':58} {'of the ceiling, %':>24} {'against plain torch':>26}")
     for row in ROWS:
         ceiling, peer = row.get("of_ceiling"), row.get("against_torch")
         shown = Spread(**{k: 100 * v for k, v in ceiling.items()}).show() if ceiling else ""
-        write(f"{row['case']:34} {shown:>24} {Spread(**peer).show('x') if peer else '':>26}")
+        write(f"{row['case']:58} {shown:>24} {Spread(**peer).show('x') if peer else '':>26}")
     write("medians [quartiles] over rounds in which all sides were timed back to back")
     if path := config.getoption("--json"):
         Path(path).write_text(

@@ -53,9 +53,14 @@ def paired(
     ceiling_bytes: float,
     rounds: int = 9,
 ) -> dict[str, list[float]]:
-    """Fractions of the ceiling's bandwidth and speed-ups over the peer, one of each a round."""
+    """Fractions of the ceiling's bandwidth and speed-ups over the peer, one of each a round.
+
+    The ceiling itself, in GB/s, only tells rounds apart in which the memory ran at another speed.
+    """
     op(), ceiling(), peer and peer()
-    found: dict[str, list[float]] = {"of_ceiling": [], "against_torch": [], "seconds": []}
+    found: dict[str, list[float]] = {
+        key: [] for key in ("of_ceiling", "against_torch", "seconds", "ceiling_gb_per_second")
+    }
     for _ in range(rounds):
         # the ceiling before and after: the better one counts
         before = seconds(ceiling)
@@ -64,6 +69,7 @@ def paired(
         best = ceiling_bytes / min(before, after)
         found["of_ceiling"].append(op_bytes / own / best)
         found["seconds"].append(own)
+        found["ceiling_gb_per_second"].append(best / 1e9)
         if peer is not None:
             found["against_torch"].append(seconds(peer) / own)
     return found

@@ -5,8 +5,13 @@
 // 16 registers; with two vectors there are twice as many sums.
 constexpr int kRowBlock = 4;
 constexpr int64_t kCacheLine = 64;
-// How far ahead of the read position rows are prefetched.
-constexpr int64_t kPrefetchBytes = 1024;
+// How far ahead of the read position rows are prefetched, into L2: its misses wait in longer queues
+// than those of L1.
+constexpr int64_t kPrefetchBytes = 2048;
+constexpr int kPrefetchLevel = 2;
+// Elements of one vector that are staged at once, in L2: the longer the pieces of rows that are
+// read on end, the better hardware prefetches them.
+constexpr int64_t kStage = 4 * kTile;
 
 template <class A>
 inline double sum_lanes(Vec<A> v) {
@@ -28,7 +33,7 @@ inline void dot_lines(const T* const (&rows)[R], const T* const (&fetch)[R], int
   using V = Vec<A>;
   constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(T));
   for (int64_t i = begin; i < end; i += kStep) {
-    for (int r = 0; r < R; ++r) __builtin_prefetch(fetch[r] + i + shift);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(fetch[r] + i + shift, 0, kPrefetchLevel);
     for (int64_t k = 0; k < kStep; k += V::lanes) {
       V vectors[K];
       for (int v = 0; v < K; ++v) vectors[v] = load<V>(x[v] + i + k);
@@ -56,36 +61,46 @@ inline void dot_rest(const T* const (&rows)[R], const A* const (&x)[K], int64_t 
   }
 }
 
-// Staged vectors, kTile numbers apart, and the sums of their products with all rows, `width` apart.
+// Vectors, `stage` numbers apart, and the sums of their products with all rows: `width` apart for
+// the vectors, `chunk_width` apart for the chunks of the plan from `first` on.
 template <class A>
 struct Products {
   const A* x;
+  int64_t stage;
   double* sums;
   int64_t width;
+  const Plan& plan;
+  int64_t first;
+  int64_t chunk_width;
+
+  double* sums_at(int64_t element) const {
+    return sums + (element / (plan.tile * plan.tiles_per_chunk) - first) * chunk_width;
+  }
 };
 
-// The products of rows first, ..., first + R - 1, columns [begin, begin + count), with vectors
-// vector, ..., vector + K - 1 are added to their sums; rows from `next` on are read after these.
+// The products of rows first, ..., first + R - 1, columns [begin, begin + count) of one tile, with
+// vectors vector, ..., vector + K - 1, which begin at x + at_x, are added to their sums; rows are
+// read from `next` on (an offset in the data) after these.
 template <int R, int K, class T, class A>
 void dot_block(const Rows& rows, int64_t first, int64_t next, int64_t begin, int64_t count,
-               const Products<A>& products, int64_t vector) {
+               const Products<A>& products, int64_t vector, int64_t at_x) {
   using V = Vec<A>;
   constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(T));
   constexpr int64_t kAhead = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
   const int64_t whole = count / kStep * kStep;
-  // From here on the lines to fetch are the first ones of the next rows.
+  // From here on the lines to fetch are the next ones.
   const int64_t near = max_of(0, whole - kAhead);
-  const T* data = static_cast<const T*>(rows.data) + begin;
+  const T* data = static_cast<const T*>(rows.data);
   const T* at[R];
   const T* ahead[R];
   const A* x[K];
   V acc[K][R];
   for (int r = 0; r < R; ++r) {
-    at[r] = data + (first + r) * rows.stride;
-    ahead[r] = data + (next + r) * rows.stride;
+    at[r] = data + (first + r) * rows.stride + begin;
+    ahead[r] = data + r * rows.stride + next;
   }
   for (int v = 0; v < K; ++v) {
-    x[v] = products.x + (vector + v) * kTile;
+    x[v] = products.x + (vector + v) * products.stage + at_x;
     for (auto& sum : acc[v]) sum = broadcast<V>(A(0));
   }
   if constexpr (scaled_format<T>::value) {
@@ -114,8 +129,21 @@ void dot_block(const Rows& rows, int64_t first, int64_t next, int64_t begin, int
     dot_rest<R, K>(at, x, whole, count, acc);
   }
   for (int v = 0; v < K; ++v) {
-    double* sums = products.sums + (vector + v) * products.width + first;
+    double* sums = products.sums_at(begin) + (vector + v) * products.width + first;
     for (int r = 0; r < R; ++r) sums[r] += sum_lanes<A>(acc[v][r]);
+  }
+}
+
+// The same for whole rows of the stage, tile by tile: columns [begin, begin + count).
+template <int R, int K, class T, class A>
+inline void dot_tiles(const Rows& rows, int64_t first, int64_t next, int64_t begin, int64_t count,
+                      const Products<A>& products, int64_t vector) {
+  for (int64_t at = 0; at < count; at += kTile) {
+    const bool more = at + kTile < count;
+    const int64_t then =
+        more ? first * rows.stride + begin + at + kTile : next * rows.stride + begin;
+    dot_block<R, K, T>(rows, first, then, begin + at, min_of(kTile, count - at), products, vector,
+                       at);
   }
 }
 
@@ -126,9 +154,9 @@ inline void dot_rows(const Rows& rows, int64_t first, int64_t last, int64_t begi
   int64_t r = first;
   for (; r + R <= last; r += R) {
     const int64_t next = r + 2 * R <= last ? r + R : r;
-    dot_block<R, K, T>(rows, r, next, begin, count, products, vector);
+    dot_tiles<R, K, T>(rows, r, next, begin, count, products, vector);
   }
-  for (; r < last; ++r) dot_block<1, K, T>(rows, r, r, begin, count, products, vector);
+  for (; r < last; ++r) dot_tiles<1, K, T>(rows, r, r, begin, count, products, vector);
 }
 
 // The same for rows [first, last) and vectors [0, vectors). Every sum is made alone, in one order:
@@ -151,8 +179,8 @@ void dot_all(const Rows& rows, int64_t first, int64_t last, int64_t begin, int64
   }
 }
 
-// Zeros behind the `count` numbers of a staged tile, up to a whole cache line of any format.
+// Zeros behind the `count` numbers of a stage, up to a whole cache line of any format.
 template <class A>
-inline void pad_tile(A* x, int64_t count) {
-  for (int64_t i = count; i < kTile && i % kCacheLine != 0; ++i) x[i] = 0;
+inline void pad_stage(A* x, int64_t count) {
+  for (int64_t i = count; i % kCacheLine != 0; ++i) x[i] = 0;
 }

@@ -30,7 +30,7 @@ inline void store_row(A* x, int64_t count, T* row, float* scale) {
 
 // x = the list minus the anchor, columns [at, at + count), rounded as it is stored in the row.
 template <class T, class A>
-inline void store_tile(const GramAppendArgs& args, int64_t at, int64_t count, A* x) {
+inline void store_stage(const GramAppendArgs& args, int64_t at, int64_t count, A* x) {
   const A* anchor = static_cast<const A*>(args.anchor);
   stage_list(args.list, at, at + count, x);
   for (int64_t i = 0; i < count; ++i) x[i] -= anchor[at + i];
@@ -43,7 +43,7 @@ void store_snapshot_chunks(const GramAppendArgs& args, int64_t begin, int64_t en
   Buffer<typename wide_of<T>::type> buffer(kTile);
   const int64_t chunks_end = args.plan.chunk_end(end - 1);
   for (int64_t at = args.plan.chunk_begin(begin); at < chunks_end; at += kTile) {
-    store_tile<T>(args, at, min_of(kTile, chunks_end - at), buffer.data);
+    store_stage<T>(args, at, min_of(kTile, chunks_end - at), buffer.data);
   }
 }
 
@@ -57,18 +57,17 @@ template <class T>
 void gram_append_chunks(const GramAppendArgs& args, int64_t begin, int64_t end) {
   using A = typename wide_of<T>::type;
   const int64_t width = args.index + 1;
-  Buffer<A> buffer(kTile);
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const Products<A> products = {buffer.data, args.partials + chunk * width, width};
-    for (int64_t t = 0; t < width; ++t) products.sums[t] = 0;
-    const int64_t chunk_end = args.plan.chunk_end(chunk);
-    for (int64_t at = args.plan.chunk_begin(chunk); at < chunk_end; at += kTile) {
-      const int64_t count = min_of(kTile, chunk_end - at);
-      store_tile<T>(args, at, count, buffer.data);
-      pad_tile(buffer.data, count);
-      // The new row too is read back from memory (from cache): one arithmetic for all products.
-      dot_all<T>(args.snapshots, 0, width, at, count, products, 1);
-    }
+  Buffer<A> buffer(kStage);
+  double* const sums = args.partials + begin * width;
+  for (int64_t k = 0; k < (end - begin) * width; ++k) sums[k] = 0;
+  const Products<A> products = {buffer.data, kStage, sums, width, args.plan, begin, width};
+  const int64_t chunks_end = args.plan.chunk_end(end - 1);
+  for (int64_t at = args.plan.chunk_begin(begin); at < chunks_end; at += kStage) {
+    const int64_t count = min_of(kStage, chunks_end - at);
+    store_stage<T>(args, at, count, buffer.data);
+    pad_stage(buffer.data, count);
+    // The new row too is read back from memory (from cache): one arithmetic for all products.
+    dot_all<T>(args.snapshots, 0, width, at, count, products, 1);
   }
 }
 
@@ -82,25 +81,25 @@ void gram_append(const GramAppendArgs& args, int64_t begin, int64_t end) {
 template <class T>
 void gram_block_chunks(const GramBlockArgs& args, int64_t begin, int64_t end) {
   using A = typename wide_of<T>::type;
-  const int64_t width = args.index + args.count;
+  const int64_t width = args.index + args.count, chunk_width = args.count * width;
   Buffer<A> buffer(args.count * kTile);
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    double* sums = args.partials + (chunk - args.first) * args.count * width;
-    for (int64_t k = 0; k < args.count * width; ++k) sums[k] = 0;
-    const int64_t chunk_end = args.plan.chunk_end(chunk);
-    for (int64_t at = args.plan.chunk_begin(chunk); at < chunk_end; at += kTile) {
-      const int64_t count = min_of(kTile, chunk_end - at);
-      for (int64_t k = 0; k < args.count; ++k) {
-        A* x = buffer.data + k * kTile;
-        widen_row<T>(args.snapshots, args.index + k, at, count, x);
-        pad_tile(x, count);
-      }
-      const Products<A> all = {buffer.data, sums, width};
-      dot_all<T>(args.snapshots, 0, args.index, at, count, all, args.count);
-      for (int64_t k = 0; k < args.count; ++k) {
-        const Products<A> one = {buffer.data + k * kTile, sums + k * width, width};
-        dot_all<T>(args.snapshots, args.index, args.index + k + 1, at, count, one, 1);
-      }
+  double* const sums = args.partials + (begin - args.first) * chunk_width;
+  for (int64_t k = 0; k < (end - begin) * chunk_width; ++k) sums[k] = 0;
+  const Products<A> all = {buffer.data, kTile, sums, width, args.plan, begin, chunk_width};
+  const int64_t chunks_end = args.plan.chunk_end(end - 1);
+  for (int64_t at = args.plan.chunk_begin(begin); at < chunks_end; at += kTile) {
+    const int64_t count = min_of(kTile, chunks_end - at);
+    for (int64_t k = 0; k < args.count; ++k) {
+      A* x = buffer.data + k * kTile;
+      widen_row<T>(args.snapshots, args.index + k, at, count, x);
+      pad_stage(x, count);
+    }
+    dot_all<T>(args.snapshots, 0, args.index, at, count, all, args.count);
+    for (int64_t k = 0; k < args.count; ++k) {
+      Products<A> one = all;
+      one.x += k * kTile;
+      one.sums += k * width;
+      dot_all<T>(args.snapshots, args.index, args.index + k + 1, at, count, one, 1);
     }
   }
 }

@@ -1,6 +1,11 @@
 // The kernels for processors with AVX-512 (F, BW, VL, DQ).
 #if defined(__x86_64__)
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own header; the other units compile the same kernels with these warnings on.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include <cstring>

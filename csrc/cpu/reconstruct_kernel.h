@@ -10,7 +10,7 @@ inline void combine_lines(const T* const (&rows)[R], const T* const (&fetch)[R],
   using V = Vec<A>;
   constexpr int64_t kStep = kCacheLine / static_cast<int64_t>(sizeof(T));
   for (int64_t i = begin; i < end; i += kStep) {
-    for (int r = 0; r < R; ++r) __builtin_prefetch(fetch[r] + i + shift);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(fetch[r] + i + shift, 0, kPrefetchLevel);
     for (int64_t k = 0; k < kStep; k += V::lanes) {
       V sums[K];
       for (int v = 0; v < K; ++v) sums[v] = load<V>(out[v] + i + k);
@@ -88,7 +88,7 @@ template <int K, class T, class A>
 void combine_all(const Rows& rows, int64_t begin, int64_t count, const A* const (&theta)[K],
                  A* const (&out)[K]) {
   for (A* const one : out) {
-    for (int64_t i = 0; i < kTile; ++i) one[i] = 0;
+    for (int64_t i = 0; i < ceil_div(count, kCacheLine) * kCacheLine; ++i) one[i] = 0;
   }
   int64_t r = 0;
   for (; r + kRowBlock <= rows.rows; r += kRowBlock) {
@@ -103,19 +103,17 @@ void reconstruct_chunks(const ReconstructArgs& args, int64_t begin, int64_t end)
   using A = typename wide_of<T>::type;
   const A* const theta = static_cast<const A*>(args.theta);
   const A* const origin = static_cast<const A*>(args.origin);
-  Buffer<A> buffer(kTile);
+  Buffer<A> buffer(kStage);
   A* const out = buffer.data;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    const int64_t chunk_end = args.plan.chunk_end(chunk);
-    for (int64_t at = args.plan.chunk_begin(chunk); at < chunk_end; at += kTile) {
-      const int64_t count = min_of(kTile, chunk_end - at);
-      // P theta is summed alone and the origin added last: the small sum keeps its own precision.
-      combine_all<1, T, A>(args.basis, at, count, {theta}, {out});
-      if (origin != nullptr) {
-        for (int64_t i = 0; i < count; ++i) out[i] += origin[at + i];
-      }
-      unstage_list(args.list, at, at + count, out);
+  const int64_t chunks_end = args.plan.chunk_end(end - 1);
+  for (int64_t at = args.plan.chunk_begin(begin); at < chunks_end; at += kStage) {
+    const int64_t count = min_of(kStage, chunks_end - at);
+    // P theta is summed alone and the origin added last: the small sum keeps its own precision.
+    combine_all<1, T, A>(args.basis, at, count, {theta}, {out});
+    if (origin != nullptr) {
+      for (int64_t i = 0; i < count; ++i) out[i] += origin[at + i];
     }
+    unstage_list(args.list, at, at + count, out);
   }
 }
 

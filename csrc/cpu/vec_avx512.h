@@ -54,14 +54,13 @@ inline __m512 load16(const int8_t* p) {
 }
 inline __m512 load16(const f8e4m3* p) {
   // Placed one bit below the sign, e4m3 reads as a float16 that is 2^8 too small.
-  const __m256i raw = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i high = _mm256_slli_epi16(raw, 8);
-  __m256i half =
-      _mm256_and_si256(_mm256_srai_epi16(high, 1), _mm256_set1_epi16(static_cast<short>(0xbf80)));
-  const __m256i largest = _mm256_set1_epi16(0x3f80);
-  const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(half, largest), largest);
-  half = _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
-  return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i largest = _mm_set1_epi8(0x7f);
+  const __mmask16 number = _mm_cmpneq_epi8_mask(_mm_and_si128(raw, largest), largest);
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(raw), 7),
+                                        _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  return _mm512_mask_mul_ps(_mm512_set1_ps(__builtin_nanf("")), number, _mm512_cvtph_ps(half),
+                            _mm512_set1_ps(256.0f));
 }
 
 template <class V, class T>

@@ -111,6 +111,19 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_UNORD_Q));
   return static_cast<__mmask16>(lo | hi << 8);
 }
+#undef _mm_cmpneq_epi8_mask
+inline __mmask16 _mm_cmpneq_epi8_mask(__m128i a, __m128i b) {
+  return static_cast<__mmask16>(~_mm_movemask_epi8(_mm_cmpeq_epi8(a, b)));
+}
+inline __m512 _mm512_mask_mul_ps(__m512 source, __mmask16 mask, __m512 a, __m512 b) {
+  float product[16], to[16];
+  const __m512 all = _mm512_mul_ps(a, b);
+  std::memcpy(product, &all, sizeof(product));
+  std::memcpy(to, &source, sizeof(to));
+  for (int k = 0; k < 16; ++k) to[k] = (mask >> k & 1) ? product[k] : to[k];
+  std::memcpy(&source, to, sizeof(to));
+  return source;
+}
 inline __m512i _mm512_mask_mov_epi32(__m512i source, __mmask16 mask, __m512i x) {
   int from[16], to[16];
   std::memcpy(from, &x, sizeof(from));
