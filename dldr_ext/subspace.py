@@ -105,6 +105,11 @@ class Subspace:
         """Of the stored basis."""
         return self.basis.dtype
 
+    @property
+    def coordinate_dtype(self) -> torch.dtype:
+        """Of theta and of projections: float32, or float64 for a float64 basis."""
+        return self.origin.dtype
+
     def __repr__(self) -> str:
         return (
             f"Subspace(dim={self.dim}, numel={self.numel}, dtype={dtype_name(self.dtype)}, "
@@ -152,6 +157,24 @@ class Subspace:
         """Writes w0 + P theta into the parameters, rounded once to the dtype of each."""
         listed = self._weights(params)
         ops.reconstruct_(listed, self.origin, self.basis, theta, scale=self.scale)
+
+    # The same for optimizers, which checked their lists once: no check but those of the ops.
+
+    def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Coordinates of several lists of tensors, shape (len(lists), d): one pass for all."""
+        if len(lists) == 1:
+            return ops.project(self.basis, lists[0], scale=self.scale).unsqueeze(0)
+        return ops.project_many(self.basis, lists, scale=self.scale)
+
+    def combine_(self, out: Tensor, theta: Tensor, origin: Tensor | None = None) -> None:
+        """Writes origin + P theta into a flat vector (n,); None stands for zeros."""
+        ops.reconstruct_([out], origin, self.basis, theta, scale=self.scale)
+
+    def combine_residual(
+        self, theta: Tensor, coordinates: Tensor, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """P theta and g - P c, both (n,), in one pass: see `ops.reconstruct_residual`."""
+        return ops.reconstruct_residual(self.basis, theta, coordinates, tensors, scale=self.scale)
 
     def quantize(self, format: str) -> Subspace:
         """The same subspace with the basis in 8 bits.

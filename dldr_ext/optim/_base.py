@@ -163,15 +163,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _to_basis(self, vector: Tensor, copy: bool = False) -> Tensor:
         """A d-vector as the ops take it: on the basis's device, in the ops' precision."""
-        basis = self._subspace.basis
-        dtype = torch.float64 if basis.dtype == torch.float64 else torch.float32
-        return vector.to(device=basis.device, dtype=dtype, copy=copy)
-
-    def _projected(self, tensors: list[Tensor]) -> Tensor:
-        """c = P^T g, float64 on the CPU. One pass over the basis."""
         subspace = self._subspace
-        c = ops.project(subspace.basis, tensors, scale=subspace.scale)
-        return c.to(device="cpu", dtype=torch.float64)
+        return vector.to(device=subspace.device, dtype=subspace.coordinate_dtype, copy=copy)
+
+    def _projected(self, *lists: list[Tensor]) -> Tensor:
+        """c = P^T g of each list, (len(lists), d) float64 on the CPU. One pass over the basis."""
+        return self._subspace.project_many(lists).to(device="cpu", dtype=torch.float64)
 
     def _saved_tensor(self, state: dict[str, Any], key: str, like: Tensor) -> Tensor:
         """A copy of a saved tensor, on the device and in the dtype of ``like``."""
@@ -186,8 +183,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _check_point(self, point: Tensor, origin: Tensor | None, theta: Tensor) -> None:
         """Refuses a saved point that is not origin + P theta in this subspace."""
-        subspace = self._subspace
-        here = ops.reconstruct(origin, subspace.basis, self._to_basis(theta), scale=subspace.scale)
+        here = torch.empty_like(point)
+        self._subspace.combine_(here, self._to_basis(theta), origin)
         distance = float(torch.linalg.vector_norm(here - point))
         if not distance <= _FOREIGN * float(torch.linalg.vector_norm(point)):
             raise ValueError(
@@ -205,10 +202,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 f"{name}: params: expected {subspace.numel} elements in all, as in the subspace, "
                 f"got {numel(params)}"
             )
-        if params[0].device != subspace.basis.device:
+        if params[0].device != subspace.device:
             raise ValueError(
                 f"{name}: subspace: expected it on {params[0].device}, where the parameters are, "
-                f"got {subspace.basis.device}; see Subspace.to"
+                f"got {subspace.device}; see Subspace.to"
             )
 
     def _first_theta(self, name: str, theta0: Tensor | str | None) -> Tensor:

@@ -295,10 +295,8 @@ class PBFGS(SubspaceOptimizer):
     def _project_and_learn(self, gradient: list[Tensor]) -> Tensor:
         """c of this step's gradient; B learns from the last step's pair. One pass for both."""
         if self._unlearned is None or self._after is None:
-            return self._projected(gradient)
-        basis, scale = self._subspace.basis, self._subspace.scale
-        both = ops.project_many(basis, [gradient, [self._after]], scale=scale)
-        c, after = both.to(device="cpu", dtype=torch.float64)
+            return self._projected(gradient)[0]
+        c, after = self._projected(gradient, [self._after])
         self._learn(after)
         return c
 
@@ -338,25 +336,19 @@ class PBFGS(SubspaceOptimizer):
             self._leave_subspace(residual)
         if anchor:
             self._since_anchor = 0
-            subspace = self._subspace
-            origin = subspace.origin if self._moved_origin is None else self._moved_origin
-            theta = self._to_basis(self._theta)
-            ops.reconstruct_([self._point], origin, subspace.basis, theta, scale=subspace.scale)
+            origin = self._subspace.origin if self._moved_origin is None else self._moved_origin
+            self._subspace.combine_(self._point, self._to_basis(self._theta), origin)
         if anchor or residual is not None:
             self._put_back_weights()
 
     def _next_direction(self, p: Tensor, c: Tensor, gradient: list[Tensor]) -> Tensor | None:
         """u = P p; and the momentum of g - P P^T g as it will be if the step is accepted."""
-        group, subspace = self.param_groups[0], self._subspace
-        basis, scale, theta = subspace.basis, subspace.scale, self._to_basis(p)
+        group, theta = self.param_groups[0], self._to_basis(p)
         if group["residual_lr"] == 0.0:
-            ops.reconstruct_([self._direction], None, basis, theta, scale=scale)
+            self._subspace.combine_(self._direction, theta)
             return None
         coordinates = self._to_basis(c)
-        direction, residual = ops.reconstruct_residual(
-            basis, theta, coordinates, gradient, scale=scale
-        )
-        self._direction = direction
+        self._direction, residual = self._subspace.combine_residual(theta, coordinates, gradient)
         if self._residual is not None:
             residual.add_(self._residual, alpha=group["residual_momentum"])
         return residual
@@ -393,7 +385,7 @@ class PBFGS(SubspaceOptimizer):
             return None if tensor is None else tensor.clone()
 
         if self._unlearned is not None and self._after is not None:
-            self._learn(self._projected([self._after]))  # as the next step would, to the bit
+            self._learn(self._projected([self._after])[0])  # as the next step would, to the bit
         s, c, hs = (None, None, None) if self._previous is None else self._previous
         return {
             "point": copy(self._point),

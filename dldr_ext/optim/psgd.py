@@ -85,7 +85,7 @@ class PSGD(SubspaceOptimizer):
         return loss.detach() if isinstance(loss, Tensor) else loss
 
     def _move(self) -> Status:
-        c = self._projected(gradients(self._params))
+        (c,) = self._projected(gradients(self._params))
         if not bool(c.isfinite().all()):
             return Status.NON_FINITE_GRADIENT
         group = self.param_groups[0]
