@@ -20,7 +20,7 @@ from . import (  # noqa: E402  (the ops exist only once the library is loaded)
     ops,
 )
 from .grouped import GroupedSubspace, layer_groups  # noqa: E402
-from .optim import PBFGS, PSGD, Status  # noqa: E402
+from .optim import PBFGS, PSGD, InSubspace, Status  # noqa: E402
 from .subspace import Subspace  # noqa: E402
 from .trajectory import Trajectory  # noqa: E402
 
@@ -30,6 +30,7 @@ __all__ = [
     "PBFGS",
     "PSGD",
     "GroupedSubspace",
+    "InSubspace",
     "Status",
     "Subspace",
     "Trajectory",

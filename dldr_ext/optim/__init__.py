@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .in_subspace import InSubspace
 from .pbfgs import PBFGS
 from .psgd import PSGD
 from .status import Status
 
-__all__ = ["PBFGS", "PSGD", "Status"]
+__all__ = ["PBFGS", "PSGD", "InSubspace", "Status"]

@@ -14,6 +14,7 @@ from .. import ops
 from .._affine import AffineSubspace
 from .._params import check_matches, numel, unique_parameters
 from ._closure import Evaluator
+from .carry import overlap
 from .status import Status
 
 __all__ = ["SubspaceOptimizer", "check_choice", "check_number"]
@@ -24,6 +25,9 @@ _log = logging.getLogger("dldr_ext")
 _MOVED = 1e-5
 # A loaded point further than this from origin + P theta belongs to another subspace.
 _FOREIGN = 1e-2
+_ORIGIN = (
+    'the origin of the subspace (pass theta0="current" to start from the weights\' projection)'
+)
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
@@ -40,19 +44,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         theta0: Tensor | Literal["current"] | None,
     ) -> None:
         name = type(self).__name__
-        if not isinstance(subspace, AffineSubspace):
-            raise TypeError(
-                f"{name}: subspace: expected a dldr_ext.Subspace or GroupedSubspace, got "
-                f"{type(subspace).__name__}"
-            )
         self._params = _trainable(name, params)
+        self._check_subspace(name, subspace)
         self._subspace = subspace
-        self._check_subspace(name)
         super().__init__(self._params, defaults)
         self._status = Status.INITIAL
         self._evaluator = Evaluator(self._params)
         self._theta = self._first_theta(name, theta0)
-        self._place(name, said=theta0 is not None)
+        self._place(name, _ORIGIN if theta0 is None else "origin + P theta0")
 
     @property
     def subspace(self) -> AffineSubspace:
@@ -62,7 +61,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     @property
     def theta(self) -> Tensor:
         """Coordinates (d,) of the weights, w = origin + P theta: a copy, in the ops' precision."""
-        return self._to_basis(self._theta, copy=True)
+        return self._to_basis(self._theta.detach(), copy=True)
 
     @property
     def status(self) -> Status:
@@ -88,6 +87,37 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
+    @torch.no_grad()
+    def change_subspace(self, subspace: AffineSubspace) -> None:
+        """Goes on in another subspace of the same parameters: DLDR with its basis refreshed.
+
+        theta becomes the projection of the weights, and what the optimizer has learnt is carried
+        over by M = P'^T P: curvature as M B M^T and its own typical size where the old subspace
+        knew nothing (`PBFGS`), momentum as M m (`PSGD`); the optimizer in `InSubspace` starts
+        anew. Options and counts stay.
+
+        Weights off the new subspace are moved onto it, which is logged as a warning;
+        ``subspace.with_origin(params)`` is the same one through the current weights.
+
+        Parameters
+        ----------
+        subspace : Subspace or GroupedSubspace
+            Of any dimension.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for the constructor's. Nothing has changed then.
+        """
+        name = type(self).__name__
+        self._check_subspace(name, subspace)
+        theta = subspace.coordinates(self._point_now().to(subspace.coordinate_dtype))
+        m = overlap(subspace, self._subspace)
+        self._subspace = subspace
+        self._theta = theta.to(device="cpu", dtype=torch.float64)
+        self._carry(m)
+        self._place(name, "the new subspace")
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as copies; see `load_state_dict`.
 
@@ -97,7 +127,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """
         state_dict = super().state_dict()
         state_dict["subspace"] = {
-            "theta": self._theta.clone(),
+            "theta": self._theta.detach().clone(),
             "status": self._status.name,
             "closure_calls": self._evaluator.calls,
             "gradient_calls": self._evaluator.gradient_calls,
@@ -133,7 +163,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             ) from None
         own = self._checked_own_state(state, theta)
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "subspace"})
-        self._theta, self._status = theta, status
+        with torch.no_grad():
+            self._theta.copy_(theta)
+        self._status = status
         self._evaluator.calls = int(state["closure_calls"])
         self._evaluator.gradient_calls = int(state["gradient_calls"])
         self._adopt(own)
@@ -155,6 +187,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _adopt(self, own: dict[str, Any]) -> None:
         """Takes over checked entries and writes the weights."""
+        raise NotImplementedError
+
+    def _point_now(self) -> Tensor:
+        """The flat weights before they were rounded to the parameters' dtypes."""
+        return self._subspace.reconstruct(self._to_basis(self._theta.detach()))
+
+    def _carry(self, m: Tensor) -> None:
+        """Takes what was learnt into the new subspace, M = P'^T P, (d', d) float64 on the CPU."""
         raise NotImplementedError
 
     def _start_at(self, point: Tensor) -> None:
@@ -194,8 +234,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 "was saved with another subspace"
             )
 
-    def _check_subspace(self, name: str) -> None:
-        subspace, params = self._subspace, self._params
+    def _check_subspace(self, name: str, subspace: AffineSubspace) -> None:
+        params = self._params
+        if not isinstance(subspace, AffineSubspace):
+            raise TypeError(
+                f"{name}: subspace: expected a dldr_ext.Subspace or GroupedSubspace, got "
+                f"{type(subspace).__name__}"
+            )
         if subspace.shapes is not None:
             check_matches(params, subspace.shapes, subspace.names, what="subspace")
         if numel(params) != subspace.numel:
@@ -231,7 +276,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: theta0: expected finite numbers, got NaN or infinity")
         return theta.to(device="cpu", dtype=torch.float64, copy=True)
 
-    def _place(self, name: str, said: bool) -> None:
+    def _place(self, name: str, where: str) -> None:
         """Puts the model at origin + P theta and says so if it was elsewhere."""
         with torch.no_grad():
             point = self._subspace.reconstruct(self._to_basis(self._theta))
@@ -242,12 +287,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._start_at(point)
         if not distance <= _MOVED * norm:
             _log.warning(
-                "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)%s",
+                "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)",
                 name,
-                "origin + P theta0" if said else "the origin of the subspace",
+                where,
                 distance,
                 norm,
-                "" if said else '; pass theta0="current" to start from the weights\' projection',
             )
 
 

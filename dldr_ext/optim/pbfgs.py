@@ -17,6 +17,7 @@ from ._base import SubspaceOptimizer, check_choice, check_number
 from ._closure import Closure, Loss, number
 from ._replay import Replay, buffer_list
 from ._trials import Trials
+from .carry import carried_inverse_hessian
 from .line_search import SearchResult, armijo, fixed, strong_wolfe
 from .status import Status
 
@@ -306,6 +307,11 @@ class PBFGS(SubspaceOptimizer):
             self._unlearned = None
             self._update(s, after - before, hs)
 
+    def _learn_now(self) -> None:
+        """What the next step would learn first, to the bit."""
+        if self._unlearned is not None and self._after is not None:
+            self._learn(self._projected([self._after])[0])
+
     def _published_rule(self) -> bool:
         group = self.param_groups[0]
         return group["curvature"] == "consecutive" and group["damping"] is None
@@ -376,6 +382,25 @@ class PBFGS(SubspaceOptimizer):
         # The point times zero adds nothing; the direction may hold an infinity, which would.
         ops.trial_(self._params, self._point, self._point, 0.0)
 
+    def change_subspace(self, subspace: AffineSubspace) -> None:
+        self._learn_now()
+        super().change_subspace(subspace)
+
+    change_subspace.__doc__ = SubspaceOptimizer.change_subspace.__doc__
+
+    def _point_now(self) -> Tensor:
+        return self._point
+
+    def _carry(self, m: Tensor) -> None:
+        b, fresh = self._b, self._fresh
+        self._reset()
+        if not fresh:
+            carried = carried_inverse_hessian(b, m)
+            if bfgs.well_conditioned(carried):
+                self._b, self._fresh = carried, False
+        self._after = self._residual = self._moved_origin = None
+        self._since_anchor = 0
+
     def _start_at(self, point: Tensor) -> None:
         self._point = point
         self._direction = torch.empty_like(point)
@@ -384,8 +409,7 @@ class PBFGS(SubspaceOptimizer):
         def copy(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.clone()
 
-        if self._unlearned is not None and self._after is not None:
-            self._learn(self._projected([self._after])[0])  # as the next step would, to the bit
+        self._learn_now()
         s, c, hs = (None, None, None) if self._previous is None else self._previous
         return {
             "point": copy(self._point),
