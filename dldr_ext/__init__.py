@@ -19,6 +19,7 @@ from . import (  # noqa: E402  (the ops exist only once the library is loaded)
     _registrations,  # noqa: F401  (registers on import)
     ops,
 )
+from .averaging import greedy_soup, uniform_soup, weight_averaging_subspace  # noqa: E402
 from .grouped import GroupedSubspace, layer_groups  # noqa: E402
 from .optim import PBFGS, PSGD, InSubspace, Status  # noqa: E402
 from .subspace import Subspace  # noqa: E402
@@ -35,8 +36,11 @@ __all__ = [
     "Subspace",
     "Trajectory",
     "build_info",
+    "greedy_soup",
     "layer_groups",
     "ops",
+    "uniform_soup",
+    "weight_averaging_subspace",
 ]
 
 
