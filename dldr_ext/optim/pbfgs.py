@@ -319,8 +319,9 @@ class PBFGS(SubspaceOptimizer):
             b = bfgs.published_update(self._b, s, y)
         else:
             damped = self.param_groups[0]["damping"] == "powell"
-            b = bfgs.update(self._b, s, y, hs=hs, fresh=self._fresh, damped=damped)
-            if b is not None and not bfgs.well_conditioned(b):
+            result = bfgs.update(self._b, s, y, hs=hs, fresh=self._fresh, damped=damped)
+            b = None if result is None else result[0]
+            if b is not None and bfgs.condition(b) >= bfgs.CONDITION_LIMIT:
                 self._reset()
                 return
         if b is not None:
