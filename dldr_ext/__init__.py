@@ -19,13 +19,24 @@ from . import (  # noqa: E402  (the ops exist only once the library is loaded)
     _registrations,  # noqa: F401  (registers on import)
     ops,
 )
+from .grouped import GroupedSubspace, layer_groups  # noqa: E402
 from .optim import PBFGS, PSGD, Status  # noqa: E402
 from .subspace import Subspace  # noqa: E402
 from .trajectory import Trajectory  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["PBFGS", "PSGD", "Status", "Subspace", "Trajectory", "build_info", "ops"]
+__all__ = [
+    "PBFGS",
+    "PSGD",
+    "GroupedSubspace",
+    "Status",
+    "Subspace",
+    "Trajectory",
+    "build_info",
+    "layer_groups",
+    "ops",
+]
 
 
 def build_info() -> dict[str, Any]:

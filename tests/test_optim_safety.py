@@ -460,7 +460,7 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
 def test_bad_parameters_and_subspaces(optimizer: type[PBFGS | PSGD]) -> None:
     params, subspace = problem()
     before = bits(params)
-    with pytest.raises(TypeError, match=r"subspace: expected a dldr_ext.Subspace, got Tensor"):
+    with pytest.raises(TypeError, match=r"dldr_ext.Subspace or GroupedSubspace, got Tensor"):
         optimizer(params, subspace.basis)
     with pytest.raises(ValueError, match=r"params: expected 10 elements .* got 6"):
         optimizer(params[:1], subspace)

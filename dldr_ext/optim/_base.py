@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._affine import AffineSubspace
 from .._params import check_matches, numel, unique_parameters
-from ..subspace import Subspace
 from ._closure import Evaluator
 from .status import Status
 
@@ -35,14 +35,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        subspace: Subspace,
+        subspace: AffineSubspace,
         defaults: dict[str, Any],
         theta0: Tensor | Literal["current"] | None,
     ) -> None:
         name = type(self).__name__
-        if not isinstance(subspace, Subspace):
+        if not isinstance(subspace, AffineSubspace):
             raise TypeError(
-                f"{name}: subspace: expected a dldr_ext.Subspace, got {type(subspace).__name__}"
+                f"{name}: subspace: expected a dldr_ext.Subspace or GroupedSubspace, got "
+                f"{type(subspace).__name__}"
             )
         self._params = _trainable(name, params)
         self._subspace = subspace
@@ -54,7 +55,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._place(name, said=theta0 is not None)
 
     @property
-    def subspace(self) -> Subspace:
+    def subspace(self) -> AffineSubspace:
         """The subspace that the weights move in."""
         return self._subspace
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._affine import AffineSubspace
 from .._params import gradients
-from ..subspace import Subspace
 from . import bfgs
 from ._base import SubspaceOptimizer, check_choice, check_number
 from ._closure import Closure, Loss, number
@@ -50,7 +50,7 @@ class PBFGS(SubspaceOptimizer):
     ----------
     params : iterable of Tensor
         The parameters that the subspace was made for.
-    subspace : Subspace
+    subspace : Subspace or GroupedSubspace
     lr : float
         First trial step of each search, > 0 (the step itself without a search); in
         ``param_groups``, so that schedulers work.
@@ -112,7 +112,7 @@ class PBFGS(SubspaceOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        subspace: Subspace,
+        subspace: AffineSubspace,
         lr: float = 1.0,
         *,
         line_search_fn: Literal["armijo", "strong_wolfe"] | None = "armijo",

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._affine import AffineSubspace
 from .._params import gradients
-from ..subspace import Subspace
 from ._base import SubspaceOptimizer, check_number
 from ._closure import Closure, Loss, number
 from .status import Status
@@ -30,7 +30,7 @@ class PSGD(SubspaceOptimizer):
     ----------
     params : iterable of Tensor
         The parameters that the subspace was made for.
-    subspace : Subspace
+    subspace : Subspace or GroupedSubspace
     lr : float
         Learning rate, >= 0; in ``param_groups``, so that schedulers work.
     momentum : float
@@ -47,7 +47,7 @@ class PSGD(SubspaceOptimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        subspace: Subspace,
+        subspace: AffineSubspace,
         lr: float = 1.0,
         momentum: float = 0.9,
         *,
