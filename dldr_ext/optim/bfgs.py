@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "condition",
     "descent_direction",
+    "downhill",
     "first_guess",
     "first_scale",
     "powell_damped",
@@ -56,7 +57,11 @@ def first_guess(dim: int, singular_values: Tensor | None = None) -> Tensor:
 
 def descent_direction(b: Tensor, c: Tensor) -> tuple[Tensor, float] | None:
     """Quasi-Newton direction p = -B c and its slope c.p, or None if p does not go downhill."""
-    p = torch.mv(b, c).neg_()
+    return downhill(torch.mv(b, c).neg_(), c)
+
+
+def downhill(p: Tensor, c: Tensor) -> tuple[Tensor, float] | None:
+    """p and its slope c.p, or None if p does not clearly go downhill."""
     slope = float(torch.dot(c, p))
     bound = DESCENT_TOLERANCE * float(torch.linalg.vector_norm(c) * torch.linalg.vector_norm(p))
     return (p, slope) if math.isfinite(bound) and slope < -bound else None

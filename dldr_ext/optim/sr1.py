@@ -129,6 +129,8 @@ def next_radius(radius: float, step: ModelStep, alpha: float, decrease: float) -
         f(w) - f(w + alpha u); NaN where the loss was not evaluated: the radius stays.
     """
     moved = alpha * step.length
+    if moved == 0.0:
+        return radius
     if math.isinf(radius):  # the first step: the only scale there is
         return 2.0 * moved
     if math.isnan(decrease):
