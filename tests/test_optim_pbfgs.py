@@ -359,12 +359,13 @@ def test_zero_gradient_is_convergence() -> None:
     assert optimizer.closure_calls == 1 and not x.any()
 
 
-def test_no_gradient() -> None:
+def test_a_loss_that_none_of_the_parameters_is_part_of() -> None:
     x = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    other = nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = PBFGS([x], whole_space([x]))
-    optimizer.step(lambda: torch.tensor(1.0))
+    optimizer.step(lambda: other.square().sum())
     assert optimizer.status is Status.NO_GRADIENT and optimizer.closure_calls == 1
-    assert optimizer.gradient_calls == 0 and bits([x]) == bits([torch.ones(3).double()])
+    assert bits([x]) == bits([torch.ones(3).double()])
 
 
 @pytest.mark.parametrize("curvature", CURVATURES)

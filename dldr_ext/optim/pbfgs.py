@@ -9,30 +9,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from .._affine import AffineSubspace
-from .._params import gradients
-from . import bfgs
-from ._base import SubspaceOptimizer, check_choice, check_number
+from .._params import flatten, gradients
+from . import bfgs, policy
+from ._base import SubspaceOptimizer
 from ._closure import Closure, Loss, number
+from ._good import GoodPoint
+from ._objective import Objective
+from ._options import names_options
+from ._pairs import Pairs
+from ._pbfgs_options import checked
 from ._replay import Replay, buffer_list
-from ._trials import Trials
-from .carry import carried_inverse_hessian
-from .line_search import SearchResult, armijo, fixed, strong_wolfe
+from ._scaler import ScaleKeeper
+from ._trials import Trials, search
+from ._walk import Walk
+from .history import Curvature
+from .line_search import SearchResult
+from .rules import BFGS, LBFGS, SR1, Rule
 from .status import Status
 
 __all__ = ["PBFGS"]
-
-# Curvature condition of the strong Wolfe search.
-_C2 = 0.9
-# Accepted steps after which the flat point is computed anew from theta: rounding in its sums
-# would let it leave the subspace slowly.
-_ANCHOR_EVERY = 32
-_FAILURES = (
-    Status.LINE_SEARCH_FAILED,
-    Status.NON_FINITE_LOSS,
-    Status.NON_FINITE_GRADIENT,
-)
 
 
 class PBFGS(SubspaceOptimizer):
@@ -45,32 +41,64 @@ class PBFGS(SubspaceOptimizer):
 
     Constructing it puts the model at origin + P theta0 and logs a warning (logger ``dldr_ext``) if
     that moved the weights. From then on the weights are the optimizer's: it writes them from its
-    own copy in each step.
+    own copy in each step, and refuses weights that something else has written (see `resync`).
 
     Parameters
     ----------
     params : iterable of Tensor
         The parameters that the subspace was made for.
     subspace : Subspace or GroupedSubspace
-    lr : float
+    lr : float or Tensor of one element
         First trial step of each search, > 0 (the step itself without a search); in
         ``param_groups``, so that schedulers work.
+    update : "bfgs", "lbfgs" or "sr1"
+        How B is learnt. "bfgs": a positive definite d x d matrix. "lbfgs": the last
+        ``history_size`` pairs instead of a matrix, for d of many hundreds. "sr1": a d x d Hessian
+        that may be indefinite, and the exact minimiser of its model in a trust region; where that
+        is too long the search goes back along it.
+    history_size : int
+        Pairs that ``update="lbfgs"`` keeps.
     line_search_fn : "armijo", "strong_wolfe" or None
         Backtracking; bracketing and interpolation, which also uses gradients of the trials; none.
     c1 : float
         Sufficient decrease, in (0, 1): f(w + alpha u) < f(w) + c1 alpha c.p.
     backtrack : float
-        Factor in (0, 1) from trial to trial (strong Wolfe: after a trial that is not finite).
+        Factor in (0, 1) from trial to trial (where a search interpolates: after a trial that is
+        not finite).
     max_ls : int
         Largest number of trials of one search.
-    curvature : "same_batch" or "consecutive"
+    interpolate : bool
+        Armijo: choose the next trial from the losses of the last ones, not by ``backtrack``.
+    first_step : float or None
+        Longest first trial |alpha p| in theta while nothing is known of the curvature; None:
+        no limit but ``lr``.
+    curvature : "same_batch", "overlap" or "consecutive"
         Where y comes from. "same_batch": the change of the projected gradient of this step's
         closure from the old to the new point; costs one evaluation with backward, the accepted
         trial itself whenever that kept its graph, and a flat copy of the gradient (n numbers).
-        "consecutive": the change between the gradients of two consecutive steps, whatever their
-        batches; costs nothing, and is the same if the closure always uses all data.
+        "overlap": the change of the next step's closure between the same two points, on data that
+        did not choose the step; costs one more evaluation with backward in each step, and the
+        same copy. "consecutive": the change between the gradients of two consecutive steps,
+        whatever their batches; costs nothing, and is the same if the closure always uses all data.
     damping : "powell" or None
         Powell's damping of y, which keeps B positive definite where the curvature is negative.
+        Not used by "sr1", which has no need of it.
+    max_iter : int
+        Iterations of one step, all with the same closure, as in torch's LBFGS. From the second on
+        the accepted trial is the first evaluation: one evaluation less for each.
+    tolerance_grad : float
+        A step whose |c| is not larger does not move (CONVERGED).
+    weight_decay : float
+        >= 0; wd / 2 |w|^2 is added to the objective: gradient, curvature and trials. What
+        ``step`` returns and ``history`` holds is the closure's loss alone.
+    maximize : bool
+        Maximises what the closure returns.
+    grad_scaler : torch.amp.GradScaler or None
+        For float16 gradients: a closure that calls backward itself calls it on
+        ``scaler.scale(loss)`` and returns ``loss``; for the other style the optimizer does so.
+        The optimizer divides by the scale, makes it smaller after a gradient that is not finite
+        and larger after ``growth_interval`` steps without: neither ``scaler.step`` nor
+        ``scaler.unscale_`` nor ``scaler.update`` are called.
     residual_lr : float
         Learning rate, >= 0, of the part g - P P^T g of the gradient outside the subspace, by which
         the weights move too after each accepted step (P+-BFGS). The weights then leave
@@ -94,34 +122,45 @@ class PBFGS(SubspaceOptimizer):
     -----
     B starts at diag(sigma_i / sigma_1) if the subspace knows its singular values, else at I; it is
     scaled up before its first update where the curvature allows longer steps; updates use a
-    relative curvature test. Only ``curvature="consecutive", damping=None`` follows the published
-    rule: B starts at I, is never scaled, and is updated when y.s > 1e-20. Together with
+    relative curvature test. Only ``curvature="consecutive", damping=None`` with "bfgs" follows the
+    published rule: B starts at I, is never scaled, and is updated when y.s > 1e-20. Together with
     ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20`` that is the published algorithm,
     except that a failed search does not step.
 
-    A step that ends without moving (`Status`) leaves weights and buffers bitwise as they were and
-    sets B back to its start. Random numbers (torch's, CPU and the parameters' CUDA devices) are
-    the same in every evaluation of a step, and go on afterwards as after one evaluation. After an
+    A step that ends without moving (`Status`) leaves weights and buffers bitwise as they were; if
+    it failed, B is back at its start. Where the loss or a gradient is not finite at weights whose
+    loss or gradient nothing has looked at yet, the step goes back to the last point where both
+    were finite (RESTORED). Random numbers (torch's, CPU and the parameters' CUDA devices) are the
+    same in every evaluation of a step, and go on afterwards as after one evaluation. After an
     accepted step the buffers are as the evaluation at the accepted weights leaves them.
 
     The state that `state_dict` saves includes a flat copy of the weights, n numbers.
     """
 
-    _point: Tensor  # flat weights, origin + P theta
-    _direction: Tensor  # u = P p
+    _walk: Walk
 
+    @names_options
     def __init__(
         self,
         params: Iterable[Any],
         subspace: AffineSubspace,
-        lr: float = 1.0,
+        lr: float | Tensor = 1.0,
         *,
+        update: Literal["bfgs", "lbfgs", "sr1"] = "bfgs",
+        history_size: int = 10,
         line_search_fn: Literal["armijo", "strong_wolfe"] | None = "armijo",
         c1: float = 1e-4,
         backtrack: float = 0.5,
         max_ls: int = 20,
-        curvature: Literal["same_batch", "consecutive"] = "same_batch",
+        interpolate: bool = False,
+        first_step: float | None = None,
+        curvature: Literal["same_batch", "overlap", "consecutive"] = "same_batch",
         damping: Literal["powell"] | None = "powell",
+        max_iter: int = 1,
+        tolerance_grad: float = 0.0,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
         residual_lr: float = 0.0,
         residual_momentum: float = 0.9,
         buffers: nn.Module | Iterable[Tensor] | None = None,
@@ -133,42 +172,34 @@ class PBFGS(SubspaceOptimizer):
                 "PBFGS: process_group: expected None (one process; closures over several processes "
                 f"are not supported), got {process_group!r}"
             )
-        check_choice("PBFGS", "line_search_fn", line_search_fn, ("armijo", "strong_wolfe", None))
-        check_choice("PBFGS", "curvature", curvature, ("same_batch", "consecutive"))
-        check_choice("PBFGS", "damping", damping, ("powell", None))
-        if isinstance(max_ls, bool) or not isinstance(max_ls, int):
-            raise TypeError(f"PBFGS: max_ls: expected an int, got {max_ls!r}")
-        if max_ls < 1:
-            raise ValueError(f"PBFGS: max_ls: expected at least 1, got {max_ls}")
-        most = _C2 if line_search_fn == "strong_wolfe" else 1.0
-        defaults = {
-            "lr": check_number("PBFGS", "lr", lr, 0.0, low_open=True),
-            "line_search_fn": line_search_fn,
-            "c1": check_number("PBFGS", "c1", c1, 0.0, most, low_open=True),
-            "backtrack": check_number("PBFGS", "backtrack", backtrack, 0.0, 1.0, low_open=True),
-            "max_ls": max_ls,
-            "curvature": curvature,
-            "damping": damping,
-            "residual_lr": check_number("PBFGS", "residual_lr", residual_lr, 0.0),
-            "residual_momentum": check_number(
-                "PBFGS", "residual_momentum", residual_momentum, 0.0, 1.0
-            ),
-        }
+        defaults = checked(
+            lr=lr,
+            update=update,
+            history_size=history_size,
+            line_search_fn=line_search_fn,
+            c1=c1,
+            backtrack=backtrack,
+            max_ls=max_ls,
+            interpolate=interpolate,
+            first_step=first_step,
+            curvature=curvature,
+            damping=damping,
+            max_iter=max_iter,
+            tolerance_grad=tolerance_grad,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            residual_lr=residual_lr,
+            residual_momentum=residual_momentum,
+        )
         replayed = buffer_list(buffers)
+        scale = ScaleKeeper(grad_scaler)
         super().__init__(params, subspace, defaults, theta0)
         self._replay = Replay(self._params[0].device, replayed)
-        self._b = self._first_guess()
-        self._fresh = True  # B is still the first guess
-        # "consecutive" only: s, c and B^-1 s of the last step.
-        self._previous: tuple[Tensor, Tensor, Tensor] | None = None
-        # "same_batch" only: the same, and the flat gradient at the point that was accepted. It is
-        # projected beside the next step's gradient, by when B is needed.
-        self._unlearned: tuple[Tensor, Tensor, Tensor] | None = None
-        self._after: Tensor | None = None
-        self._since_anchor = 0
-        # P+-BFGS only: momentum outside the subspace, and where it has carried the origin.
-        self._residual: Tensor | None = None
-        self._moved_origin: Tensor | None = None
+        self._scale = scale
+        self._evaluator.scaler = scale.scaler
+        self._rule = self._first_rule()
+        self._pairs = Pairs()
+        self._good = GoodPoint()
 
     @torch.no_grad()
     def step(self, closure: Closure) -> Loss:  # type: ignore[override]
@@ -182,7 +213,8 @@ class PBFGS(SubspaceOptimizer):
             torch's LBFGS), or it only returns a loss with a graph: then the optimizer calls
             backward where a gradient is needed, gradients need not be zeroed, and the trials of
             the search run under ``torch.no_grad()``, except where a trial is likely to be accepted
-            and its gradient is wanted next (same-batch curvature, once B has been updated).
+            and its gradient is wanted next (same-batch curvature, once B has been updated). For a
+            batch in parts see `virtual_batch`.
 
         Returns
         -------
@@ -193,265 +225,279 @@ class PBFGS(SubspaceOptimizer):
         ------
         TypeError
             The closure is none, or does not return a scalar.
+        ValueError
+            The loss has no graph and the closure left no gradients; it is not finite in the very
+            first step; something else wrote to the weights since the last step (see `resync`).
         Exception
             Whatever the closure raises. Weights and buffers are then as before the step.
         """
         if not callable(closure):
             raise TypeError(f"PBFGS: step: closure: expected a callable, got {closure!r}")
+        self._check_untouched()
+        self._scale.begin()
         self._replay.begin()
         try:
-            loss = self._evaluator.first(closure)
-            self._replay.mark()
-            self._status = self._move(closure, number(loss))
-            if self._status in _FAILURES:
-                self._put_back()
-                self._reset()
-                self._residual = None
+            first = self._first_evaluation(closure)
+            loss = number(first)
+            self._check_first_loss(loss)
+            iterations = self.param_groups[0]["max_iter"]
+            for k in range(iterations):
+                more = k + 1 < iterations
+                known: dict[str, Any] = {}
+                status = self._iterate(closure, loss, k > 0, more, known)
+                if not status.moved:
+                    status = self._stay(status)
+                self._record(loss, status, **known)
+                if not more or "loss_after" not in known:
+                    break
+                self._replay.keep()
+                loss = known["loss_after"]
         except BaseException:
             self._put_back()
+            self._guard.remember()
             raise
         self._replay.finish()
-        return loss.detach() if isinstance(loss, Tensor) else loss
+        self._scale.end(self._status)
+        self._guard.remember()
+        return first.detach() if isinstance(first, Tensor) else first
 
-    def _move(self, closure: Closure, loss: float) -> Status:
-        """Direction, search and update, with the gradients of the first call in place."""
+    def _first_evaluation(self, closure: Closure) -> Loss:
+        """Loss and gradients at the weights; with "overlap" at the last ones too, before that."""
+        overlap = self._pairs.overlaps(self.param_groups[0]["curvature"])
+        if overlap:
+            self._walk.trial(-self._pairs.alpha)
+        loss = self._evaluator.first(closure)
+        self._replay.mark()
+        if overlap:
+            self._keep_gradient()
+            self._walk.put_back()
+            self._replay.rewind()
+            loss = self._evaluator.again(closure, graph=True)
+            self._evaluator.backward(loss)
+        return loss
+
+    def _iterate(
+        self, closure: Closure, loss: float, inner: bool, more: bool, known: dict[str, Any]
+    ) -> Status:
+        """Direction, search and move, with the gradients at the weights in place.
+
+        ``inner`` says that they are those of this closure's last accepted trial, ``more`` that
+        another iteration may follow. Puts what it finds for the record into ``known``.
+        """
+        group, objective = self.param_groups[0], self._objective()
         if not self._evaluator.has_gradient():
             return Status.NO_GRADIENT
         if not math.isfinite(loss):
             return Status.NON_FINITE_LOSS
         gradient = gradients(self._params)
-        c = self._project_and_learn(gradient)
-        size = float(torch.linalg.vector_norm(c))
-        if not math.isfinite(size):
-            return Status.NON_FINITE_GRADIENT
-        if size == 0.0:
-            return Status.CONVERGED
-        group = self.param_groups[0]
-        if group["curvature"] == "consecutive" and self._previous is not None:
-            s, before, hs = self._previous
-            self._update(s, c - before, hs)
-        direction = bfgs.descent_direction(self._b, c)
-        if direction is None:
-            self._reset()
-            direction = bfgs.descent_direction(self._b, c)
+        c, pair = self._pairs.coordinates(
+            self._projected, gradient, self._walk.point, objective, group["curvature"], inner
+        )
+        if pair is not None:
+            known["curvature"] = self._learn(*pair)
+        known["gradient_norm"] = size = float(torch.linalg.vector_norm(c))
+        if (status := policy.at_start(size, group["tolerance_grad"])) is not None:
+            return status
+        self._good.see(self._theta, loss=True, gradient=True)
+        direction = self._direction(c)
+        known["condition"] = self._rule.condition
         if direction is None:  # |c|^2 over- or underflows
             return Status.LINE_SEARCH_FAILED
         p, slope = direction
-        residual = self._next_direction(p, c, gradient)
+        length = float(torch.linalg.vector_norm(p))
+        residual = self._aim(p, c, gradient, objective)
         del gradient  # the next evaluation may use its memory
-        trials = Trials(
-            closure, self._evaluator, self._replay, self._params, self._point, self._direction
-        )
-        result = self._search(trials, loss, slope)
-        if not result.status.moved:
-            return result.status
-        settled = self._settle(trials, result, c, result.alpha * p)
-        if settled is not None:
-            return settled
+        trials = Trials(closure, self._evaluator, self._replay, self._params, self._walk, objective)
+        wanted = more or group["curvature"] == "same_batch"
+        before = objective.sign * loss
+        result = search(trials, group, before, slope, length, wanted, self._rule.fresh)
+        known["trials"] = result.evaluations
+        status, after = result.status, math.nan
+        if status.moved:
+            status, after = self._settle(trials, result, wanted)
+        if not status.moved:
+            return status
         self._advance(result.alpha, p, residual)
-        return result.status
+        seen = residual is None and math.isfinite(after)
+        self._good.see(self._theta, loss=seen, gradient=seen and wanted)
+        self._pairs.put(result.alpha, p, c)
+        self._rule.accepted(result.alpha, before - after)
+        known["alpha"], known["step_length"] = result.alpha, result.alpha * length
+        known["loss_after"] = trials.raw_loss
+        return status
 
-    def _search(self, trials: Trials, loss: float, slope: float) -> SearchResult:
-        group = self.param_groups[0]
-        lr, kind = float(group["lr"]), group["line_search_fn"]
-        if kind is None or lr == 0.0:  # a schedule may end at 0: there is nothing to search
-            return fixed(lr)
-        options = {"c1": group["c1"], "backtrack": group["backtrack"], "max_ls": group["max_ls"]}
-        if kind == "strong_wolfe":
-            return strong_wolfe(
-                lambda alpha: trials.loss(alpha, graph=True),
-                lambda _: trials.slope(),
-                loss,
-                slope,
-                lr,
-                c2=_C2,
-                **options,
-            )
-        # A trial that keeps its graph needs only a backward pass to give the gradient that
-        # same-batch curvature wants at the accepted point. Worth it unless B is a mere guess, of
-        # which several trials are expected.
-        graph = group["curvature"] == "same_batch" and not self._fresh
-        return armijo(lambda alpha: trials.loss(alpha, graph=graph), loss, slope, lr, **options)
+    def _settle(self, trials: Trials, result: SearchResult, wanted: bool) -> tuple[Status, float]:
+        """Leaves the model as the accepted trial does; how that ended, and the objective there."""
+        if not wanted and result.evaluations == 0:  # no search, and nothing to learn here
+            self._walk.trial(result.alpha)
+            return result.status, math.nan
+        after, slope = trials.settle(result.alpha, gradient=wanted), 0.0
+        if wanted:
+            # NaN and infinity reach the slope whatever they are multiplied with.
+            slope = float(torch.dot(self._keep_gradient(), self._walk.direction))
+        return policy.after_search(after, slope) or result.status, after
 
-    def _settle(self, trials: Trials, result: SearchResult, c: Tensor, s: Tensor) -> Status | None:
-        """Leaves the model as the accepted trial does and learns from it; a Status if it cannot."""
-        same_batch = self.param_groups[0]["curvature"] == "same_batch"
-        hs = -result.alpha * c  # B^-1 s, since s = -alpha B c
-        if not same_batch and result.evaluations == 0:  # no search, and nothing to learn here
-            ops.trial_(self._params, self._point, self._direction, result.alpha)
-        elif not math.isfinite(trials.settle(result.alpha, gradient=same_batch)):
-            return Status.LINE_SEARCH_FAILED
-        if not same_batch:
-            self._previous = (s, c, hs)
-            return None
-        if self._after is None:
-            self._after = torch.empty_like(self._point)
-        torch.cat([g.reshape(-1) for g in gradients(self._params)], out=self._after)
-        # NaN and infinity reach the slope whatever they are multiplied with.
-        if not math.isfinite(float(torch.dot(self._after, self._direction))):
-            return Status.NON_FINITE_GRADIENT
-        self._unlearned = (s, c, hs)
-        return None
+    def _stay(self, status: Status) -> Status:
+        """Ends an iteration that did not move."""
+        if self._scale.overflowed(status):
+            self._put_back()
+            self._pairs.drop()
+        elif policy.forgets(status):
+            good = self._good.instead(status)
+            if good is not None:
+                status = Status.RESTORED
+                self._theta.copy_(good)
+                self._walk.retreat(self._to_basis(self._theta))
+            self._put_back()
+            self._reset()
+            self._walk.forget_residual()
+        return status
 
-    def _project_and_learn(self, gradient: list[Tensor]) -> Tensor:
-        """c of this step's gradient; B learns from the last step's pair. One pass for both."""
-        if self._unlearned is None or self._after is None:
-            return self._projected(gradient)[0]
-        c, after = self._projected(gradient, [self._after])
-        self._learn(after)
-        return c
+    def _keep_gradient(self) -> Tensor:
+        return self._pairs.keep(gradients(self._params), self._walk.point, self._scale.value)
 
-    def _learn(self, after: Tensor) -> None:
-        if self._unlearned is not None:
-            s, before, hs = self._unlearned
-            self._unlearned = None
-            self._update(s, after - before, hs)
-
-    def _learn_now(self) -> None:
-        """What the next step would learn first, to the bit."""
-        if self._unlearned is not None and self._after is not None:
-            self._learn(self._projected([self._after])[0])
+    def _learn(self, s: Tensor, y: Tensor, hs: Tensor) -> Curvature:
+        damped = self.param_groups[0]["damping"] == "powell"
+        return self._rule.learn(s, y, hs, damped=damped, published=self._published_rule())
 
     def _published_rule(self) -> bool:
-        group = self.param_groups[0]
-        return group["curvature"] == "consecutive" and group["damping"] is None
+        wanted = {"update": "bfgs", "curvature": "consecutive", "damping": None}
+        return all(self.param_groups[0][key] == value for key, value in wanted.items())
+
+    def _first_rule(self) -> Rule:
+        group, guess = self.param_groups[0], self._first_guess()
+        if group["update"] == "lbfgs":
+            return LBFGS(guess, group["history_size"])
+        return BFGS(guess) if group["update"] == "bfgs" else SR1(guess)
 
     def _first_guess(self) -> Tensor:
         known = None if self._published_rule() else self._subspace.singular_values
         return bfgs.first_guess(self._subspace.dim, known)
 
-    def _update(self, s: Tensor, y: Tensor, hs: Tensor) -> None:
-        if self._published_rule():
-            b = bfgs.published_update(self._b, s, y)
-        else:
-            damped = self.param_groups[0]["damping"] == "powell"
-            b = bfgs.update(self._b, s, y, hs=hs, fresh=self._fresh, damped=damped)
-            if b is not None and not bfgs.well_conditioned(b):
-                self._reset()
-                return
-        if b is not None:
-            self._b, self._fresh = b, False
+    def _reset(self) -> None:
+        """Forgets all curvature."""
+        self._rule.guess = self._first_guess()
+        self._rule.reset()
+        self._pairs.drop()
+
+    def _objective(self) -> Objective:
+        group = self.param_groups[0]
+        sign = -1.0 if group["maximize"] else 1.0
+        return Objective(sign, float(group["weight_decay"]), self._scale.value)
+
+    def _direction(self, c: Tensor) -> tuple[Tensor, float] | None:
+        """p = -B c and its slope, from the first guess if B has none."""
+        direction = self._rule.direction(c)
+        if direction is None:
+            self._reset()
+            direction = self._rule.direction(c)
+        return direction
+
+    def _aim(
+        self, p: Tensor, c: Tensor, gradient: list[Tensor], objective: Objective
+    ) -> Tensor | None:
+        """u = P p; and the momentum of g - P P^T g as it will be if the step is accepted."""
+        group, theta = self.param_groups[0], self._to_basis(p)
+        if group["residual_lr"] == 0.0:
+            self._walk.aim(theta)
+            return None
+        whole = objective.gradient(gradient, self._walk.point)
+        return self._walk.aim_outside(theta, self._to_basis(c), whole, group["residual_momentum"])
 
     def _advance(self, alpha: float, p: Tensor, residual: Tensor | None) -> None:
         """Carries theta and the flat point along with the accepted weights."""
         self._theta.add_(p, alpha=alpha)
-        ops.trial_([self._point], self._point, self._direction, alpha)
-        self._since_anchor += 1
-        anchor = self._since_anchor >= _ANCHOR_EVERY
+        self._walk.advance(alpha, self._to_basis(self._theta))
         if residual is not None:
-            self._leave_subspace(residual)
-        if anchor:
-            self._since_anchor = 0
-            origin = self._subspace.origin if self._moved_origin is None else self._moved_origin
-            self._subspace.combine_(self._point, self._to_basis(self._theta), origin)
-        if anchor or residual is not None:
-            self._put_back_weights()
-
-    def _next_direction(self, p: Tensor, c: Tensor, gradient: list[Tensor]) -> Tensor | None:
-        """u = P p; and the momentum of g - P P^T g as it will be if the step is accepted."""
-        group, theta = self.param_groups[0], self._to_basis(p)
-        if group["residual_lr"] == 0.0:
-            self._subspace.combine_(self._direction, theta)
-            return None
-        coordinates = self._to_basis(c)
-        self._direction, residual = self._subspace.combine_residual(theta, coordinates, gradient)
-        if self._residual is not None:
-            residual.add_(self._residual, alpha=group["residual_momentum"])
-        return residual
-
-    def _leave_subspace(self, residual: Tensor) -> None:
-        self._residual = residual
-        if self._moved_origin is None:
-            origin = self._subspace.origin
-            self._moved_origin = origin.to(self._point.dtype, copy=True)
-        for flat in (self._point, self._moved_origin):
-            flat.add_(residual, alpha=-self.param_groups[0]["residual_lr"])
-
-    def _reset(self) -> None:
-        """Forgets all curvature."""
-        self._b = self._first_guess()
-        self._fresh = True
-        self._previous = self._unlearned = None
+            self._walk.leave_subspace(residual, self.param_groups[0]["residual_lr"])
 
     def _put_back(self) -> None:
         """Weights and buffers as before the step, bit for bit."""
-        self._put_back_weights()
+        self._walk.put_back()
         self._replay.restore_buffers()
 
-    def _put_back_weights(self) -> None:
-        # The point times zero adds nothing; the direction may hold an infinity, which would.
-        ops.trial_(self._params, self._point, self._point, 0.0)
+    # What the base class asks for.
+
+    def resync(self) -> None:
+        """Accepts weights that something else wrote, and goes on from there.
+
+        Without it a step refuses such weights. With ``residual_lr=0`` they are moved to the
+        nearest point of the subspace (with a warning in the logger ``dldr_ext`` if that is further
+        than rounding); otherwise they stay, and the origin moves. B keeps what it has learnt.
+        """
+        if self.param_groups[0]["residual_lr"] == 0.0:
+            super().resync()
+        else:
+            self._set_theta(self._first_theta("PBFGS", "current"))
+            weights = flatten(self._params, self._walk.point.dtype)
+            self._walk.stay_outside(self._to_basis(self._theta), weights)
+            self._guard.remember()
+        self._pairs.drop()
+        self._good.forget()
+
+    def _expected_weights(self) -> Tensor:
+        return self._walk.point
+
+    def _start_at(self, point: Tensor) -> None:
+        self._walk = Walk(self._subspace, self._params, point)
 
     def change_subspace(self, subspace: AffineSubspace) -> None:
-        self._learn_now()
+        self._learn_early()
         super().change_subspace(subspace)
 
     change_subspace.__doc__ = SubspaceOptimizer.change_subspace.__doc__
 
-    def _point_now(self) -> Tensor:
-        return self._point
-
     def _carry(self, m: Tensor) -> None:
-        b, fresh = self._b, self._fresh
-        self._reset()
-        if not fresh:
-            carried = carried_inverse_hessian(b, m)
-            if bfgs.well_conditioned(carried):
-                self._b, self._fresh = carried, False
-        self._after = self._residual = self._moved_origin = None
-        self._since_anchor = 0
+        self._rule.carry(m, self._first_guess())
+        # What gradients before the change were in the new directions is not known.
+        self._pairs, self._good = Pairs(), GoodPoint()
 
-    def _start_at(self, point: Tensor) -> None:
-        self._point = point
-        self._direction = torch.empty_like(point)
+    def _learn_early(self) -> None:
+        """What the next step would learn first, to the bit."""
+        if self.param_groups[0]["curvature"] == "same_batch":
+            pair = self._pairs.early(self._projected, self._walk.point, self._objective())
+            if pair is not None:
+                self._learn(*pair)
 
     def _own_state(self) -> dict[str, Any]:
-        def copy(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.clone()
-
-        self._learn_now()
-        s, c, hs = (None, None, None) if self._previous is None else self._previous
+        self._learn_early()
         return {
-            "point": copy(self._point),
-            "inverse_hessian": copy(self._b),
-            "fresh": self._fresh,
-            "since_anchor": self._since_anchor,
-            "previous_step": copy(s),
-            "previous_coordinates": copy(c),
-            "previous_believed": copy(hs),
-            "residual": copy(self._residual),
-            "moved_origin": copy(self._moved_origin),
+            **self._walk.state(),
+            **self._pairs.state(self._walk.direction),
+            **self._rule.state(),
+            **self._good.state(),
+            **self._scale.state(),
         }
 
     def _checked_own_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
-        like = {
-            "point": self._point,
-            "inverse_hessian": self._b,
-            "previous_step": theta,
-            "previous_coordinates": theta,
-            "previous_believed": theta,
-            "residual": self._point,
-            "moved_origin": self._point,
+        numbers = {
+            "since_anchor": int,
+            "last_shift": float,
+            "previous_alpha": float,
+            "loss_seen": bool,
+            "gradient_seen": bool,
+            "finite_steps": int,
         }
-        needed = ("point", "inverse_hessian")
-        own: dict[str, Any] = {
-            key: None
-            if state[key] is None and key not in needed
-            else self._saved_tensor(state, key, tensor)
-            for key, tensor in like.items()
-        }
-        own["fresh"] = bool(state["fresh"])
-        own["since_anchor"] = int(state["since_anchor"])
+        short = ("previous_step", "previous_coordinates", "previous_believed", "good")
+        flat = ("residual", "moved_origin", "previous_direction")
+        optional = dict.fromkeys(short, theta) | dict.fromkeys(flat, self._walk.point)
+        own = {key: kind(state[key]) for key, kind in numbers.items()}
+        for key, like in optional.items():
+            own[key] = None if state[key] is None else self._saved_tensor(state, key, like)
+        own["point"] = self._saved_tensor(state, "point", self._walk.point)
+        try:
+            own["rule"] = self._rule.checked(state, len(theta))
+        except ValueError as error:
+            raise ValueError(f"PBFGS: state_dict: {error}") from None
         origin = own["moved_origin"]
         self._check_point(own["point"], self._subspace.origin if origin is None else origin, theta)
         return own
 
     def _adopt(self, own: dict[str, Any]) -> None:
-        self._start_at(own["point"])
-        self._b, self._fresh = own["inverse_hessian"], own["fresh"]
-        self._since_anchor = own["since_anchor"]
-        s, c, hs = (own[f"previous_{key}"] for key in ("step", "coordinates", "believed"))
-        self._previous = None if s is None else (s, c, hs)
-        self._unlearned = self._after = None
-        self._residual, self._moved_origin = own["residual"], own["moved_origin"]
-        self._put_back_weights()
+        self._walk.load(own)
+        if own["previous_direction"] is not None:
+            self._walk.direction = own["previous_direction"]
+        self._rule = self._first_rule()
+        self._rule.load(own["rule"])
+        for part in (self._pairs, self._good, self._scale):
+            part.load(own)
