@@ -19,8 +19,16 @@ from . import (  # noqa: E402  (the ops exist only once the library is loaded)
     _registrations,  # noqa: F401  (registers on import)
     ops,
 )
+from .averaging import greedy_soup, uniform_soup, weight_averaging_subspace  # noqa: E402
 from .grouped import GroupedSubspace, layer_groups  # noqa: E402
-from .optim import PBFGS, PSGD, Status  # noqa: E402
+from .optim import (  # noqa: E402
+    PBFGS,
+    PSGD,
+    InSubspace,
+    Status,
+    StepRecord,
+    virtual_batch,
+)
 from .subspace import Subspace  # noqa: E402
 from .trajectory import Trajectory  # noqa: E402
 
@@ -30,12 +38,18 @@ __all__ = [
     "PBFGS",
     "PSGD",
     "GroupedSubspace",
+    "InSubspace",
     "Status",
+    "StepRecord",
     "Subspace",
     "Trajectory",
     "build_info",
+    "greedy_soup",
     "layer_groups",
     "ops",
+    "uniform_soup",
+    "virtual_batch",
+    "weight_averaging_subspace",
 ]
 
 

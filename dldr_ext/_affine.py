@@ -97,6 +97,10 @@ class AffineSubspace(ABC):
         """Writes w0 + P theta into the parameters, rounded once to the dtype of each."""
         self._write(self._weights(params), theta, self.origin)
 
+    @abstractmethod
+    def direction(self, index: int) -> Tensor:
+        """One basis vector, a column of P, shape (n,), in the dtype of the origin: a copy."""
+
     # The same for optimizers, which checked their lists once: no check but those of the ops.
 
     @abstractmethod

@@ -89,6 +89,17 @@ class GroupedSubspace(AffineSubspace):
         """Flat weights w0 + P theta, shape (n,); differentiable in theta."""
         return torch.cat([one.reconstruct(part) for one, part in self._coordinates(theta)])
 
+    def direction(self, index: int) -> Tensor:
+        """One basis vector, zero outside its group, shape (n,), in the dtype of the origin."""
+        index = range(self.dim)[index]
+        result = torch.zeros_like(self.origin)
+        for one, piece in zip(self.subspaces, result.split(self._sizes), strict=True):
+            if index < one.dim:
+                piece.copy_(one.direction(index))
+                break
+            index -= one.dim
+        return result
+
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
         """Coordinates of several lists of tensors, shape (len(lists), d): one pass for all."""
         cut = [list(self._pieces(tensors)) for tensors in lists]

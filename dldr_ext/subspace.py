@@ -101,6 +101,14 @@ class Subspace(AffineSubspace):
         """Flat weights w0 + P theta, shape (n,); differentiable in theta."""
         return ops.reconstruct(self.origin, self.basis, theta, scale=self.scale)
 
+    def direction(self, index: int) -> Tensor:
+        """One basis vector, a column of P, shape (n,), in the dtype of the origin: a copy."""
+        row = self.basis[index]
+        if self.scale is None:
+            return row.to(self.origin.dtype, copy=True)
+        scale = self.scale[index]
+        return _basis.dequantize(row[None], scale[None], self.origin.dtype)[0]
+
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
         """Coordinates of several lists of tensors, shape (len(lists), d): one pass for all."""
         if len(lists) == 1:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .. import ops
 from .._affine import AffineSubspace
-from .._params import check_matches, numel, unique_parameters
+from .._params import check_matches, numel
 from ._closure import Evaluator
 from ._guard import Guard
-from ._options import check_choice, check_number
+from ._options import check_choice, check_number, trainable
+from .carry import overlap
 from .history import StepRecord
 from .status import Status
 
@@ -30,6 +31,9 @@ _MOVED = 1e-5
 _FOREIGN = 1e-2
 # Entries of `history`.
 _HISTORY = 1000
+_ORIGIN = (
+    'the origin of the subspace (pass theta0="current" to start from the weights\' projection)'
+)
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
@@ -46,14 +50,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         theta0: Tensor | Literal["current"] | None,
     ) -> None:
         name = type(self).__name__
-        if not isinstance(subspace, AffineSubspace):
-            raise TypeError(
-                f"{name}: subspace: expected a dldr_ext.Subspace or GroupedSubspace, got "
-                f"{type(subspace).__name__}"
-            )
-        self._params = _trainable(name, params)
+        self._params = trainable(name, params)
+        self._check_subspace(name, subspace)
         self._subspace = subspace
-        self._check_subspace(name)
         super().__init__(self._params, defaults)
         self._status = Status.INITIAL
         self._evaluator = Evaluator(self._params)
@@ -62,8 +61,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._guard = Guard(self._params)
         self._incoming: dict[str, Any] | None = None  # a state that is being loaded
         self._theta = self._first_theta(name, theta0)
-        given = "origin + P theta0" if theta0 is not None else None
-        self._place(name, given)
+        self._place(name, _ORIGIN if theta0 is None else "origin + P theta0")
 
     @property
     def subspace(self) -> AffineSubspace:
@@ -73,7 +71,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     @property
     def theta(self) -> Tensor:
         """Coordinates (d,) of the weights, w = origin + P theta: a copy, in the ops' precision."""
-        return self._to_basis(self._theta, copy=True)
+        return self._to_basis(self._theta.detach(), copy=True)
 
     @property
     def status(self) -> Status:
@@ -103,6 +101,37 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 "parameters; make a new subspace and a new optimizer for another list"
             )
         super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def change_subspace(self, subspace: AffineSubspace) -> None:
+        """Goes on in another subspace of the same parameters: DLDR with its basis refreshed.
+
+        theta becomes the projection of the weights, and what the optimizer has learnt is carried
+        over by M = P'^T P: curvature as M B M^T and its own typical size where the old subspace
+        knew nothing (`PBFGS`), momentum as M m (`PSGD`); the optimizer in `InSubspace` starts
+        anew. Options and counts stay.
+
+        Weights off the new subspace are moved onto it, which is logged as a warning;
+        ``subspace.with_origin(params)`` is the same one through the current weights.
+
+        Parameters
+        ----------
+        subspace : Subspace or GroupedSubspace
+            Of any dimension.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for the constructor's. Nothing has changed then.
+        """
+        name = type(self).__name__
+        self._check_subspace(name, subspace)
+        theta = subspace.coordinates(self._point_now().to(subspace.coordinate_dtype))
+        m = overlap(subspace, self._subspace)
+        self._subspace = subspace
+        self._theta = theta.to(device="cpu", dtype=torch.float64)
+        self._carry(m)
+        self._place(name, "the new subspace")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as copies; see `load_state_dict`.
@@ -140,7 +169,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if self._incoming is not None:  # the last that torch does before hooks of the user's
             new, self._incoming = self._incoming, None
-            self._theta, self._status = new["theta"], new["status"]
+            with torch.no_grad():
+                self._theta.copy_(new["theta"])
+            self._status = new["status"]
             self._steps = new["steps"]
             self._evaluator.calls = new["closure_calls"]
             self._evaluator.gradient_calls = new["gradient_calls"]
@@ -155,7 +186,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         learnt stays.
         """
         name = type(self).__name__
-        self._theta = self._first_theta(name, "current")
+        with torch.no_grad():
+            self._theta.copy_(self._first_theta(name, "current"))
         self._place(name, "their projection on the subspace")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,7 +198,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _give_out(self, state_dict: dict[str, Any]) -> None:
         """Adds what is saved."""
         state_dict["subspace"] = {
-            "theta": self._theta.clone(),
+            "theta": self._theta.detach().clone(),
             "status": self._status.name,
             "steps": self._steps,
             "closure_calls": self._evaluator.calls,
@@ -212,12 +244,16 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Takes over checked entries and writes the weights."""
         raise NotImplementedError
 
+    def _point_now(self) -> Tensor:
+        """The flat weights before they were rounded to the parameters' dtypes."""
+        return self._subspace.reconstruct(self._to_basis(self._theta.detach()))
+
+    def _carry(self, m: Tensor) -> None:
+        """Takes what was learnt into the new subspace, M = P'^T P, (d', d) float64 on the CPU."""
+        raise NotImplementedError
+
     def _start_at(self, point: Tensor) -> None:
         """Takes over the flat point origin + P theta that the model now stands at."""
-
-    def _expected_weights(self) -> Tensor:
-        """The flat weights as the last step left them."""
-        return self._subspace.reconstruct(self._to_basis(self._theta))
 
     # What subclasses use.
 
@@ -237,7 +273,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _check_untouched(self) -> None:
         """Refuses weights that something else wrote since the last step."""
-        self._guard.check(type(self).__name__, self._expected_weights)
+        self._guard.check(type(self).__name__, self._point_now)
 
     def _to_basis(self, vector: Tensor, copy: bool = False) -> Tensor:
         """A d-vector as the ops take it: on the basis's device, in the ops' precision."""
@@ -271,8 +307,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 "was saved with another subspace"
             )
 
-    def _check_subspace(self, name: str) -> None:
-        subspace, params = self._subspace, self._params
+    def _check_subspace(self, name: str, subspace: AffineSubspace) -> None:
+        params = self._params
+        if not isinstance(subspace, AffineSubspace):
+            raise TypeError(
+                f"{name}: subspace: expected a dldr_ext.Subspace or GroupedSubspace, got "
+                f"{type(subspace).__name__}"
+            )
         if subspace.shapes is not None:
             check_matches(params, subspace.shapes, subspace.names, what="subspace")
         if numel(params) != subspace.numel:
@@ -308,7 +349,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: theta0: expected finite numbers, got NaN or infinity")
         return theta.to(device="cpu", dtype=torch.float64, copy=True)
 
-    def _place(self, name: str, given: str | None) -> None:
+    def _place(self, name: str, where: str) -> None:
         """Puts the model at origin + P theta and says so if it was elsewhere."""
         with torch.no_grad():
             point = self._subspace.reconstruct(self._to_basis(self._theta))
@@ -320,12 +361,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._guard.remember()
         if not distance <= _MOVED * norm:
             _log.warning(
-                "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)%s",
+                "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)",
                 name,
-                given or "the origin of the subspace",
+                where,
                 distance,
                 norm,
-                "" if given else '; pass theta0="current" to start from the weights\' projection',
             )
 
 
@@ -343,21 +383,3 @@ def _wrong_state(optimizer: SubspaceOptimizer, got: Any) -> str:
     name = type(optimizer).__name__
     found = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else type(got).__name__
     return f"{name}: state_dict: expected what {name}.state_dict() returns, got {found}"
-
-
-def _trainable(name: str, params: Iterable[Any]) -> list[Tensor]:
-    """The list of parameters; one group only, since theta has one learning rate."""
-    if not isinstance(params, Tensor) and isinstance(params, Iterable):
-        params = list(params)
-        for group in params:
-            options = sorted(set(group) - {"params"}) if isinstance(group, dict) else []
-            if options:
-                raise ValueError(
-                    f"{name}: params: expected no options of single parameter groups, got "
-                    f"{options}: the coordinates of a subspace belong to all parameters"
-                )
-    result = unique_parameters(params)
-    for i, p in enumerate(result):
-        if not p.requires_grad:
-            raise ValueError(f"{name}: params[{i}]: expected requires_grad=True, got False")
-    return result

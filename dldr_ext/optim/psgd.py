@@ -136,6 +136,9 @@ class PSGD(SubspaceOptimizer):
     def _checked_own_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
         return {"momentum": self._saved_tensor(state, "momentum", theta)}
 
+    def _carry(self, m: Tensor) -> None:
+        self._momentum = torch.mv(m, self._momentum)
+
     def _adopt(self, own: dict[str, Any]) -> None:
         self._momentum = own["momentum"]
         self._subspace.reconstruct_(self._params, self._to_basis(self._theta))

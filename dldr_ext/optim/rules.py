@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import bfgs, lbfgs, sr1
+from .carry import carried_inverse_hessian
 from .history import Curvature
 
 __all__ = ["BFGS", "LBFGS", "SR1", "Rule"]
@@ -43,12 +44,19 @@ class Rule(ABC):
 
     @abstractmethod
     def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool
+        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
     ) -> Curvature:
-        """Learns from a step s and the change y of c; hs is B^-1 s where p was -B c."""
+        """Learns from a step s and the change y of c; hs is B^-1 s where p was -B c.
+
+        ``damped`` and ``shrink`` as in `bfgs.update`; ``published``: by `bfgs.published_update`.
+        """
 
     def accepted(self, alpha: float, decrease: float) -> None:  # noqa: B027  (most need not know)
         """The step alpha p was taken, and the objective fell by ``decrease`` (NaN: unknown)."""
+
+    @abstractmethod
+    def carry(self, m: Tensor, guess: Tensor) -> None:
+        """Into another subspace, M = P'^T P of shape (d', d), with the first guess there."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -81,7 +89,7 @@ class BFGS(Rule):
         return bfgs.descent_direction(self.b, c)
 
     def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool
+        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
     ) -> Curvature:
         if published:
             new = bfgs.published_update(self.b, s, y)
@@ -89,7 +97,7 @@ class BFGS(Rule):
                 return "skipped"
             self.b, self.fresh = new, False
             return "updated"
-        result = bfgs.update(self.b, s, y, hs=hs, fresh=self.fresh, damped=damped)
+        result = bfgs.update(self.b, s, y, hs=hs, fresh=self.fresh, damped=damped, shrink=shrink)
         if result is None:
             return "skipped"
         self.condition = bfgs.condition(result[0])
@@ -98,6 +106,14 @@ class BFGS(Rule):
             return "reset"
         self.b, self.fresh = result[0], False
         return "damped" if result[1] else "updated"
+
+    def carry(self, m: Tensor, guess: Tensor) -> None:
+        b, fresh, self.guess = self.b, self.fresh, guess
+        self.reset()
+        if not fresh:
+            carried = carried_inverse_hessian(b, m)
+            if bfgs.condition(carried) < bfgs.CONDITION_LIMIT:
+                self.b, self.fresh = carried, False
 
     def state(self) -> dict[str, Any]:
         return {"inverse_hessian": self.b.clone(), "fresh": self.fresh}
@@ -128,7 +144,7 @@ class LBFGS(Rule):
         return bfgs.downhill(lbfgs.apply(self.pairs, self.guess.diagonal(), c).neg_(), c)
 
     def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool
+        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
     ) -> Curvature:
         pair = bfgs.trusted(s, y, hs=hs, damped=damped)
         if pair is None:
@@ -136,6 +152,15 @@ class LBFGS(Rule):
         self.pairs.append((s.clone(), pair[0].clone(), pair[1]))
         self.fresh = False
         return "damped" if pair[2] else "updated"
+
+    def carry(self, m: Tensor, guess: Tensor) -> None:
+        pairs, self.guess = list(self.pairs), guess
+        self.reset()
+        for s, y, _ in pairs:  # as far as the new directions see both
+            pair = bfgs.trusted(torch.mv(m, s), torch.mv(m, y), damped=False)
+            if pair is not None:
+                self.pairs.append((torch.mv(m, s), pair[0], pair[1]))
+        self.fresh = not self.pairs
 
     def state(self) -> dict[str, Any]:
         def rows(vectors: list[Tensor]) -> Tensor:
@@ -183,10 +208,10 @@ class SR1(Rule):
         return bfgs.downhill(self._step.p, c)
 
     def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool
+        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
     ) -> Curvature:
-        if self.fresh and (scale := bfgs.first_scale(s, y, torch.mv(self.guess, y))) > 1.0:
-            self.h = self.h / scale
+        if self.fresh:
+            self.h = self.h / bfgs.first_scale(s, y, torch.mv(self.guess, y), shrink)
         new = sr1.update(self.h, s, y)
         if new is None:
             return "skipped"
@@ -196,6 +221,14 @@ class SR1(Rule):
     def accepted(self, alpha: float, decrease: float) -> None:
         if self._step is not None:
             self.radius = sr1.next_radius(self.radius, self._step, alpha, decrease)
+
+    def carry(self, m: Tensor, guess: Tensor) -> None:
+        h, radius, fresh, self.guess = self.h, self.radius, self.fresh, guess
+        self.reset()
+        if not fresh:
+            carried = carried_inverse_hessian(h, m)
+            if bool(carried.isfinite().all()):
+                self.h, self.radius, self.fresh = carried, radius, False
 
     def state(self) -> dict[str, Any]:
         return {"hessian": self.h.clone(), "radius": self.radius, "fresh": self.fresh}
