@@ -155,7 +155,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             The state of another optimizer, of another dimension or number of parameters, or of
             another subspace. Nothing has changed then.
         """
-        if not isinstance(state_dict, dict):
+        if not isinstance(state_dict, dict):  # torch would fail on it
             raise ValueError(_wrong_state(self, state_dict))
         # After hooks of the user's, which may change it; what torch checks comes next.
         handle = self.register_load_state_dict_pre_hook(_take_in)
@@ -209,7 +209,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _take_in(self, state_dict: dict[str, Any]) -> None:
         """Checks all of a state before any of it is used."""
         name = type(self).__name__
-        if not isinstance(state_dict.get("subspace"), dict):
+        if not (isinstance(state_dict, dict) and isinstance(state_dict.get("subspace"), dict)):
             raise ValueError(_wrong_state(self, state_dict))
         state = state_dict["subspace"]
         counts = ("steps", "closure_calls", "gradient_calls")

@@ -55,6 +55,7 @@ class QuasiNewton(SubspaceOptimizer):
         self._rule = self._first_rule()
         self._pairs = Pairs()
         self._good = GoodPoint()
+        self._learnt: Curvature = "none"  # since the last record
 
     def _first_evaluation(self, closure: Closure) -> Loss:
         """Loss and gradients at the weights; with "overlap" at the last ones too, before that."""
@@ -89,7 +90,8 @@ class QuasiNewton(SubspaceOptimizer):
             self._projected, gradient, self._walk.point, objective, group["curvature"], inner
         )
         if pair is not None:
-            known["curvature"] = self._learn(*pair)
+            self._learn(*pair)
+        known["curvature"], self._learnt = self._learnt, "none"
         known["gradient_norm"] = size = float(torch.linalg.vector_norm(c))
         if (status := policy.at_start(size, group["tolerance_grad"])) is not None:
             return status
@@ -143,6 +145,7 @@ class QuasiNewton(SubspaceOptimizer):
                 status = Status.RESTORED
                 self._theta.copy_(good)
                 self._walk.retreat(self._to_basis(self._theta))
+                self._good.see(self._theta, loss=True, gradient=True)
             self._put_back()
             self._reset()
             self._walk.forget_residual()
@@ -151,9 +154,9 @@ class QuasiNewton(SubspaceOptimizer):
     def _keep_gradient(self) -> Tensor:
         return self._pairs.keep(gradients(self._params), self._walk.point, self._scale.value)
 
-    def _learn(self, s: Tensor, y: Tensor, hs: Tensor) -> Curvature:
+    def _learn(self, s: Tensor, y: Tensor, hs: Tensor) -> None:
         group = self.param_groups[0]
-        return self._rule.learn(
+        self._learnt = self._rule.learn(
             s,
             y,
             hs,
