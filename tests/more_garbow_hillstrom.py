@@ -67,7 +67,7 @@ def jennrich_sampson(x: Tensor) -> Tensor:  # 6
 
 
 def helical_valley(x: Tensor) -> Tensor:  # 7
-    turn = torch.atan(x[1] / x[0]) / (2 * math.pi) + (0.5 if float(x[0]) < 0 else 0.0)
+    turn = torch.atan(x[1] / x[0]) / (2 * math.pi) + (0.5 if x[0].item() < 0 else 0.0)
     return torch.stack([10 * (x[2] - 10 * turn), 10 * (x[:2].norm() - 1), x[2]])
 
 
