@@ -19,11 +19,13 @@ from optim_problems import (  # noqa: F401  (one_thread is a fixture)
 from torch import Tensor
 
 from dldr_ext import PBFGS, PSGD, GroupedSubspace, InSubspace, Subspace, Trajectory
-from dldr_ext.optim.carry import carried_inverse_hessian, overlap
+from dldr_ext.optim.carry import carried, overlap
 
 CASES: list[tuple[Any, dict[str, Any]]] = [
     (PBFGS, {}),
     (PBFGS, {"curvature": "consecutive"}),
+    (PBFGS, {"update": "lbfgs"}),
+    (PBFGS, {"update": "sr1"}),
     (PSGD, {"lr": 0.1}),
     (InSubspace, {"optimizer": torch.optim.SGD, "lr": 0.1}),
 ]
@@ -75,21 +77,21 @@ def test_b_stays_positive_definite(d: int, wide: int, n: int, seed: int) -> None
     p, _ = torch.linalg.qr(torch.randn(n, d, dtype=torch.float64, generator=generator))
     q, _ = torch.linalg.qr(torch.randn(n, wide, dtype=torch.float64, generator=generator))
     b = positive(d, seed)
-    carried = carried_inverse_hessian(b, q.T @ p)
-    assert carried.shape == (wide, wide) and torch.equal(carried, carried.T)
-    before, after = torch.linalg.eigvalsh(b), torch.linalg.eigvalsh(carried)
+    new = carried(b, q.T @ p)
+    assert new.shape == (wide, wide) and torch.equal(new, new.T)
+    before, after = torch.linalg.eigvalsh(b), torch.linalg.eigvalsh(new)
     assert after[0] >= 0.999 * before[0] and after[-1] <= 1.001 * before[-1]
 
 
 def test_b_where_the_answer_is_known() -> None:
     b = positive(4, 0)
-    torch.testing.assert_close(carried_inverse_hessian(b, torch.eye(4, dtype=torch.float64)), b)
+    torch.testing.assert_close(carried(b, torch.eye(4, dtype=torch.float64)), b)
     q, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
-    torch.testing.assert_close(carried_inverse_hessian(b, q), q @ b @ q.T)
+    torch.testing.assert_close(carried(b, q), q @ b @ q.T)
     # A part of the old subspace: the same part of B.
-    torch.testing.assert_close(carried_inverse_hessian(b, q[:2]), q[:2] @ b @ q[:2].T)
+    torch.testing.assert_close(carried(b, q[:2]), q[:2] @ b @ q[:2].T)
     # Nothing in common: the geometric mean of the eigenvalues.
-    apart = carried_inverse_hessian(b, torch.zeros(3, 4, dtype=torch.float64))
+    apart = carried(b, torch.zeros(3, 4, dtype=torch.float64))
     typical = torch.linalg.det(b) ** 0.25
     torch.testing.assert_close(apart, typical * torch.eye(3, dtype=torch.float64))
 
@@ -189,7 +191,7 @@ def test_weights_off_the_new_subspace_are_projected(caplog: pytest.LogCaptureFix
     expected = new.coordinates(batches.params)
     with caplog.at_level(logging.WARNING, logger="dldr_ext"):
         optimizer.change_subspace(new)
-    assert "moved to the new subspace" in caplog.text
+    assert "moved to their projection on the new subspace" in caplog.text
     torch.testing.assert_close(optimizer.theta, expected)
     torch.testing.assert_close(flat(batches.params), new.reconstruct(expected))
     steps(optimizer, batches, 5, 8)

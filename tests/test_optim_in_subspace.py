@@ -205,3 +205,30 @@ def test_bad_arguments_move_nothing() -> None:
     with pytest.raises(ValueError, match="optimizer: expected SGD, got Adam"):
         made.load_state_dict(adam.state_dict())
     assert bits(batches.params) == before
+
+
+def test_history() -> None:
+    batches = Batches(0)
+    subspace = random_subspace(batches.params, 4)
+    optimizer = InSubspace(batches.params, subspace, torch.optim.LBFGS, lr=0.5, max_iter=4)
+    before, loss = optimizer.theta, batches.forward(0)().item()
+    optimizer.step(batches.forward(0))
+    (record,) = optimizer.history
+    assert record.loss == loss and record.alpha == 0.5 and record.status is Status.ACCEPTED
+    assert record.step_length == pytest.approx(float((optimizer.theta - before).norm()))
+    assert record.trials == optimizer.closure_calls - 1 == 3 and record.gradient_norm > 0
+
+
+def test_weights_that_something_else_wrote() -> None:
+    batches = Batches(0)
+    optimizer = InSubspace(batches.params, random_subspace(batches.params, 4), torch.optim.Adam)
+    optimizer.step(batches.forward(0))
+    with torch.no_grad():
+        batches.params[1].add_(0.1)
+    with pytest.raises(ValueError, match=r"InSubspace: params\[1\]: expected the weights"):
+        optimizer.step(batches.forward(1))
+    optimizer.resync()
+    theta = optimizer.subspace.coordinates(batches.params)
+    torch.testing.assert_close(optimizer.theta, theta)
+    optimizer.step(batches.forward(1))
+    assert not torch.equal(optimizer.theta, theta)

@@ -31,9 +31,6 @@ _MOVED = 1e-5
 _FOREIGN = 1e-2
 # Entries of `history`.
 _HISTORY = 1000
-_ORIGIN = (
-    'the origin of the subspace (pass theta0="current" to start from the weights\' projection)'
-)
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
@@ -61,7 +58,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._guard = Guard(self._params)
         self._incoming: dict[str, Any] | None = None  # a state that is being loaded
         self._theta = self._first_theta(name, theta0)
-        self._place(name, _ORIGIN if theta0 is None else "origin + P theta0")
+        given = "origin + P theta0" if theta0 is not None else None
+        self._place(name, given)
 
     @property
     def subspace(self) -> AffineSubspace:
@@ -102,37 +100,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
-    @torch.no_grad()
-    def change_subspace(self, subspace: AffineSubspace) -> None:
-        """Goes on in another subspace of the same parameters: DLDR with its basis refreshed.
-
-        theta becomes the projection of the weights, and what the optimizer has learnt is carried
-        over by M = P'^T P: curvature as M B M^T and its own typical size where the old subspace
-        knew nothing (`PBFGS`), momentum as M m (`PSGD`); the optimizer in `InSubspace` starts
-        anew. Options and counts stay.
-
-        Weights off the new subspace are moved onto it, which is logged as a warning;
-        ``subspace.with_origin(params)`` is the same one through the current weights.
-
-        Parameters
-        ----------
-        subspace : Subspace or GroupedSubspace
-            Of any dimension.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As for the constructor's. Nothing has changed then.
-        """
-        name = type(self).__name__
-        self._check_subspace(name, subspace)
-        theta = subspace.coordinates(self._point_now().to(subspace.coordinate_dtype))
-        m = overlap(subspace, self._subspace)
-        self._subspace = subspace
-        self._theta = theta.to(device="cpu", dtype=torch.float64)
-        self._carry(m)
-        self._place(name, "the new subspace")
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as copies; see `load_state_dict`.
 
@@ -169,8 +136,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if self._incoming is not None:  # the last that torch does before hooks of the user's
             new, self._incoming = self._incoming, None
-            with torch.no_grad():
-                self._theta.copy_(new["theta"])
+            self._set_theta(new["theta"])
             self._status = new["status"]
             self._steps = new["steps"]
             self._evaluator.calls = new["closure_calls"]
@@ -186,9 +152,39 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         learnt stays.
         """
         name = type(self).__name__
-        with torch.no_grad():
-            self._theta.copy_(self._first_theta(name, "current"))
+        self._set_theta(self._first_theta(name, "current"))
         self._place(name, "their projection on the subspace")
+
+    @torch.no_grad()
+    def change_subspace(self, subspace: AffineSubspace) -> None:
+        """Goes on in another subspace of the same parameters: DLDR with its basis refreshed.
+
+        theta becomes the projection of the model's weights, whoever wrote them, and what was
+        learnt is carried over by M = P'^T P: curvature as M B M^T, with its own typical size where
+        the old subspace knew nothing (`PBFGS`), momentum as M m (`PSGD`); the optimizer in
+        `InSubspace` starts anew. Options, counts and history stay.
+
+        Weights off the new subspace are moved onto it, which is logged as a warning;
+        ``subspace.with_origin(params)`` is the same one through the current weights.
+
+        Parameters
+        ----------
+        subspace : Subspace or GroupedSubspace
+            Of any dimension.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for the constructor's. Nothing has changed then.
+        """
+        name = type(self).__name__
+        self._check_subspace(name, subspace)
+        theta = subspace.coordinates(self._params)
+        m = overlap(subspace, self._subspace)
+        self._subspace = subspace
+        self._theta = theta.to(device="cpu", dtype=torch.float64)
+        self._carry(m)
+        self._place(name, "their projection on the new subspace")
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only the groups; a copy without theta would be none. Hooks stay behind, as
@@ -244,10 +240,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Takes over checked entries and writes the weights."""
         raise NotImplementedError
 
-    def _point_now(self) -> Tensor:
-        """The flat weights before they were rounded to the parameters' dtypes."""
-        return self._subspace.reconstruct(self._to_basis(self._theta.detach()))
-
     def _carry(self, m: Tensor) -> None:
         """Takes what was learnt into the new subspace, M = P'^T P, (d', d) float64 on the CPU."""
         raise NotImplementedError
@@ -255,7 +247,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _start_at(self, point: Tensor) -> None:
         """Takes over the flat point origin + P theta that the model now stands at."""
 
+    def _expected_weights(self) -> Tensor:
+        """The flat weights as the last step left them."""
+        return self._subspace.reconstruct(self._to_basis(self._theta.detach()))
+
     # What subclasses use.
+
+    def _set_theta(self, theta: Tensor) -> None:
+        with torch.no_grad():
+            self._theta.copy_(theta)
 
     def _record(self, loss: float, status: Status, **known: Any) -> None:
         """Notes how an iteration ended."""
@@ -273,7 +273,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _check_untouched(self) -> None:
         """Refuses weights that something else wrote since the last step."""
-        self._guard.check(type(self).__name__, self._point_now)
+        self._guard.check(type(self).__name__, self._expected_weights)
 
     def _to_basis(self, vector: Tensor, copy: bool = False) -> Tensor:
         """A d-vector as the ops take it: on the basis's device, in the ops' precision."""
@@ -349,7 +349,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: theta0: expected finite numbers, got NaN or infinity")
         return theta.to(device="cpu", dtype=torch.float64, copy=True)
 
-    def _place(self, name: str, where: str) -> None:
+    def _place(self, name: str, given: str | None) -> None:
         """Puts the model at origin + P theta and says so if it was elsewhere."""
         with torch.no_grad():
             point = self._subspace.reconstruct(self._to_basis(self._theta))
@@ -361,11 +361,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._guard.remember()
         if not distance <= _MOVED * norm:
             _log.warning(
-                "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)",
+                "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)%s",
                 name,
-                where,
+                given or "the origin of the subspace",
                 distance,
                 norm,
+                "" if given else '; pass theta0="current" to start from the weights\' projection',
             )
 
 

@@ -233,7 +233,7 @@ class QuasiNewton(SubspaceOptimizer):
         if self.param_groups[0]["residual_lr"] == 0.0:
             super().resync()
         else:
-            self._theta.copy_(self._first_theta("PBFGS", "current"))
+            self._set_theta(self._first_theta("PBFGS", "current"))
             weights = flatten(self._params, self._walk.point.dtype)
             self._walk.stay_outside(self._to_basis(self._theta), weights)
             self._guard.remember()
@@ -241,20 +241,20 @@ class QuasiNewton(SubspaceOptimizer):
         self._good.forget()
 
     def change_subspace(self, subspace: AffineSubspace) -> None:
-        self._learn_now()
+        self._learn_early()
         super().change_subspace(subspace)
 
     change_subspace.__doc__ = SubspaceOptimizer.change_subspace.__doc__
 
-    def _point_now(self) -> Tensor:
+    def _expected_weights(self) -> Tensor:
         return self._walk.point
 
     def _carry(self, m: Tensor) -> None:
         self._rule.carry(m, self._first_guess())
-        self._pairs = Pairs()
-        self._good.forget()
+        # What gradients before the change were in the new directions is not known.
+        self._pairs, self._good = Pairs(), GoodPoint()
 
-    def _learn_now(self) -> None:
+    def _learn_early(self) -> None:
         """What the next step would learn first, to the bit."""
         if self.param_groups[0]["curvature"] == "same_batch":
             pair = self._pairs.early(self._projected, self._walk.point, self._objective())
@@ -265,7 +265,7 @@ class QuasiNewton(SubspaceOptimizer):
         self._walk = Walk(self._subspace, self._params, point)
 
     def _own_state(self) -> dict[str, Any]:
-        self._learn_now()
+        self._learn_early()
         return {
             **self._walk.state(),
             **self._pairs.state(self._walk.direction),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._affine import AffineSubspace
 
-__all__ = ["carried_inverse_hessian", "overlap"]
+__all__ = ["carried", "overlap"]
 
 # Directions that are projected together: one pass over the new basis for so many vectors of n.
 _TOGETHER = 8
@@ -22,29 +22,28 @@ def overlap(new: AffineSubspace, old: AffineSubspace) -> Tensor:
     return torch.cat(columns).T.to(device="cpu", dtype=torch.float64)
 
 
-def carried_inverse_hessian(b: Tensor, m: Tensor) -> Tensor:
-    """B' = M B M^T + tau (I - M M^T), symmetric positive definite.
+def carried(matrix: Tensor, m: Tensor) -> Tensor:
+    """M A M^T + tau (I - M M^T), symmetric to the bit, for A either B or its inverse.
 
-    The first term is the old B as the new directions see it; the second, which is zero where the
-    new subspace lies in the old one, stands for what the old one knew nothing about, with the
-    geometric mean of the eigenvalues' sizes for tau. With orthonormal bases, x^T B' x is at least
-    the smallest of the eigenvalues of B and tau, times |x|^2.
+    The first term is A as the new directions see it; the second, which is zero where the new
+    subspace lies in the old one, stands for what the old one knew nothing about, with the
+    geometric mean of the eigenvalues of A, by magnitude, for tau. With orthonormal bases and A
+    positive definite, x^T A' x is at least |x|^2 times the smallest eigenvalue of A.
 
     Parameters
     ----------
-    b : Tensor, shape (d, d), float64
-        Symmetric positive definite.
+    matrix : Tensor, shape (d, d), float64
+        A, symmetric and not singular.
     m : Tensor, shape (d', d), float64
         `overlap` of the two subspaces.
 
     Returns
     -------
     Tensor, shape (d', d'), float64
-        Symmetric to the bit.
     """
-    typical = torch.linalg.eigvalsh(b).abs().log().mean().exp()
+    typical = torch.linalg.eigvalsh(matrix).abs().log().mean().exp()
     identity = torch.eye(len(m), dtype=torch.float64, device="cpu")
     shares, directions = torch.linalg.eigh(identity - m @ m.T)
     shares.clamp_(0.0, 1.0)  # rounding of the bases
-    result = m @ b @ m.T + typical * (directions * shares) @ directions.T
+    result = m @ matrix @ m.T + typical * (directions * shares) @ directions.T
     return (result + result.T) / 2

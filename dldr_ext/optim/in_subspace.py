@@ -93,6 +93,12 @@ class InSubspace(SubspaceOptimizer):
         -------
         Tensor, float or None
             What the closure returned, detached.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The closure does not return a scalar loss; something else wrote to the weights since
+            the last step (see `resync`). Nothing has moved then.
         """
         self._check_untouched()
         loss = None if closure is None else self._evaluator.first(closure)
@@ -100,21 +106,23 @@ class InSubspace(SubspaceOptimizer):
         if loss is not None:
             self._check_first_loss(value)
         if not self._evaluator.has_gradient():
-            status = Status.NO_GRADIENT
+            self._record(value, Status.NO_GRADIENT)
         elif loss is not None and not math.isfinite(value):
-            status = Status.NON_FINITE_LOSS
+            self._record(value, Status.NON_FINITE_LOSS)
         else:
-            status = self._move(closure, loss)
-        self._record(value, status)
+            self._move(closure, loss, value)
         self._guard.remember()
         return loss.detach() if isinstance(loss, Tensor) else loss
 
-    def _move(self, closure: Closure | None, loss: Loss | None) -> Status:
+    def _move(self, closure: Closure | None, loss: Loss | None, value: float) -> None:
         self._project_gradient()
-        if not bool(self._theta.grad.isfinite().all()):  # type: ignore[union-attr]
-            return Status.NON_FINITE_GRADIENT
+        size = float(torch.linalg.vector_norm(self._theta.grad))
+        if not math.isfinite(size):
+            self._record(value, Status.NON_FINITE_GRADIENT, gradient_norm=size)
+            return
         options = {key: value for key, value in self.param_groups[0].items() if key != "params"}
         self._inner.param_groups[0].update(options)
+        before, calls = self._theta.detach().clone(), self._evaluator.calls
         try:
             if closure is None:
                 self._inner.step()
@@ -122,7 +130,15 @@ class InSubspace(SubspaceOptimizer):
                 self._inner.step(self._closure_of_theta(closure, loss))
         finally:
             self._write_weights()
-        return Status.ACCEPTED
+            self._guard.remember()
+        self._record(
+            value,
+            Status.ACCEPTED,
+            gradient_norm=size,
+            alpha=float(options.get("lr", math.nan)),
+            step_length=float(torch.linalg.vector_norm(self._theta - before)),
+            trials=self._evaluator.calls - calls,
+        )
 
     def _closure_of_theta(self, closure: Closure, loss: Any) -> Callable[[], Any]:
         """The closure as the optimizer of theta calls it; the first evaluation has been made."""

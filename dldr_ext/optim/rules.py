@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import bfgs, lbfgs, sr1
-from .carry import carried_inverse_hessian
+from .carry import carried
 from .history import Curvature
 
 __all__ = ["BFGS", "LBFGS", "SR1", "Rule"]
@@ -111,9 +111,10 @@ class BFGS(Rule):
         b, fresh, self.guess = self.b, self.fresh, guess
         self.reset()
         if not fresh:
-            carried = carried_inverse_hessian(b, m)
-            if bfgs.condition(carried) < bfgs.CONDITION_LIMIT:
-                self.b, self.fresh = carried, False
+            b = carried(b, m)
+            condition = bfgs.condition(b)
+            if condition < bfgs.CONDITION_LIMIT:
+                self.b, self.fresh, self.condition = b, False, condition
 
     def state(self) -> dict[str, Any]:
         return {"inverse_hessian": self.b.clone(), "fresh": self.fresh}
@@ -226,9 +227,7 @@ class SR1(Rule):
         h, radius, fresh, self.guess = self.h, self.radius, self.fresh, guess
         self.reset()
         if not fresh:
-            carried = carried_inverse_hessian(h, m)
-            if bool(carried.isfinite().all()):
-                self.h, self.radius, self.fresh = carried, radius, False
+            self.h, self.radius, self.fresh = carried(h, m), radius, False
 
     def state(self) -> dict[str, Any]:
         return {"hessian": self.h.clone(), "radius": self.radius, "fresh": self.fresh}
