@@ -112,6 +112,16 @@ def test_the_state_is_a_copy(make: Any) -> None:
     assert torch.equal(state["subspace"]["theta"], kept["subspace"]["theta"])
 
 
+def test_a_state_holds_no_more_flat_vectors_than_it_needs() -> None:
+    for options, count in (({}, 1), (CASES[1][1], 1), ({"curvature": "overlap"}, 2)):
+        batches = Batches(0)
+        optimizer = PBFGS(batches.params, random_subspace(batches.params, 4), **options)
+        for step in range(3):
+            optimizer.step(batches.forward(step))
+        state = optimizer.state_dict()["subspace"].values()
+        assert [torch.is_tensor(v) and v.shape == (83,) for v in state].count(True) == count
+
+
 def test_wrong_states_are_refused_and_change_nothing() -> None:
     batches, small = Batches(0), Batches(0)
     subspace = random_subspace(batches.params, 4)

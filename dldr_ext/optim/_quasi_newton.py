@@ -268,7 +268,7 @@ class QuasiNewton(SubspaceOptimizer):
         self._learn_early()
         return {
             **self._walk.state(),
-            **self._pairs.state(self._walk.direction),
+            **self._pairs.state(self._walk.direction, self.param_groups[0]["curvature"]),
             **self._rule.state(),
             **self._good.state(),
             **self._scale.state(),
