@@ -21,7 +21,14 @@ from . import (  # noqa: E402  (the ops exist only once the library is loaded)
 )
 from .averaging import greedy_soup, uniform_soup, weight_averaging_subspace  # noqa: E402
 from .grouped import GroupedSubspace, layer_groups  # noqa: E402
-from .optim import PBFGS, PSGD, InSubspace, Status  # noqa: E402
+from .optim import (  # noqa: E402
+    PBFGS,
+    PSGD,
+    InSubspace,
+    Status,
+    StepRecord,
+    virtual_batch,
+)
 from .subspace import Subspace  # noqa: E402
 from .trajectory import Trajectory  # noqa: E402
 
@@ -33,6 +40,7 @@ __all__ = [
     "GroupedSubspace",
     "InSubspace",
     "Status",
+    "StepRecord",
     "Subspace",
     "Trajectory",
     "build_info",
@@ -40,6 +48,7 @@ __all__ = [
     "layer_groups",
     "ops",
     "uniform_soup",
+    "virtual_batch",
     "weight_averaging_subspace",
 ]
 

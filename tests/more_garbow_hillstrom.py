@@ -67,7 +67,7 @@ def jennrich_sampson(x: Tensor) -> Tensor:  # 6
 
 
 def helical_valley(x: Tensor) -> Tensor:  # 7
-    turn = torch.atan(x[1] / x[0]) / (2 * math.pi) + (0.5 if float(x[0]) < 0 else 0.0)
+    turn = torch.atan(x[1] / x[0]) / (2 * math.pi) + (0.5 if x[0].item() < 0 else 0.0)
     return torch.stack([10 * (x[2] - 10 * turn), 10 * (x[:2].norm() - 1), x[2]])
 
 
@@ -196,7 +196,12 @@ def penalty_2(x: Tensor) -> Tensor:  # 24
     e = (x / 10).exp()
     last = ((n - count(0, n - 1)) * x**2).sum() - 1
     return torch.cat(
-        [(x[0] - 0.2)[None], root * (e[1:] + e[:-1] - y), root * (e[1:] - math.exp(-0.1)), last[None]]
+        [
+            (x[0] - 0.2)[None],
+            root * (e[1:] + e[:-1] - y),
+            root * (e[1:] - math.exp(-0.1)),
+            last[None],
+        ]
     )
 
 
@@ -262,7 +267,9 @@ def chebyquad(x: Tensor) -> Tensor:  # 35
     for _ in range(n - 1):
         terms.append(2 * y * terms[-1] - terms[-2])
     means = torch.stack(terms[1:]).mean(1)
-    return means - torch.stack([x.new_tensor(0.0 if i % 2 else -1 / (i * i - 1)) for i in range(1, n + 1)])
+    return means - torch.stack(
+        [x.new_tensor(0.0 if i % 2 else -1 / (i * i - 1)) for i in range(1, n + 1)]
+    )
 
 
 def grid(n: int) -> Tensor:
@@ -288,9 +295,7 @@ PROBLEMS = [
     Problem("Brown-Dennis", brown_dennis, vector(25, 5, -5, -1)),
     Problem("Osborne 1", osborne_1, vector(0.5, 1.5, -1, 0.01, 0.02)),
     Problem("Biggs EXP6", biggs_exp6, vector(1, 2, 1, 1, 1, 1)),
-    Problem(
-        "Osborne 2", osborne_2, vector(1.3, 0.65, 0.65, 0.7, 0.6, 3, 5, 7, 2, 4.5, 5.5)
-    ),
+    Problem("Osborne 2", osborne_2, vector(1.3, 0.65, 0.65, 0.7, 0.6, 3, 5, 7, 2, 4.5, 5.5)),
     Problem("Watson 6", watson, torch.zeros(6, dtype=torch.float64)),
     Problem("Watson 9", watson, torch.zeros(9, dtype=torch.float64)),
     Problem("extended Rosenbrock 20", extended_rosenbrock, vector(-1.2, 1).repeat(10)),

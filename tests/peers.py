@@ -109,6 +109,6 @@ def torch_lbfgs(problem: Problem) -> Result:
 
     optimizer.step(closure)
     calls = optimizer.state[x]["func_evals"]
-    value = float(closure())
+    value = closure().item()
     converged = float(x.grad.norm()) <= TOLERANCE
     return Result(value, calls, converged, x.detach().numpy().copy())

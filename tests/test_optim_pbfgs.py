@@ -427,12 +427,19 @@ def test_two_passes_over_the_basis_a_step(monkeypatch: pytest.MonkeyPatch) -> No
             return real(*args, **kwargs)
 
         monkeypatch.setattr(ops, name, counted)
-    both = ["project_many", "reconstruct_"]
-    for options, expected in (
-        (PUBLISHED, ["project", "reconstruct_"]),
-        ({}, both),
-        ({"line_search_fn": "strong_wolfe"}, both),
-        ({"residual_lr": 0.1}, ["project_many", "reconstruct_residual"]),
+    single, both = ["project", "reconstruct_"], ["project_many", "reconstruct_"]
+    outside = ["project_many", "reconstruct_residual"]
+    for options, first, expected in (
+        (PUBLISHED, single, single),
+        ({}, single, both),
+        ({"line_search_fn": "strong_wolfe"}, single, both),
+        ({"curvature": "overlap"}, single, both),
+        ({"update": "sr1", "lr": 16.0}, single, both),
+        ({"update": "lbfgs"}, single, both),
+        ({"weight_decay": 0.1}, both, both),
+        ({"max_iter": 2}, single * 2, [*both, *single]),
+        ({"residual_lr": 0.1}, ["project", "reconstruct_residual"], outside),
+        ({"residual_lr": 0.1, "weight_decay": 0.1}, outside, outside),
     ):
         batches = Batches(0)
         subspace = random_subspace(batches.params, 4)
@@ -440,8 +447,7 @@ def test_two_passes_over_the_basis_a_step(monkeypatch: pytest.MonkeyPatch) -> No
         for step in range(6):
             passes.clear()
             optimizer.step(batches.forward(step))
-            first = [name.replace("project_many", "project") for name in expected]
-            assert passes == (expected if step else first)
+            assert passes == (expected if step else first), options
 
 
 @pytest.mark.parametrize("options", [{}, {"line_search_fn": "strong_wolfe", "residual_lr": 0.01}])

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .. import ops
 from .._affine import AffineSubspace
-from .._params import check_matches, numel, unique_parameters
+from .._params import check_matches, numel
 from ._closure import Evaluator
 from ._guard import Guard
-from ._options import check_choice, check_number
+from ._options import check_choice, check_number, trainable
 from .carry import overlap
 from .history import StepRecord
 from .status import Status
@@ -47,7 +47,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         theta0: Tensor | Literal["current"] | None,
     ) -> None:
         name = type(self).__name__
-        self._params = _trainable(name, params)
+        self._params = trainable(name, params)
         self._check_subspace(name, subspace)
         self._subspace = subspace
         super().__init__(self._params, defaults)
@@ -122,7 +122,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             The state of another optimizer, of another dimension or number of parameters, or of
             another subspace. Nothing has changed then.
         """
-        if not isinstance(state_dict, dict):
+        if not isinstance(state_dict, dict):  # torch would fail on it
             raise ValueError(_wrong_state(self, state_dict))
         # After hooks of the user's, which may change it; what torch checks comes next.
         handle = self.register_load_state_dict_pre_hook(_take_in)
@@ -205,7 +205,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _take_in(self, state_dict: dict[str, Any]) -> None:
         """Checks all of a state before any of it is used."""
         name = type(self).__name__
-        if not isinstance(state_dict.get("subspace"), dict):
+        if not (isinstance(state_dict, dict) and isinstance(state_dict.get("subspace"), dict)):
             raise ValueError(_wrong_state(self, state_dict))
         state = state_dict["subspace"]
         counts = ("steps", "closure_calls", "gradient_calls")
@@ -384,21 +384,3 @@ def _wrong_state(optimizer: SubspaceOptimizer, got: Any) -> str:
     name = type(optimizer).__name__
     found = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else type(got).__name__
     return f"{name}: state_dict: expected what {name}.state_dict() returns, got {found}"
-
-
-def _trainable(name: str, params: Iterable[Any]) -> list[Tensor]:
-    """The list of parameters; one group only, since theta has one learning rate."""
-    if not isinstance(params, Tensor) and isinstance(params, Iterable):
-        params = list(params)
-        for group in params:
-            options = sorted(set(group) - {"params"}) if isinstance(group, dict) else []
-            if options:
-                raise ValueError(
-                    f"{name}: params: expected no options of single parameter groups, got "
-                    f"{options}: the coordinates of a subspace belong to all parameters"
-                )
-    result = unique_parameters(params)
-    for i, p in enumerate(result):
-        if not p.requires_grad:
-            raise ValueError(f"{name}: params[{i}]: expected requires_grad=True, got False")
-    return result

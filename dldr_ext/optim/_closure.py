@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .virtual_batch import VirtualBatch
+from ._virtual_batch import VirtualBatch
 
 __all__ = ["Closure", "Evaluator", "Loss", "number"]
 

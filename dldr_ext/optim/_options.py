@@ -1,4 +1,4 @@
-"""Options of the optimizers: their checks, which name what was probably meant."""
+"""Arguments of the optimizers: their checks, which name what was probably meant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-__all__ = ["check_choice", "check_count", "check_flag", "check_lr", "check_number", "names_options"]
+from .._params import unique_parameters
+
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_flag",
+    "check_lr",
+    "check_number",
+    "names_options",
+    "trainable",
+]
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -85,6 +95,24 @@ def names_options(init: Init) -> Init:
         init(self, *args, **options)
 
     return checked  # type: ignore[return-value]
+
+
+def trainable(name: str, params: Iterable[Any]) -> list[Tensor]:
+    """The list of parameters; one group only, since theta has one learning rate."""
+    if not isinstance(params, Tensor) and isinstance(params, Iterable):
+        params = list(params)
+        for group in params:
+            options = sorted(set(group) - {"params"}) if isinstance(group, dict) else []
+            if options:
+                raise ValueError(
+                    f"{name}: params: expected no options of single parameter groups, got "
+                    f"{options}: the coordinates of a subspace belong to all parameters"
+                )
+    result = unique_parameters(params)
+    for i, p in enumerate(result):
+        if not p.requires_grad:
+            raise ValueError(f"{name}: params[{i}]: expected requires_grad=True, got False")
+    return result
 
 
 def _meant(word: Any, choices: Iterable[Any]) -> str:

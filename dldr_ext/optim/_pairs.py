@@ -83,14 +83,14 @@ class Pairs:
             *_of_objective(project, [[self._other]], [objective.sign], point, objective)
         )
 
-    def state(self, direction: Tensor) -> dict[str, Any]:
-        """What the next step depends on, as copies; the direction only for "overlap"."""
+    def state(self, direction: Tensor, curvature: str) -> dict[str, Any]:
+        """What the next step depends on, as copies; the direction, n numbers, for "overlap"."""
         s, c, hs = (None, None, None) if self._waiting is None else self._waiting
         state = {
             "previous_step": s,
             "previous_coordinates": c,
             "previous_believed": hs,
-            "previous_direction": None if self._waiting is None else direction,
+            "previous_direction": direction if self.overlaps(curvature) else None,
         }
         copies = {key: None if value is None else value.clone() for key, value in state.items()}
         return {**copies, "previous_alpha": self.alpha}

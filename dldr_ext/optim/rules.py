@@ -44,16 +44,19 @@ class Rule(ABC):
 
     @abstractmethod
     def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool
+        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
     ) -> Curvature:
-        """Learns from a step s and the change y of c; hs is B^-1 s where p was -B c."""
+        """Learns from a step s and the change y of c; hs is B^-1 s where p was -B c.
+
+        ``damped`` and ``shrink`` as in `bfgs.update`; ``published``: by `bfgs.published_update`.
+        """
 
     def accepted(self, alpha: float, decrease: float) -> None:  # noqa: B027  (most need not know)
         """The step alpha p was taken, and the objective fell by ``decrease`` (NaN: unknown)."""
 
     @abstractmethod
     def carry(self, m: Tensor, guess: Tensor) -> None:
-        """Takes what was learnt to another subspace (M = P'^T P) with another guess."""
+        """Into another subspace, M = P'^T P of shape (d', d), with the first guess there."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -86,7 +89,7 @@ class BFGS(Rule):
         return bfgs.descent_direction(self.b, c)
 
     def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool
+        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
     ) -> Curvature:
         if published:
             new = bfgs.published_update(self.b, s, y)
@@ -94,7 +97,7 @@ class BFGS(Rule):
                 return "skipped"
             self.b, self.fresh = new, False
             return "updated"
-        result = bfgs.update(self.b, s, y, hs=hs, fresh=self.fresh, damped=damped)
+        result = bfgs.update(self.b, s, y, hs=hs, fresh=self.fresh, damped=damped, shrink=shrink)
         if result is None:
             return "skipped"
         self.condition = bfgs.condition(result[0])
@@ -142,7 +145,7 @@ class LBFGS(Rule):
         return bfgs.downhill(lbfgs.apply(self.pairs, self.guess.diagonal(), c).neg_(), c)
 
     def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool
+        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
     ) -> Curvature:
         pair = bfgs.trusted(s, y, hs=hs, damped=damped)
         if pair is None:
@@ -154,9 +157,11 @@ class LBFGS(Rule):
     def carry(self, m: Tensor, guess: Tensor) -> None:
         pairs, self.guess = list(self.pairs), guess
         self.reset()
-        for s, y, _ in pairs:
-            s, y = torch.mv(m, s), torch.mv(m, y)
-            self.learn(s, y, s, damped=False, published=False)  # without damping hs is not used
+        for s, y, _ in pairs:  # as far as the new directions see both
+            pair = bfgs.trusted(torch.mv(m, s), torch.mv(m, y), damped=False)
+            if pair is not None:
+                self.pairs.append((torch.mv(m, s), pair[0], pair[1]))
+        self.fresh = not self.pairs
 
     def state(self) -> dict[str, Any]:
         def rows(vectors: list[Tensor]) -> Tensor:
@@ -204,10 +209,10 @@ class SR1(Rule):
         return bfgs.downhill(self._step.p, c)
 
     def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool
+        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
     ) -> Curvature:
-        if self.fresh and (scale := bfgs.first_scale(s, y, torch.mv(self.guess, y))) > 1.0:
-            self.h = self.h / scale
+        if self.fresh:
+            self.h = self.h / bfgs.first_scale(s, y, torch.mv(self.guess, y), shrink)
         new = sr1.update(self.h, s, y)
         if new is None:
             return "skipped"
