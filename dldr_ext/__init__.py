@@ -19,13 +19,38 @@ from . import (  # noqa: E402  (the ops exist only once the library is loaded)
     _registrations,  # noqa: F401  (registers on import)
     ops,
 )
-from .optim import PBFGS, PSGD, Status  # noqa: E402
+from .averaging import greedy_soup, uniform_soup, weight_averaging_subspace  # noqa: E402
+from .grouped import GroupedSubspace, layer_groups  # noqa: E402
+from .optim import (  # noqa: E402
+    PBFGS,
+    PSGD,
+    InSubspace,
+    Status,
+    StepRecord,
+    virtual_batch,
+)
 from .subspace import Subspace  # noqa: E402
 from .trajectory import Trajectory  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["PBFGS", "PSGD", "Status", "Subspace", "Trajectory", "build_info", "ops"]
+__all__ = [
+    "PBFGS",
+    "PSGD",
+    "GroupedSubspace",
+    "InSubspace",
+    "Status",
+    "StepRecord",
+    "Subspace",
+    "Trajectory",
+    "build_info",
+    "greedy_soup",
+    "layer_groups",
+    "ops",
+    "uniform_soup",
+    "virtual_batch",
+    "weight_averaging_subspace",
+]
 
 
 def build_info() -> dict[str, Any]:

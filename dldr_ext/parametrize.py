@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ._params import check_matches, named_parameters, numel
 
 if TYPE_CHECKING:
-    from .subspace import Subspace
+    from ._affine import AffineSubspace
 
 _PREFIX = "model."
 
@@ -20,7 +20,7 @@ _PREFIX = "model."
 class SubspaceModule(nn.Module):
     """Runs a model with the weights w0 + P theta; theta is the only parameter.
 
-    Any optimizer of ``torch.optim`` works on it. Made by `Subspace.parametrize`.
+    Any optimizer of ``torch.optim`` works on it. Made by ``subspace.parametrize(model)``.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class SubspaceModule(nn.Module):
         Its trainable parameters must be those of the subspace: by name where the subspace knows
         names, else in order. Its own weights stay as they are until `write_back`; frozen ones are
         used as they are; buffers (batch-norm statistics) are used and updated in place.
-    subspace : Subspace
+    subspace : Subspace or GroupedSubspace
 
     Attributes
     ----------
@@ -52,7 +52,7 @@ class SubspaceModule(nn.Module):
     theta: nn.Parameter
     model: nn.Module
 
-    def __init__(self, model: nn.Module, subspace: Subspace) -> None:
+    def __init__(self, model: nn.Module, subspace: AffineSubspace) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -66,7 +66,7 @@ class SubspaceModule(nn.Module):
                 f"{next(iter(self._parameters_of_model())).device}"
             )
         self.theta = nn.Parameter(
-            torch.zeros(subspace.dim, dtype=subspace.origin.dtype, device=subspace.device)
+            torch.zeros(subspace.dim, dtype=subspace.coordinate_dtype, device=subspace.device)
         )
         self.training = model.training
 
@@ -166,7 +166,7 @@ class SubspaceModule(nn.Module):
         return {name: buffer for name, buffer in buffers if name in state}
 
 
-def _matching_names(model: nn.Module, subspace: Subspace) -> list[str]:
+def _matching_names(model: nn.Module, subspace: AffineSubspace) -> list[str]:
     """The names of the model's parameters in the order of the subspace."""
     params, names = named_parameters(model.named_parameters(), "model")
     assert names is not None

@@ -5,30 +5,26 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _basis, _pca, _snapshots, ops, storage
+from ._affine import AffineSubspace
 from ._params import (
     DTYPES,
-    check_matches,
     dtype_name,
     flatten,
     named_parameters,
     numel,
-    unique_parameters,
 )
 from ._rows import empty_rows
-
-if TYPE_CHECKING:
-    from .parametrize import SubspaceModule
 
 _KIND, _VERSION = "subspace", 1
 
 
-class Subspace:
+class Subspace(AffineSubspace):
     """The weights w = w0 + P theta: a basis, and the point that theta = 0 stands for.
 
     Parameters
@@ -91,16 +87,6 @@ class Subspace:
         return self.basis.shape[0]
 
     @property
-    def numel(self) -> int:
-        """n, the number of weights."""
-        return self.basis.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the basis is."""
-        return self.basis.device
-
-    @property
     def dtype(self) -> torch.dtype:
         """Of the stored basis."""
         return self.basis.dtype
@@ -111,47 +97,39 @@ class Subspace:
             f"device={self.device})"
         )
 
-    def project(self, tensors: Sequence[Tensor | None] | Tensor) -> Tensor:
-        """Coordinates P^T g of a gradient (or any vector).
-
-        Parameters
-        ----------
-        tensors : sequence of Tensor or None
-            One for each parameter, in order; None counts as zeros. Or one flat vector (n,).
-
-        Returns
-        -------
-        Tensor, shape (d,)
-            float32 (float64 for a float64 basis).
-        """
-        listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        if self.shapes is not None and len(listed) == len(self.shapes):
-            zero = torch.zeros((), device=self.device)
-            listed = [
-                zero.expand(shape) if tensor is None else tensor
-                for tensor, shape in zip(listed, self.shapes, strict=True)
-            ]
-        if all(isinstance(tensor, Tensor) for tensor in listed):
-            self._check_list(listed, "tensors")
-        return ops.project(self.basis, listed, scale=self.scale)
-
-    def coordinates(self, params: Iterable[Any] | Tensor) -> Tensor:
-        """Coordinates P^T (w - w0) of weights, shape (d,).
-
-        The difference is taken first: it is small, and the projections of w and of w0 would cancel.
-        """
-        listed = self._weights(params)
-        difference = flatten(listed, self.origin.dtype).sub_(self.origin)
-        return ops.project(self.basis, [difference], scale=self.scale)
-
     def reconstruct(self, theta: Tensor) -> Tensor:
         """Flat weights w0 + P theta, shape (n,); differentiable in theta."""
         return ops.reconstruct(self.origin, self.basis, theta, scale=self.scale)
 
-    def reconstruct_(self, params: Iterable[Any], theta: Tensor) -> None:
-        """Writes w0 + P theta into the parameters, rounded once to the dtype of each."""
-        listed = self._weights(params)
-        ops.reconstruct_(listed, self.origin, self.basis, theta, scale=self.scale)
+    def direction(self, index: int) -> Tensor:
+        """One basis vector, a column of P, shape (n,), in the dtype of the origin: a copy."""
+        row = self.basis[index]
+        if self.scale is None:
+            return row.to(self.origin.dtype, copy=True)
+        scale = self.scale[index]
+        return _basis.dequantize(row[None], scale[None], self.origin.dtype)[0]
+
+    def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Coordinates of several lists of tensors, shape (len(lists), d): one pass for all."""
+        if len(lists) == 1:
+            return self._project(lists[0]).unsqueeze(0)
+        return ops.project_many(self.basis, lists, scale=self.scale)
+
+    def combine_residual(
+        self, theta: Tensor, coordinates: Tensor, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """P theta and g - P c, both (n,), in one pass: see `ops.reconstruct_residual`."""
+        return ops.reconstruct_residual(self.basis, theta, coordinates, tensors, scale=self.scale)
+
+    def with_origin(self, params: Iterable[Any] | Tensor) -> Subspace:
+        """The same directions through other weights, which theta = 0 then stands for.
+
+        Parameters
+        ----------
+        params : iterable of Tensor
+            The parameters (their current values, copied), or one flat vector (n,).
+        """
+        return self._with(self.basis, flatten(self._weights(params), self.origin.dtype), self.scale)
 
     def quantize(self, format: str) -> Subspace:
         """The same subspace with the basis in 8 bits.
@@ -215,12 +193,8 @@ class Subspace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves as a safetensors file; an earlier file is replaced once all is written."""
-        tensors = {"basis": self.basis, "origin": self.origin}
-        for name in ("scale", "explained_variance_ratio", "singular_values"):
-            if getattr(self, name) is not None:
-                tensors[name] = getattr(self, name)
         metadata = {"shapes": self.shapes, "names": self.names}
-        storage.save(path, _KIND, _VERSION, tensors, metadata)
+        storage.save(path, _KIND, _VERSION, self._tensors(), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Subspace:
@@ -315,14 +289,17 @@ class Subspace:
         """
         return cls(**_snapshots.subspace_arguments(snapshots, dim, orthonormal, dtype))
 
-    def parametrize(self, model: nn.Module) -> SubspaceModule:
-        """The model as a function of theta: a module whose only parameter is theta, shape (d,).
+    def _project(self, tensors: Sequence[Any]) -> Tensor:
+        return ops.project(self.basis, tensors, scale=self.scale)
 
-        See `dldr_ext.parametrize.SubspaceModule`.
-        """
-        from .parametrize import SubspaceModule
+    def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
+        ops.reconstruct_(tensors, origin, self.basis, theta, scale=self.scale)
 
-        return SubspaceModule(model, self)
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a file holds, by the names of the constructor's arguments."""
+        known = ("basis", "origin", "scale", "explained_variance_ratio", "singular_values")
+        found = {name: getattr(self, name) for name in known}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _with(self, basis: Tensor, origin: Tensor, scale: Tensor | None) -> Subspace:
         return Subspace(
@@ -334,26 +311,6 @@ class Subspace:
             shapes=self.shapes,
             names=self.names,
         )
-
-    def _weights(self, params: Iterable[Any] | Tensor) -> list[Tensor]:
-        listed = unique_parameters([params] if isinstance(params, Tensor) else params)
-        self._check_list(listed, "params")
-        if listed[0].device != self.device:
-            raise ValueError(
-                f"params: expected device {self.device}, as the subspace, got {listed[0].device}"
-            )
-        return listed
-
-    def _check_list(self, tensors: Sequence[Any], argument: str) -> None:
-        """Checks against the shapes if known; one flat vector will always do."""
-        flat = len(tensors) == 1 and tensors[0].shape == (self.numel,)
-        if self.shapes is not None and not flat:
-            check_matches(tensors, self.shapes, self.names, "subspace", argument)
-        elif numel(tensors) != self.numel:
-            raise ValueError(
-                f"{argument}: expected {self.numel} elements in all (columns of basis), got "
-                f"{numel(tensors)}"
-            )
 
     def _per_direction(self, argument: str, value: Any) -> Tensor | None:
         if value is None:

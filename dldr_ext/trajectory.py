@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,13 +20,14 @@ from ._params import (
     numel,
     type_name,
 )
+from ._principal import asked_count, principal_subspace, weights_at
 from ._rows import empty_rows
+from .grouped import GroupedSubspace, group_slices
 from .storage import Reader, save
 from .subspace import Subspace
 
 _STORAGES = ("device",)
 _KIND, _VERSION = "trajectory", 1
-_DEFAULT_DIM = 40
 
 
 class Trajectory:
@@ -199,31 +199,70 @@ class Trajectory:
         UserWarning
             ``dim`` is above the numerical rank: the directions up to the rank are returned.
         """
-        dtype = self.dtype if dtype is None else dtype
-        if dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
-            raise ValueError(
-                f"dtype: expected one of {expected}, got {dtype}; for int8 or float8_e4m3fn use "
-                "Subspace.quantize"
-            )
-        self._check_length()
-        count = self._checked_count(dim, explained, center)
-        origin = self._origin(start, torch.float64 if dtype == torch.float64 else torch.float32)
-        # The stored Gram matrix serves to watch the trajectory; the basis needs more digits of it.
-        double = all(t.dtype == torch.float64 for t in (self._snapshots, *self.params))
-        gram = self.gram if self.dtype == torch.float64 else _pca.exact_gram(self.snapshots)
-        found = _pca.exact_spectrum(gram, double, origin, center=center)
-        count = self._kept(found, count, dim, explained)
-        coefficients = _pca.coefficients(found, count, center=center).to(self.device)
-        basis = ops.form_basis(self.snapshots, coefficients, dtype=dtype)
-        return Subspace(
-            basis,
+        count, dtype, origin = self._asked(dim, explained, start, center, dtype)
+        return principal_subspace(
+            self.snapshots,
+            self.gram if self.dtype == torch.float64 else None,
             origin,
-            explained_variance_ratio=found.explained(count),
-            singular_values=found.values[:count].sqrt(),
+            dtype,
+            double=self._double(),
+            center=center,
+            most=count,
+            dim=dim,
+            explained=explained,
             shapes=self.shapes,
             names=self.names,
         )
+
+    def grouped_subspace(
+        self,
+        groups: Sequence[int],
+        dim: int | None = None,
+        *,
+        explained: float | None = None,
+        start: str | int = "first",
+        center: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> GroupedSubspace:
+        """The principal directions of each of several groups of parameters.
+
+        Parameters
+        ----------
+        groups : sequence of int
+            The number of parameters in each group: see `layer_groups`.
+        dim, explained
+            As in `subspace`, for each group; a group of lower rank has fewer directions.
+        start, center, dtype
+            As in `subspace`.
+
+        Raises
+        ------
+        ValueError
+            As in `subspace`, and for ``groups`` that are not all parameters.
+        """
+        count, dtype, origin = self._asked(dim, explained, start, center, dtype)
+        parts = group_slices(groups, len(self.params))
+        spaces, begin = [], 0
+        for i, part in enumerate(parts):
+            columns = slice(begin, begin + numel(self.params[part]))
+            begin = columns.stop
+            try:
+                one = principal_subspace(
+                    self.snapshots[:, columns],
+                    None,
+                    origin[columns],
+                    dtype,
+                    double=self._double(),
+                    center=center,
+                    most=count,
+                    explained=explained,
+                    shapes=self.shapes[part],
+                    names=None if self.names is None else self.names[part],
+                )
+            except ValueError as error:
+                raise ValueError(f"groups[{i}]: {error}") from None
+            spaces.append(one)
+        return GroupedSubspace(spaces)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the trajectory as a safetensors file; an earlier file is replaced at the end.
@@ -335,61 +374,31 @@ class Trajectory:
                 f"expected at least two snapshots, the trajectory holds {len(self)}: call record()"
             )
 
-    def _checked_count(self, dim: int | None, explained: float | None, center: bool) -> int:
-        """The most directions that were asked for."""
-        if dim is not None and explained is not None:
-            raise ValueError(f"expected dim or explained, got both: {dim} and {explained}")
-        if explained is not None and not 0 < explained <= 1:
-            raise ValueError(f"explained: expected 0 < explained <= 1, got {explained}")
-        limit = len(self) - 1 if center else len(self)
-        if dim is None:
-            return min(limit, _pca.MAX_DIM if explained is not None else _DEFAULT_DIM)
-        return _pca.checked_dim(dim, limit, f"{len(self)} {'centred ' * center}snapshots")
-
-    def _kept(
-        self, found: _pca.Spectrum, count: int, dim: int | None, explained: float | None
-    ) -> int:
-        """How many directions to keep, of at most ``count``."""
-        if found.rank == 0:
+    def _asked(
+        self,
+        dim: int | None,
+        explained: float | None,
+        start: str | int,
+        center: bool,
+        dtype: torch.dtype | None,
+    ) -> tuple[int, torch.dtype, Tensor]:
+        """The most directions that were asked for, the dtype of the basis and the origin."""
+        dtype = self.dtype if dtype is None else dtype
+        if dtype not in DTYPES:
+            expected = ", ".join(map(dtype_name, DTYPES))
             raise ValueError(
-                f"the {len(self)} snapshots do not differ (by more than rounding explains): there "
-                "is no direction to keep"
+                f"dtype: expected one of {expected}, got {dtype}; for int8 or float8_e4m3fn use "
+                "Subspace.quantize"
             )
-        if explained is not None:
-            sums = found.explained(found.rank).cumsum(0)
-            count = min(int((sums < explained).sum()) + 1, count)
-        elif dim is not None and dim > found.rank:
-            warnings.warn(
-                f"dim = {dim} is above the numerical rank of the trajectory: kept "
-                f"{found.rank} directions",
-                UserWarning,
-                stacklevel=3,
-            )
-        return min(count, found.rank)
-
-    def _origin(self, start: str | int, dtype: torch.dtype) -> Tensor:
-        """The point that theta = 0 stands for."""
+        self._check_length()
+        count = asked_count(len(self), dim, explained, center)
         assert self._anchor is not None
-        if isinstance(start, str):
-            if start not in ("first", "last", "mean"):
-                raise ValueError(
-                    f"start: expected 'first', 'last', 'mean' or an index, got {start!r}"
-                )
-            index = 0 if start == "first" else len(self) - 1
-        else:
-            index = operator.index(start)
-            if not -len(self) <= index < len(self):
-                raise ValueError(
-                    f"start: expected an index of the {len(self)} snapshots, got {index}"
-                )
-        if start == "mean":
-            weights = torch.full(
-                (1, len(self)), 1 / len(self), dtype=torch.float64, device=self.device
-            )
-            delta = ops.form_basis(self.snapshots, weights, dtype=self._anchor.dtype)[0]
-        else:
-            delta = self.snapshots[index].to(self._anchor.dtype, copy=True)
-        return delta.add_(self._anchor).to(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return count, dtype, weights_at(self.snapshots, self._anchor, start).to(wide)
+
+    def _double(self) -> bool:
+        """Whether neither the weights nor the snapshots were ever rounded to less than float64."""
+        return all(tensor.dtype == torch.float64 for tensor in (self._snapshots, *self.params))
 
 
 def _capacity(capacity: int) -> int:

@@ -37,6 +37,8 @@ LEFT_OUT = (
     "test_build.py",
     "test_gpu_tools.py",
     "test_readme.py",
+    "test_examples.py",
+    "test_guide.py",
     "test_demo.py",
     "test_cli.py",
     "matrix.py",

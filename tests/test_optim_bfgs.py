@@ -19,6 +19,11 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
+def updated(*args: Tensor, **rule: object) -> Tensor | None:
+    result = bfgs.update(*args, **rule)
+    return None if result is None else result[0]
+
+
 def positive_definite(seed: int, dim: int, condition: float = 100.0) -> Tensor:
     q, _ = torch.linalg.qr(normal(seed, dim, dim))
     return q @ torch.diag(torch.logspace(0, -torch.tensor(condition).log10(), dim).double()) @ q.T
@@ -31,7 +36,7 @@ def test_update_is_the_inverse_bfgs_formula(dim: int, seed: int) -> None:
     b = (b + b.T) / 2
     s = normal(seed + 1, dim)
     y = torch.linalg.solve(positive_definite(seed + 2, dim), s)  # positive curvature
-    new = bfgs.update(b, s, y, fresh=False, damped=False)
+    new = updated(b, s, y, fresh=False, damped=False)
     assert new is not None
     rho = 1 / torch.dot(s, y)
     left = torch.eye(dim, dtype=torch.float64) - rho * torch.outer(s, y)
@@ -51,20 +56,37 @@ def test_damping_keeps_b_positive_definite(
     c = normal(seed + 1, dim)
     s = -alpha * (b @ c)
     y = normal(seed + 2, dim) * 10**log_scale  # any sign of curvature
-    new = bfgs.update(b, s, y, hs=-alpha * c, fresh=fresh, damped=True)
+    new = updated(b, s, y, hs=-alpha * c, fresh=fresh, damped=True)
     if new is not None:
         # Rank-two changes of very different size leave rounding of the larger one behind.
         smallest = torch.linalg.eigvalsh(new)[0]
         assert smallest > -1e-12 * torch.linalg.matrix_norm(new, 2)
 
 
-def test_well_conditioned() -> None:
-    assert bfgs.well_conditioned(positive_definite(0, 6, condition=1e8))
-    assert not bfgs.well_conditioned(torch.diag(torch.tensor([1.0, 1e-13])).double())
-    assert not bfgs.well_conditioned(torch.diag(torch.tensor([1.0, -1e-3])).double())
-    assert not bfgs.well_conditioned(torch.diag(torch.tensor([1.0, 0.0])).double())
-    assert not bfgs.well_conditioned(torch.full((2, 2), float("nan"), dtype=torch.float64))
-    assert not bfgs.well_conditioned(torch.full((2, 2), float("inf"), dtype=torch.float64))
+def test_condition() -> None:
+    b = positive_definite(0, 6, condition=1e8)
+    assert 1e2 < bfgs.condition(b) <= 1.001e8  # a lower bound
+    assert bfgs.condition(torch.diag(torch.tensor([4.0, 0.5, 1.0])).double()) == pytest.approx(8.0)
+    for indefinite in ([1.0, -1e-3], [1.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]):
+        assert bfgs.condition(torch.diag(torch.tensor(indefinite)).double()) == float("inf")
+
+
+def test_first_update_scales_b_down_if_asked_to() -> None:
+    s = normal(0, 6)
+    guess = bfgs.first_guess(6)
+    for factor in (50.0, 0.02):
+        new = updated(guess, s, factor * s, hs=s, fresh=True, damped=True, shrink=True)
+        torch.testing.assert_close(new, guess / factor)
+    new = updated(guess, s, -s, hs=s, fresh=True, damped=False, shrink=True)
+    assert new is None  # a scale must be positive
+
+
+def test_update_says_whether_y_was_damped() -> None:
+    s = normal(0, 4)
+    guess = bfgs.first_guess(4)
+    for y, expected in ((s, False), (0.1 * s, True), (-s, True)):
+        result = bfgs.update(guess, s, y, hs=s, fresh=False, damped=True)
+        assert result is not None and result[1] is expected
 
 
 def test_updates_that_conflict_are_noticed_before_b_is_indefinite() -> None:
@@ -73,9 +95,9 @@ def test_updates_that_conflict_are_noticed_before_b_is_indefinite() -> None:
     for k in range(200):
         c, alpha = normal(k, 8), 0.5
         y = normal(1000 + k, 8)
-        new = bfgs.update(b, -alpha * (b @ c), y, hs=-alpha * c, fresh=fresh, damped=True)
+        new = updated(b, -alpha * (b @ c), y, hs=-alpha * c, fresh=fresh, damped=True)
         assert new is not None
-        if bfgs.well_conditioned(new):
+        if bfgs.condition(new) < bfgs.CONDITION_LIMIT:
             b, fresh = new, False
         else:
             b, fresh, noticed = bfgs.first_guess(8), True, noticed + 1
@@ -102,8 +124,8 @@ def test_powell_damping(dim: int, seed: int, scale: float) -> None:
 def test_hs_is_solved_for_where_it_is_not_given() -> None:
     b, c = positive_definite(3, 5), normal(4, 5)
     s, y = -0.25 * (b @ c), normal(5, 5)
-    solved = bfgs.update(b, s, y, fresh=False, damped=True)
-    given_ = bfgs.update(b, s, y, hs=-0.25 * c, fresh=False, damped=True)
+    solved = updated(b, s, y, fresh=False, damped=True)
+    given_ = updated(b, s, y, hs=-0.25 * c, fresh=False, damped=True)
     torch.testing.assert_close(solved, given_, rtol=1e-9, atol=1e-9)
 
 
@@ -119,10 +141,10 @@ def test_first_guess() -> None:
 def test_first_update_scales_b_up_only() -> None:
     s = normal(0, 6)
     guess = bfgs.first_guess(6)
-    new = bfgs.update(guess, s, 0.02 * s, hs=s, fresh=True, damped=True)
+    new = updated(guess, s, 0.02 * s, hs=s, fresh=True, damped=True)
     torch.testing.assert_close(new, 50.0 * guess)
     for y, fresh in ((0.02 * s, False), (50.0 * s, True)):
-        new = bfgs.update(guess, s, y, fresh=fresh, damped=False)
+        new = updated(guess, s, y, fresh=fresh, damped=False)
         values = torch.linalg.eigvalsh(new)
         torch.testing.assert_close(values[1:5], torch.ones(4, dtype=torch.float64))
 
@@ -141,12 +163,12 @@ def test_first_update_scales_b_up_only() -> None:
 )
 def test_update_skips_pairs_that_tell_nothing(s: list[float], y: list[float]) -> None:
     s_, y_ = torch.tensor(s, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    assert bfgs.update(bfgs.first_guess(2), s_, y_, fresh=False, damped=False) is None
+    assert updated(bfgs.first_guess(2), s_, y_, fresh=False, damped=False) is None
 
 
 def test_curvature_test_is_relative() -> None:
     s = 1e-12 * normal(0, 4)  # y.s is about 1e-24
-    assert bfgs.update(bfgs.first_guess(4), s, s, fresh=False, damped=False) is not None
+    assert updated(bfgs.first_guess(4), s, s, fresh=False, damped=False) is not None
     assert bfgs.published_update(bfgs.first_guess(4), s, s) is None
 
 
@@ -183,7 +205,7 @@ def test_exact_searches_recover_the_inverse_hessian() -> None:
         assert direction is not None
         p, slope = direction
         s = -slope / (p @ h @ p) * p
-        new = bfgs.update(b, s, h @ s, fresh=k == 0, damped=False)
+        new = updated(b, s, h @ s, fresh=k == 0, damped=False)
         assert new is not None
         b, x = new, x + s
     torch.testing.assert_close(b, torch.linalg.inv(h), rtol=1e-6, atol=1e-8)

@@ -22,8 +22,10 @@ def step_by_step(
     if rule["published"]:
         new = bfgs.published_update(b, s, y)
     else:
-        new = bfgs.update(b, s, y, hs=hs, fresh=rule["fresh"], damped=rule["damped"])
-    reset = new is not None and not rule["published"] and not bfgs.well_conditioned(new)
+        result = bfgs.update(b, s, y, hs=hs, fresh=rule["fresh"], damped=rule["damped"])
+        new = None if result is None else result[0]
+    singular = new is not None and bfgs.condition(new) >= bfgs.CONDITION_LIMIT
+    reset = singular and not rule["published"]
     b = torch.diag(guess) if reset else b if new is None else new
     direction = bfgs.descent_direction(b, c)
     if direction is None:

@@ -1,4 +1,4 @@
-"""The usage example of the README runs as written and does what it is there to show."""
+"""The examples in the README and on the pages run as written and show what they are there for."""
 
 from __future__ import annotations
 
@@ -22,3 +22,17 @@ def test_the_usage_example_runs():
     with torch.no_grad():
         sgd = torch.nn.functional.cross_entropy(model(names["data"]), names["labels"])
     assert names["loss"] < 0.6 * sgd
+
+
+def test_the_page_on_the_optimizers_runs():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "optimizers.md").read_text()
+    names: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    for code in blocks[:1]:
+        exec(code, names)
+    first = names["optimizer"]
+    losses = [record.loss for record in first.history]
+    assert len(losses) == 5 and losses == sorted(losses, reverse=True)
+    for code in blocks[1:]:
+        exec(code, names)
+    assert names["optimizer"] is not first and names["optimizer"].status.moved

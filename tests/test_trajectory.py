@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 import dldr_ext
-from dldr_ext import Subspace, Trajectory, _pca, trajectory
+from dldr_ext import Subspace, Trajectory, _pca, _principal
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -356,4 +356,4 @@ def test_there_is_never_a_second_array_of_snapshots(tmp_path):
 
 def test_exports():
     assert dldr_ext.Trajectory is Trajectory and dldr_ext.Subspace is Subspace
-    assert trajectory._DEFAULT_DIM == 40
+    assert _principal._DEFAULT_DIM == 40

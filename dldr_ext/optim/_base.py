@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._params import check_matches, numel, unique_parameters
-from ..subspace import Subspace
+from .._affine import AffineSubspace
+from .._params import check_matches, numel
 from ._closure import Evaluator
+from ._guard import Guard
+from ._options import check_choice, check_number, trainable
+from .carry import overlap
+from .history import StepRecord
 from .status import Status
 
 __all__ = ["SubspaceOptimizer", "check_choice", "check_number"]
@@ -24,6 +29,8 @@ _log = logging.getLogger("dldr_ext")
 _MOVED = 1e-5
 # A loaded point further than this from origin + P theta belongs to another subspace.
 _FOREIGN = 1e-2
+# Entries of `history`.
+_HISTORY = 1000
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
@@ -35,38 +42,44 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        subspace: Subspace,
+        subspace: AffineSubspace,
         defaults: dict[str, Any],
         theta0: Tensor | Literal["current"] | None,
     ) -> None:
         name = type(self).__name__
-        if not isinstance(subspace, Subspace):
-            raise TypeError(
-                f"{name}: subspace: expected a dldr_ext.Subspace, got {type(subspace).__name__}"
-            )
-        self._params = _trainable(name, params)
+        self._params = trainable(name, params)
+        self._check_subspace(name, subspace)
         self._subspace = subspace
-        self._check_subspace(name)
         super().__init__(self._params, defaults)
         self._status = Status.INITIAL
         self._evaluator = Evaluator(self._params)
+        self._history: deque[StepRecord] = deque(maxlen=_HISTORY)
+        self._steps = 0
+        self._guard = Guard(self._params)
+        self._incoming: dict[str, Any] | None = None  # a state that is being loaded
         self._theta = self._first_theta(name, theta0)
-        self._place(name, said=theta0 is not None)
+        given = "origin + P theta0" if theta0 is not None else None
+        self._place(name, given)
 
     @property
-    def subspace(self) -> Subspace:
+    def subspace(self) -> AffineSubspace:
         """The subspace that the weights move in."""
         return self._subspace
 
     @property
     def theta(self) -> Tensor:
         """Coordinates (d,) of the weights, w = origin + P theta: a copy, in the ops' precision."""
-        return self._to_basis(self._theta, copy=True)
+        return self._to_basis(self._theta.detach(), copy=True)
 
     @property
     def status(self) -> Status:
         """How the last step ended."""
         return self._status
+
+    @property
+    def history(self) -> deque[StepRecord]:
+        """Records of the last 1000 steps, the newest at the end; not part of `state_dict`."""
+        return self._history
 
     @property
     def closure_calls(self) -> int:
@@ -94,15 +107,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         ``subspace``, which holds tensors, numbers and strings only. Not included, because they
         are not the optimizer's: the model, its buffers, torch's random state, the subspace.
         """
-        state_dict = super().state_dict()
-        state_dict["subspace"] = {
-            "theta": self._theta.clone(),
-            "status": self._status.name,
-            "closure_calls": self._evaluator.calls,
-            "gradient_calls": self._evaluator.gradient_calls,
-            **self._own_state(),
-        }
-        return state_dict
+        handle = self.register_state_dict_post_hook(_give_out, prepend=True)
+        try:  # hooks see the whole
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resumes from `state_dict`, bit for bit, and puts the model where it was saved.
@@ -113,11 +122,94 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             The state of another optimizer, of another dimension or number of parameters, or of
             another subspace. Nothing has changed then.
         """
+        if not isinstance(state_dict, dict):  # torch would fail on it
+            raise ValueError(_wrong_state(self, state_dict))
+        # After hooks of the user's, which may change it; what torch checks comes next.
+        handle = self.register_load_state_dict_pre_hook(_take_in)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._incoming = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._incoming is not None:  # the last that torch does before hooks of the user's
+            new, self._incoming = self._incoming, None
+            self._set_theta(new["theta"])
+            self._status = new["status"]
+            self._steps = new["steps"]
+            self._evaluator.calls = new["closure_calls"]
+            self._evaluator.gradient_calls = new["gradient_calls"]
+            self._adopt(new["own"])
+            self._guard.remember()
+
+    def resync(self) -> None:
+        """Accepts weights that something else wrote, and goes on from their projection.
+
+        Without it a step refuses such weights. They are moved to the nearest point of the subspace
+        (with a warning in the logger ``dldr_ext`` if that is further than rounding); what B has
+        learnt stays.
+        """
         name = type(self).__name__
-        if not isinstance(state_dict, dict) or not isinstance(state_dict.get("subspace"), dict):
-            raise ValueError(f"{name}: state_dict: expected what {name}.state_dict() returns")
+        self._set_theta(self._first_theta(name, "current"))
+        self._place(name, "their projection on the subspace")
+
+    @torch.no_grad()
+    def change_subspace(self, subspace: AffineSubspace) -> None:
+        """Goes on in another subspace of the same parameters: DLDR with its basis refreshed.
+
+        theta becomes the projection of the model's weights, whoever wrote them, and what was
+        learnt is carried over by M = P'^T P: curvature as M B M^T, with its own typical size where
+        the old subspace knew nothing (`PBFGS`), momentum as M m (`PSGD`); the optimizer in
+        `InSubspace` starts anew. Options, counts and history stay.
+
+        Weights off the new subspace are moved onto it, which is logged as a warning;
+        ``subspace.with_origin(params)`` is the same one through the current weights.
+
+        Parameters
+        ----------
+        subspace : Subspace or GroupedSubspace
+            Of any dimension.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for the constructor's. Nothing has changed then.
+        """
+        name = type(self).__name__
+        self._check_subspace(name, subspace)
+        theta = subspace.coordinates(self._params)
+        m = overlap(subspace, self._subspace)
+        self._subspace = subspace
+        self._theta = theta.to(device="cpu", dtype=torch.float64)
+        self._carry(m)
+        self._place(name, "their projection on the new subspace")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps only the groups; a copy without theta would be none. Hooks stay behind, as
+        # torch has it, since they may hold anything.
+        return {k: v for k, v in self.__dict__.items() if not k.endswith("_hooks")}
+
+    def _give_out(self, state_dict: dict[str, Any]) -> None:
+        """Adds what is saved."""
+        state_dict["subspace"] = {
+            "theta": self._theta.detach().clone(),
+            "status": self._status.name,
+            "steps": self._steps,
+            "closure_calls": self._evaluator.calls,
+            "gradient_calls": self._evaluator.gradient_calls,
+            **self._own_state(),
+        }
+
+    def _take_in(self, state_dict: dict[str, Any]) -> None:
+        """Checks all of a state before any of it is used."""
+        name = type(self).__name__
+        if not (isinstance(state_dict, dict) and isinstance(state_dict.get("subspace"), dict)):
+            raise ValueError(_wrong_state(self, state_dict))
         state = state_dict["subspace"]
-        expected = {"theta", "status", "closure_calls", "gradient_calls", *self._own_state()}
+        counts = ("steps", "closure_calls", "gradient_calls")
+        expected = {"theta", "status", *counts, *self._own_state()}
         if set(state) != expected:
             raise ValueError(
                 f"{name}: state_dict: expected the keys {sorted(expected)} in 'subspace', got "
@@ -131,16 +223,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 f"{name}: state_dict: status: expected a Status, got {state['status']!r}"
             ) from None
         own = self._checked_own_state(state, theta)
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "subspace"})
-        self._theta, self._status = theta, status
-        self._evaluator.calls = int(state["closure_calls"])
-        self._evaluator.gradient_calls = int(state["gradient_calls"])
-        self._adopt(own)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # torch keeps only the groups; a copy without theta would be none. Hooks stay behind, as
-        # torch has it, since they may hold anything.
-        return {k: v for k, v in self.__dict__.items() if not k.endswith("_hooks")}
+        self._incoming = {"theta": theta, "status": status, "own": own}
+        self._incoming |= {count: int(state[count]) for count in counts}
 
     # What subclasses add.
 
@@ -156,22 +240,49 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Takes over checked entries and writes the weights."""
         raise NotImplementedError
 
+    def _carry(self, m: Tensor) -> None:
+        """Takes what was learnt into the new subspace, M = P'^T P, (d', d) float64 on the CPU."""
+        raise NotImplementedError
+
     def _start_at(self, point: Tensor) -> None:
         """Takes over the flat point origin + P theta that the model now stands at."""
 
+    def _expected_weights(self) -> Tensor:
+        """The flat weights as the last step left them."""
+        return self._subspace.reconstruct(self._to_basis(self._theta.detach()))
+
     # What subclasses use.
+
+    def _set_theta(self, theta: Tensor) -> None:
+        with torch.no_grad():
+            self._theta.copy_(theta)
+
+    def _record(self, loss: float, status: Status, **known: Any) -> None:
+        """Notes how an iteration ended."""
+        self._steps += 1
+        self._status = status
+        self._history.append(StepRecord(self._steps, loss, status, **known))
+
+    def _check_first_loss(self, loss: float) -> None:
+        """A first step has no good point to go back to, and a loop might never notice."""
+        if self._steps == 0 and not math.isfinite(loss):
+            raise ValueError(
+                f"{type(self).__name__}: closure: expected a finite loss in the first step, got "
+                f"{loss}"
+            )
+
+    def _check_untouched(self) -> None:
+        """Refuses weights that something else wrote since the last step."""
+        self._guard.check(type(self).__name__, self._expected_weights)
 
     def _to_basis(self, vector: Tensor, copy: bool = False) -> Tensor:
         """A d-vector as the ops take it: on the basis's device, in the ops' precision."""
-        basis = self._subspace.basis
-        dtype = torch.float64 if basis.dtype == torch.float64 else torch.float32
-        return vector.to(device=basis.device, dtype=dtype, copy=copy)
-
-    def _projected(self, tensors: list[Tensor]) -> Tensor:
-        """c = P^T g, float64 on the CPU. One pass over the basis."""
         subspace = self._subspace
-        c = ops.project(subspace.basis, tensors, scale=subspace.scale)
-        return c.to(device="cpu", dtype=torch.float64)
+        return vector.to(device=subspace.device, dtype=subspace.coordinate_dtype, copy=copy)
+
+    def _projected(self, *lists: list[Tensor]) -> Tensor:
+        """c = P^T g of each list, (len(lists), d) float64 on the CPU. One pass over the basis."""
+        return self._subspace.project_many(lists).to(device="cpu", dtype=torch.float64)
 
     def _saved_tensor(self, state: dict[str, Any], key: str, like: Tensor) -> Tensor:
         """A copy of a saved tensor, on the device and in the dtype of ``like``."""
@@ -186,8 +297,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _check_point(self, point: Tensor, origin: Tensor | None, theta: Tensor) -> None:
         """Refuses a saved point that is not origin + P theta in this subspace."""
-        subspace = self._subspace
-        here = ops.reconstruct(origin, subspace.basis, self._to_basis(theta), scale=subspace.scale)
+        here = torch.empty_like(point)
+        self._subspace.combine_(here, self._to_basis(theta), origin)
         distance = float(torch.linalg.vector_norm(here - point))
         if not distance <= _FOREIGN * float(torch.linalg.vector_norm(point)):
             raise ValueError(
@@ -196,8 +307,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 "was saved with another subspace"
             )
 
-    def _check_subspace(self, name: str) -> None:
-        subspace, params = self._subspace, self._params
+    def _check_subspace(self, name: str, subspace: AffineSubspace) -> None:
+        params = self._params
+        if not isinstance(subspace, AffineSubspace):
+            raise TypeError(
+                f"{name}: subspace: expected a dldr_ext.Subspace or GroupedSubspace, got "
+                f"{type(subspace).__name__}"
+            )
         if subspace.shapes is not None:
             check_matches(params, subspace.shapes, subspace.names, what="subspace")
         if numel(params) != subspace.numel:
@@ -205,10 +321,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 f"{name}: params: expected {subspace.numel} elements in all, as in the subspace, "
                 f"got {numel(params)}"
             )
-        if params[0].device != subspace.basis.device:
+        if params[0].device != subspace.device:
             raise ValueError(
                 f"{name}: subspace: expected it on {params[0].device}, where the parameters are, "
-                f"got {subspace.basis.device}; see Subspace.to"
+                f"got {subspace.device}; see Subspace.to"
             )
 
     def _first_theta(self, name: str, theta0: Tensor | str | None) -> Tensor:
@@ -233,7 +349,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: theta0: expected finite numbers, got NaN or infinity")
         return theta.to(device="cpu", dtype=torch.float64, copy=True)
 
-    def _place(self, name: str, said: bool) -> None:
+    def _place(self, name: str, given: str | None) -> None:
         """Puts the model at origin + P theta and says so if it was elsewhere."""
         with torch.no_grad():
             point = self._subspace.reconstruct(self._to_basis(self._theta))
@@ -242,58 +358,29 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             norm = float(torch.linalg.vector_norm(before))
             ops.trial_(self._params, point, point, 0.0)
             self._start_at(point)
+            self._guard.remember()
         if not distance <= _MOVED * norm:
             _log.warning(
                 "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)%s",
                 name,
-                "origin + P theta0" if said else "the origin of the subspace",
+                given or "the origin of the subspace",
                 distance,
                 norm,
-                "" if said else '; pass theta0="current" to start from the weights\' projection',
+                "" if given else '; pass theta0="current" to start from the weights\' projection',
             )
 
 
-def _trainable(name: str, params: Iterable[Any]) -> list[Tensor]:
-    """The list of parameters; one group only, since theta has one learning rate."""
-    if not isinstance(params, Tensor) and isinstance(params, Iterable):
-        params = list(params)
-        for group in params:
-            options = sorted(set(group) - {"params"}) if isinstance(group, dict) else []
-            if options:
-                raise ValueError(
-                    f"{name}: params: expected no options of single parameter groups, got "
-                    f"{options}: the coordinates of a subspace belong to all parameters"
-                )
-    result = unique_parameters(params)
-    for i, p in enumerate(result):
-        if not p.requires_grad:
-            raise ValueError(f"{name}: params[{i}]: expected requires_grad=True, got False")
-    return result
+def _give_out(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, SubspaceOptimizer)
+    optimizer._give_out(state_dict)
 
 
-def check_number(
-    owner: str,
-    name: str,
-    value: Any,
-    low: float,
-    high: float = math.inf,
-    *,
-    low_open: bool = False,
-    high_open: bool = True,
-) -> float:
-    """A finite number in an interval, or an error that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{owner}: {name}: expected a number, got {value!r}")
-    above = value > low if low_open else value >= low
-    below = value < high if high_open else value <= high
-    if not (math.isfinite(value) and above and below):
-        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
-        raise ValueError(f"{owner}: {name}: expected a number in {interval}, got {value!r}")
-    return float(value)
+def _take_in(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    assert isinstance(optimizer, SubspaceOptimizer)
+    optimizer._take_in(state_dict)
 
 
-def check_choice(owner: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """One of a few values, or an error that lists them."""
-    if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{owner}: {name}: expected one of {listed}, got {value!r}")
+def _wrong_state(optimizer: SubspaceOptimizer, got: Any) -> str:
+    name = type(optimizer).__name__
+    found = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else type(got).__name__
+    return f"{name}: state_dict: expected what {name}.state_dict() returns, got {found}"

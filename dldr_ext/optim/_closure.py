@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._virtual_batch import VirtualBatch
+
 __all__ = ["Closure", "Evaluator", "Loss", "number"]
 
 Loss = Tensor | float
@@ -22,7 +24,8 @@ class Evaluator:
     """Calls closures of both styles.
 
     The usual style calls backward itself; the forward-only style returns a loss with a graph, and
-    gradients are still None after it. Which one a closure has is found out in `first`.
+    gradients are still None after it. Which one a closure has is found out in `first`. A virtual
+    batch calls backward where grad mode is on.
 
     Attributes
     ----------
@@ -32,28 +35,51 @@ class Evaluator:
         Those that went through a backward pass.
     forward_only : bool
         Style of the closure given to the last `first`.
+    cheap_without_gradient : bool
+        That closure can be asked for the loss alone.
+    scaler : torch.amp.GradScaler or None
+        Scales the losses that this class calls backward on.
     """
 
     def __init__(self, params: list[Tensor]) -> None:
         self._params = params
+        self.scaler: torch.amp.GradScaler | None = None
         self.calls = 0
         self.gradient_calls = 0
         self.forward_only = False
+        self.cheap_without_gradient = False
 
     def first(self, closure: Closure) -> Loss:
-        """Loss and gradients."""
+        """Loss and gradients.
+
+        Raises
+        ------
+        ValueError
+            The closure left no gradient, and its loss has no graph.
+        """
         loss = self._call(closure, graph=True)
         self.forward_only = not self.has_gradient()
-        if self.forward_only:
+        self.cheap_without_gradient = self.forward_only or isinstance(closure, VirtualBatch)
+        if not self.forward_only:
+            self.gradient_calls += 1
+        elif isinstance(loss, Tensor) and loss.requires_grad:
             self.backward(loss)
         else:
-            self.gradient_calls += 1
+            raise ValueError(
+                "closure: expected a loss with a graph, or gradients from its own backward, got a "
+                "loss without either: it was detached, computed under torch.no_grad, or depends on "
+                "none of the parameters"
+            )
         return loss
 
     def again(self, closure: Closure, graph: bool) -> Loss:
-        """The loss; for the usual style the gradients too, for the other a graph if asked for."""
-        loss = self._call(closure, graph or not self.forward_only)
-        if not self.forward_only:
+        """The loss; a graph (forward-only style) or the gradients (the others) if asked for.
+
+        The usual style gives gradients whether asked or not.
+        """
+        graph = graph or not self.cheap_without_gradient
+        loss = self._call(closure, graph)
+        if graph and not self.forward_only:
             self.gradient_calls += 1
         return loss
 
@@ -62,19 +88,26 @@ class Evaluator:
         if self.forward_only and isinstance(loss, Tensor) and loss.requires_grad:
             self.gradient_calls += 1
             with torch.enable_grad():
-                loss.backward()
+                self._scaled_backward(loss)
 
     def has_gradient(self) -> bool:
         """Whether any parameter has a gradient."""
         return any(p.grad is not None for p in self._params)
+
+    def _scaled_backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def _call(self, closure: Closure, graph: bool) -> Loss:
         if graph:  # gradients of one evaluation alone, even if the closure does not zero them
             for p in self._params:
                 p.grad = None
         self.calls += 1
+        loss: Loss
         with torch.set_grad_enabled(graph):
-            loss = closure()
+            if isinstance(closure, VirtualBatch):
+                loss = closure(self._scaled_backward)
+            else:
+                loss = closure()
         if isinstance(loss, bool) or not isinstance(loss, (Tensor, float, int)):
             raise TypeError(
                 "closure: expected it to return the loss, a real scalar, got "

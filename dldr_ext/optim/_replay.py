@@ -21,12 +21,14 @@ class Replay:
         self._device = device if device.type == "cuda" else None
         self._buffers = buffers
         self._saved = [b.detach().clone() for b in buffers]
+        self._kept = self._saved
         self._before: list[Tensor] = []
         self._after: list[Tensor] = []
 
     def begin(self) -> None:
         """Remembers where the step starts; to be called before its first evaluation."""
         self._before = self._random_state()
+        self._kept = self._saved
         for saved, buffer in zip(self._saved, self._buffers, strict=True):
             saved.copy_(buffer)
 
@@ -37,12 +39,17 @@ class Replay:
     def rewind(self) -> None:
         """Back to the start of the step; to be called before every further evaluation."""
         self._set_random_state(self._before)
-        self.restore_buffers()
-
-    def restore_buffers(self) -> None:
-        """Buffers as before the step."""
         for saved, buffer in zip(self._saved, self._buffers, strict=True):
             buffer.copy_(saved)
+
+    def keep(self) -> None:
+        """Remembers the buffers as the weights accepted so far leave them."""
+        self._kept = [b.detach().clone() for b in self._buffers]
+
+    def restore_buffers(self) -> None:
+        """Buffers as before the step, or as at the last `keep` since."""
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            buffer.copy_(kept)
 
     def finish(self) -> None:
         """The random state as one evaluation leaves it, however many there were."""

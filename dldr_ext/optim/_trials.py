@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
 from .. import ops
 from .._params import gradients
 from ._closure import Closure, Evaluator, Loss, number
+from ._objective import Line, Objective
+from ._pbfgs_options import C2
 from ._replay import Replay
+from ._walk import Walk
+from .line_search import SearchResult, armijo, fixed, strong_wolfe
 
-__all__ = ["Trials"]
+__all__ = ["Trials", "search"]
 
 
 class Trials:
@@ -26,44 +31,101 @@ class Trials:
         evaluator: Evaluator,
         replay: Replay,
         params: list[Tensor],
-        point: Tensor,
-        direction: Tensor,
+        walk: Walk,
+        objective: Objective,
     ) -> None:
         self._closure = closure
         self._evaluator = evaluator
         self._replay = replay
         self._params = params
-        self._point = point
-        self._direction = direction
+        self._walk = walk
+        self._line = Line(objective, walk.point, walk.direction)
         self._alpha = math.nan
         self._loss: Loss = math.nan
         self._graph = False
-        self.count = 0
 
-    def loss(self, alpha: float, graph: bool) -> float:
-        """phi(alpha), with a graph for `gradient` if asked for."""
-        self._loss = math.nan  # frees the last trial's graph
-        self._replay.rewind()
-        ops.trial_(self._params, self._point, self._direction, alpha)
-        self._alpha, self._graph = alpha, graph or not self._evaluator.forward_only
-        self.count += 1
-        self._loss = self._evaluator.again(self._closure, graph)
+    @property
+    def raw_loss(self) -> float:
+        """What the closure returned in the last trial."""
         return number(self._loss)
 
+    def loss(self, alpha: float, graph: bool) -> float:
+        """The objective at alpha (see `Line.loss`), with a graph for `gradient` if asked for."""
+        self._loss = math.nan  # frees the last trial's graph
+        self._replay.rewind()
+        self._walk.trial(alpha)
+        self._alpha, self._graph = alpha, graph or not self._evaluator.cheap_without_gradient
+        self._loss = self._evaluator.again(self._closure, graph)
+        return self._line.loss(self.raw_loss, alpha)
+
     def gradient(self) -> list[Tensor]:
-        """Gradients at the last trial, which has a graph."""
+        """The closure's gradients at the last trial, which has a graph."""
         self._evaluator.backward(self._loss)
-        self._loss = number(self._loss)
+        self._loss = self.raw_loss
         return gradients(self._params)
 
     def slope(self) -> float:
-        """phi' at the last trial: one pass over u, none over the basis."""
-        return float(ops.project(self._direction.unsqueeze(0), self.gradient()))
+        """The objective's slope at the last trial: one pass over u, none over the basis."""
+        raw = ops.project(self._walk.direction.unsqueeze(0), self.gradient())
+        return self._line.slope(float(raw), self._alpha)
 
     def settle(self, alpha: float, gradient: bool) -> float:
-        """The loss at alpha, where model, buffers and, if asked for, gradients then stand."""
+        """The objective at alpha, where model, buffers and, if asked for, gradients then stand."""
         if alpha != self._alpha or (gradient and not self._graph):
             self.loss(alpha, graph=gradient)
         if gradient:
             self.gradient()
-        return number(self._loss)
+        return self._line.loss(self.raw_loss, alpha)
+
+
+def search(
+    trials: Trials,
+    group: dict[str, Any],
+    loss: float,
+    slope: float,
+    length: float,
+    wanted: bool,
+    fresh: bool,
+) -> SearchResult:
+    """The search that the options of PBFGS ask for.
+
+    Parameters
+    ----------
+    trials : Trials
+    group : dict
+        The options.
+    loss, slope : float
+        The objective and its slope at alpha = 0.
+    length : float
+        |p|.
+    wanted : bool
+        The gradient is wanted at the accepted point.
+    fresh : bool
+        Nothing is known of the curvature.
+    """
+    alpha, kind = float(group["lr"]), group["line_search_fn"]
+    if fresh and group["first_step"] is not None:
+        alpha = min(alpha, group["first_step"] / length)
+    if kind is None or alpha == 0.0:  # a schedule may end at 0: there is nothing to search
+        return fixed(alpha)
+    options = {name: group[name] for name in ("c1", "backtrack", "max_ls")}
+    if kind == "strong_wolfe":
+        return strong_wolfe(
+            lambda alpha: trials.loss(alpha, graph=True),
+            lambda _: trials.slope(),
+            loss,
+            slope,
+            alpha,
+            c2=C2,
+            **options,
+        )
+    # A trial that keeps its graph needs only a backward pass to give the gradient that is wanted
+    # at the accepted point. Worth it unless several trials are expected.
+    return armijo(
+        lambda alpha: trials.loss(alpha, graph=wanted and not fresh),
+        loss,
+        slope,
+        alpha,
+        interpolate=group["interpolate"],
+        **options,
+    )

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "condition",
     "descent_direction",
+    "downhill",
     "first_guess",
+    "first_scale",
     "powell_damped",
     "published_update",
+    "trusted",
     "update",
-    "well_conditioned",
 ]
 
 # Relative: y.s must exceed this part of |y||s|. Below it, rounding in y decides the update.
@@ -54,23 +57,28 @@ def first_guess(dim: int, singular_values: Tensor | None = None) -> Tensor:
 
 def descent_direction(b: Tensor, c: Tensor) -> tuple[Tensor, float] | None:
     """Quasi-Newton direction p = -B c and its slope c.p, or None if p does not go downhill."""
-    p = torch.mv(b, c).neg_()
+    return downhill(torch.mv(b, c).neg_(), c)
+
+
+def downhill(p: Tensor, c: Tensor) -> tuple[Tensor, float] | None:
+    """p and its slope c.p, or None if p does not clearly go downhill."""
     slope = float(torch.dot(c, p))
     bound = DESCENT_TOLERANCE * float(torch.linalg.vector_norm(c) * torch.linalg.vector_norm(p))
     return (p, slope) if math.isfinite(bound) and slope < -bound else None
 
 
-def well_conditioned(b: Tensor) -> bool:
-    """Whether B is positive definite by a safe margin.
+def condition(b: Tensor) -> float:
+    """A lower bound on the condition number of B; infinite if B is not positive definite.
 
     Damping bounds the curvature of one update from below, not what many updates in conflicting
-    directions add up to. The diagonal of the Cholesky factor bounds the condition number from
-    below; O(d^3 / 3).
+    directions add up to. The bound is that of the Cholesky factor's diagonal; O(d^3 / 3).
     """
     factor, failed = torch.linalg.cholesky_ex(b)
+    if bool(failed):
+        return math.inf
     diagonal = factor.diagonal()
-    smallest, largest = float(diagonal.min()), float(diagonal.max())
-    return not bool(failed) and largest * largest < CONDITION_LIMIT * smallest * smallest
+    bound = (float(diagonal.max()) / float(diagonal.min())) ** 2
+    return bound if math.isfinite(bound) else math.inf
 
 
 def powell_damped(y: Tensor, s: Tensor, hs: Tensor) -> Tensor:
@@ -95,10 +103,43 @@ def powell_damped(y: Tensor, s: Tensor, hs: Tensor) -> Tensor:
     return t * y + (1.0 - t) * hs
 
 
+def trusted(
+    s: Tensor, y: Tensor, *, hs: Tensor | None = None, damped: bool
+) -> tuple[Tensor, float, bool] | None:
+    """What a pair (s, y) has to tell, or None if it tells nothing that can be trusted.
+
+    Returns
+    -------
+    y : Tensor, shape (d,)
+        As given, or with Powell's damping.
+    sy : float
+        y.s of that, more than 1e-8 |y||s|.
+    changed : bool
+        Whether y was damped.
+    """
+    ss, yy, sy = float(torch.dot(s, s)), float(torch.dot(y, y)), float(torch.dot(s, y))
+    if not (math.isfinite(ss + yy + sy) and min(ss, yy) > _TINY):
+        return None
+    kept = y
+    if damped and hs is not None:
+        y = powell_damped(y, s, hs)
+        yy, sy = float(torch.dot(y, y)), float(torch.dot(s, y))
+    if not sy > CURVATURE_TOLERANCE * math.sqrt(ss * yy):
+        return None
+    return y, sy, y is not kept
+
+
 def update(
-    b: Tensor, s: Tensor, y: Tensor, *, hs: Tensor | None = None, fresh: bool, damped: bool
-) -> Tensor | None:
-    """The next B, or None where the pair (s, y) tells nothing that can be trusted.
+    b: Tensor,
+    s: Tensor,
+    y: Tensor,
+    *,
+    hs: Tensor | None = None,
+    fresh: bool,
+    damped: bool,
+    shrink: bool = False,
+) -> tuple[Tensor, bool] | None:
+    """The next B and whether y was damped; None where the pair tells nothing: see `trusted`.
 
     Parameters
     ----------
@@ -110,20 +151,31 @@ def update(
         B is a first guess: it is first scaled by y.s / y.By (Nocedal & Wright, 6.20, for B = I)
         where that is more than 1. A guess that is too large is left to the line search, which
         shortens steps but does not lengthen them; scaling it down too made training slower.
+    shrink : bool
+        Scale it down too.
     damped : bool
         Use Powell's damping. Without it, a pair with y.s <= 1e-8 |y||s| is skipped.
     """
-    ss, yy, sy = float(torch.dot(s, s)), float(torch.dot(y, y)), float(torch.dot(s, y))
-    if not (math.isfinite(ss + yy + sy) and min(ss, yy) > _TINY):
-        return None
-    if fresh and (scale := sy / float(torch.dot(y, torch.mv(b, y)))) > 1.0:
+    if fresh:
+        scale = first_scale(s, y, torch.mv(b, y), shrink)
         b, hs = b * scale, None if hs is None else hs / scale
-    if damped:
-        y = powell_damped(y, s, torch.linalg.solve(b, s) if hs is None else hs)
-        yy, sy = float(torch.dot(y, y)), float(torch.dot(s, y))
-    if not sy > CURVATURE_TOLERANCE * math.sqrt(ss * yy):
+    if damped and hs is None:
+        hs = torch.linalg.solve(b, s)
+    pair = trusted(s, y, hs=hs, damped=damped)
+    if pair is None:
         return None
-    return _inverse_bfgs(b, s, y, sy)
+    y, sy, changed = pair
+    return _inverse_bfgs(b, s, y, sy), changed
+
+
+def first_scale(s: Tensor, y: Tensor, by: Tensor, shrink: bool) -> float:
+    """y.s / y.By, by which a first guess B explains the first pair, or 1.
+
+    1 where it is no positive number; unless ``shrink`` where it is less than 1.
+    """
+    top, bottom = float(torch.dot(s, y)), float(torch.dot(y, by))
+    scale = top / bottom if bottom > _TINY else 1.0
+    return scale if math.isfinite(scale) and scale > (0.0 if shrink else 1.0) else 1.0
 
 
 def published_update(b: Tensor, s: Tensor, y: Tensor) -> Tensor | None:

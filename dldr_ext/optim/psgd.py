@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._affine import AffineSubspace
 from .._params import gradients
-from ..subspace import Subspace
-from ._base import SubspaceOptimizer, check_number
+from ._base import SubspaceOptimizer
 from ._closure import Closure, Loss, number
+from ._objective import Objective
+from ._options import check_flag, check_lr, check_number, names_options
 from .status import Status
 
 __all__ = ["PSGD"]
@@ -30,11 +32,15 @@ class PSGD(SubspaceOptimizer):
     ----------
     params : iterable of Tensor
         The parameters that the subspace was made for.
-    subspace : Subspace
+    subspace : Subspace or GroupedSubspace
     lr : float
         Learning rate, >= 0; in ``param_groups``, so that schedulers work.
     momentum : float
         In [0, 1).
+    weight_decay : float
+        >= 0; wd / 2 |w|^2 is added to the objective. The gradient is as in ``torch.optim.SGD``.
+    maximize : bool
+        Maximises what the closure returns.
     theta0 : Tensor of shape (d,), "current" or None
         Where to start; None is 0, "current" the projection of the current weights.
 
@@ -42,20 +48,30 @@ class PSGD(SubspaceOptimizer):
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what came. Nothing has moved then.
+
+    Notes
+    -----
+    Gradient scaling works as with torch's optimizers: ``scaler.scale(loss).backward()``,
+    ``scaler.step(optimizer)``, ``scaler.update()``.
     """
 
+    @names_options
     def __init__(
         self,
         params: Iterable[Any],
-        subspace: Subspace,
+        subspace: AffineSubspace,
         lr: float = 1.0,
         momentum: float = 0.9,
         *,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
         theta0: Tensor | Literal["current"] | None = None,
     ) -> None:
         defaults = {
-            "lr": check_number("PSGD", "lr", lr, 0.0),
+            "lr": check_lr("PSGD", lr),
             "momentum": check_number("PSGD", "momentum", momentum, 0.0, 1.0),
+            "weight_decay": check_number("PSGD", "weight_decay", weight_decay, 0.0),
+            "maximize": check_flag("PSGD", "maximize", maximize),
         }
         super().__init__(params, subspace, defaults, theta0)
         self._momentum = torch.zeros_like(self._theta)
@@ -74,31 +90,54 @@ class PSGD(SubspaceOptimizer):
         -------
         Tensor, float or None
             What the closure returned, detached.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The closure does not return a scalar loss; something else wrote to the weights since
+            the last step (see `resync`). Nothing has moved then.
         """
+        self._check_untouched()
         loss = None if closure is None else self._evaluator.first(closure)
+        value = math.nan if loss is None else number(loss)
+        if loss is not None:
+            self._check_first_loss(value)
         if not self._evaluator.has_gradient():
-            self._status = Status.NO_GRADIENT
-        elif loss is not None and not math.isfinite(number(loss)):
-            self._status = Status.NON_FINITE_LOSS
+            self._record(value, Status.NO_GRADIENT)
+        elif loss is not None and not math.isfinite(value):
+            self._record(value, Status.NON_FINITE_LOSS)
         else:
-            self._status = self._move()
+            self._move(value)
+        self._guard.remember()
         return loss.detach() if isinstance(loss, Tensor) else loss
 
-    def _move(self) -> Status:
-        c = self._projected(gradients(self._params))
-        if not bool(c.isfinite().all()):
-            return Status.NON_FINITE_GRADIENT
+    def _move(self, loss: float) -> None:
         group = self.param_groups[0]
+        objective = Objective(-1.0 if group["maximize"] else 1.0, float(group["weight_decay"]))
+        lists = [gradients(self._params), *([self._params] if objective.decay else [])]
+        rows = self._projected(*lists)
+        c = objective.factor * rows[0]
+        if objective.decay:
+            c.add_(rows[1], alpha=objective.decay)
+        size = float(torch.linalg.vector_norm(c))
+        if not math.isfinite(size):
+            self._record(loss, Status.NON_FINITE_GRADIENT, gradient_norm=size)
+            return
+        lr = float(group["lr"])
         self._momentum.mul_(group["momentum"]).add_(c)
-        self._theta.add_(self._momentum, alpha=-float(group["lr"]))
+        self._theta.add_(self._momentum, alpha=-lr)
         self._subspace.reconstruct_(self._params, self._to_basis(self._theta))
-        return Status.ACCEPTED
+        length = lr * float(torch.linalg.vector_norm(self._momentum))
+        self._record(loss, Status.ACCEPTED, gradient_norm=size, alpha=lr, step_length=length)
 
     def _own_state(self) -> dict[str, Any]:
         return {"momentum": self._momentum.clone()}
 
     def _checked_own_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
         return {"momentum": self._saved_tensor(state, "momentum", theta)}
+
+    def _carry(self, m: Tensor) -> None:
+        self._momentum = torch.mv(m, self._momentum)
 
     def _adopt(self, own: dict[str, Any]) -> None:
         self._momentum = own["momentum"]

@@ -1,0 +1,308 @@
+"""The mechanics of PBFGS: one iteration, and what it leaves behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._affine import AffineSubspace
+from .._params import flatten, gradients
+from . import bfgs, policy
+from ._base import SubspaceOptimizer
+from ._closure import Closure, Loss
+from ._good import GoodPoint
+from ._objective import Objective
+from ._pairs import Pairs
+from ._replay import Replay, buffer_list
+from ._scaler import ScaleKeeper
+from ._trials import Trials, search
+from ._walk import Walk
+from .history import Curvature
+from .line_search import SearchResult
+from .rules import BFGS, LBFGS, SR1, Rule
+from .status import Status
+
+__all__ = ["QuasiNewton"]
+
+
+class QuasiNewton(SubspaceOptimizer):
+    """Binds together what is kept between steps; each part has a module of its own.
+
+    The flat point and the direction (`Walk`), curvature (`Rule`), the last step (`Pairs`), the way
+    back (`GoodPoint`), random state and buffers (`Replay`), the scale of gradients (`ScaleKeeper`).
+    """
+
+    _walk: Walk
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        subspace: AffineSubspace,
+        defaults: dict[str, Any],
+        theta0: Tensor | Literal["current"] | None,
+        buffers: nn.Module | Iterable[Tensor] | None,
+        grad_scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        replayed, scale = buffer_list(buffers), ScaleKeeper(grad_scaler)
+        super().__init__(params, subspace, defaults, theta0)
+        self._replay = Replay(self._params[0].device, replayed)
+        self._scale = scale
+        self._evaluator.scaler = scale.scaler
+        self._rule = self._first_rule()
+        self._pairs = Pairs()
+        self._good = GoodPoint()
+        self._learnt: Curvature = "none"  # since the last record
+
+    def _first_evaluation(self, closure: Closure) -> Loss:
+        """Loss and gradients at the weights; with "overlap" at the last ones too, before that."""
+        overlap = self._pairs.overlaps(self.param_groups[0]["curvature"])
+        if overlap:
+            self._walk.trial(-self._pairs.alpha)
+        loss = self._evaluator.first(closure)
+        self._replay.mark()
+        if overlap:
+            self._keep_gradient()
+            self._walk.put_back()
+            self._replay.rewind()
+            loss = self._evaluator.again(closure, graph=True)
+            self._evaluator.backward(loss)
+        return loss
+
+    def _iterate(
+        self, closure: Closure, loss: float, inner: bool, more: bool, known: dict[str, Any]
+    ) -> Status:
+        """Direction, search and move, with the gradients at the weights in place.
+
+        ``inner`` says that they are those of this closure's last accepted trial, ``more`` that
+        another iteration may follow. Puts what it finds for the record into ``known``.
+        """
+        group, objective = self.param_groups[0], self._objective()
+        if not self._evaluator.has_gradient():
+            return Status.NO_GRADIENT
+        if not math.isfinite(loss):
+            return Status.NON_FINITE_LOSS
+        gradient = gradients(self._params)
+        c, pair = self._pairs.coordinates(
+            self._projected, gradient, self._walk.point, objective, group["curvature"], inner
+        )
+        if pair is not None:
+            self._learn(*pair)
+        known["curvature"], self._learnt = self._learnt, "none"
+        known["gradient_norm"] = size = float(torch.linalg.vector_norm(c))
+        if (status := policy.at_start(size, group["tolerance_grad"])) is not None:
+            return status
+        self._good.see(self._theta, loss=True, gradient=True)
+        direction = self._direction(c)
+        known["condition"] = self._rule.condition
+        if direction is None:  # |c|^2 over- or underflows
+            return Status.LINE_SEARCH_FAILED
+        p, slope = direction
+        length = float(torch.linalg.vector_norm(p))
+        residual = self._aim(p, c, gradient, objective)
+        del gradient  # the next evaluation may use its memory
+        trials = Trials(closure, self._evaluator, self._replay, self._params, self._walk, objective)
+        wanted = more or group["curvature"] == "same_batch"
+        before = objective.sign * loss
+        result = search(trials, group, before, slope, length, wanted, self._rule.fresh)
+        known["trials"] = result.evaluations
+        status, after = result.status, math.nan
+        if status.moved:
+            status, after = self._settle(trials, result, wanted)
+        if not status.moved:
+            return status
+        self._advance(result.alpha, p, residual)
+        seen = residual is None and math.isfinite(after)
+        self._good.see(self._theta, loss=seen, gradient=seen and wanted)
+        self._pairs.put(result.alpha, p, c)
+        self._rule.accepted(result.alpha, before - after)
+        known["alpha"], known["step_length"] = result.alpha, result.alpha * length
+        known["loss_after"] = trials.raw_loss
+        return status
+
+    def _settle(self, trials: Trials, result: SearchResult, wanted: bool) -> tuple[Status, float]:
+        """Leaves the model as the accepted trial does; how that ended, and the objective there."""
+        if not wanted and result.evaluations == 0:  # no search, and nothing to learn here
+            self._walk.trial(result.alpha)
+            return result.status, math.nan
+        after, slope = trials.settle(result.alpha, gradient=wanted), 0.0
+        if wanted:
+            # NaN and infinity reach the slope whatever they are multiplied with.
+            slope = float(torch.dot(self._keep_gradient(), self._walk.direction))
+        return policy.after_search(after, slope) or result.status, after
+
+    def _stay(self, status: Status) -> Status:
+        """Ends an iteration that did not move."""
+        if self._scale.overflowed(status):
+            self._put_back()
+            self._pairs.drop()
+        elif policy.forgets(status):
+            good = self._good.instead(status)
+            if good is not None:
+                status = Status.RESTORED
+                self._theta.copy_(good)
+                self._walk.retreat(self._to_basis(self._theta))
+                self._good.see(self._theta, loss=True, gradient=True)
+            self._put_back()
+            self._reset()
+            self._walk.forget_residual()
+        return status
+
+    def _keep_gradient(self) -> Tensor:
+        return self._pairs.keep(gradients(self._params), self._walk.point, self._scale.value)
+
+    def _learn(self, s: Tensor, y: Tensor, hs: Tensor) -> None:
+        group = self.param_groups[0]
+        self._learnt = self._rule.learn(
+            s,
+            y,
+            hs,
+            damped=group["damping"] == "powell",
+            published=self._published_rule(),
+            shrink=group["first_step"] is not None,
+        )
+
+    def _published_rule(self) -> bool:
+        wanted = {"update": "bfgs", "curvature": "consecutive", "damping": None}
+        return all(self.param_groups[0][key] == value for key, value in wanted.items())
+
+    def _first_rule(self) -> Rule:
+        group, guess = self.param_groups[0], self._first_guess()
+        if group["update"] == "lbfgs":
+            return LBFGS(guess, group["history_size"])
+        return BFGS(guess) if group["update"] == "bfgs" else SR1(guess)
+
+    def _first_guess(self) -> Tensor:
+        known = None if self._published_rule() else self._subspace.singular_values
+        return bfgs.first_guess(self._subspace.dim, known)
+
+    def _reset(self) -> None:
+        """Forgets all curvature."""
+        self._rule.guess = self._first_guess()
+        self._rule.reset()
+        self._pairs.drop()
+
+    def _objective(self) -> Objective:
+        group = self.param_groups[0]
+        sign = -1.0 if group["maximize"] else 1.0
+        return Objective(sign, float(group["weight_decay"]), self._scale.value)
+
+    def _direction(self, c: Tensor) -> tuple[Tensor, float] | None:
+        """p = -B c and its slope, from the first guess if B has none."""
+        direction = self._rule.direction(c)
+        if direction is None:
+            self._reset()
+            direction = self._rule.direction(c)
+        return direction
+
+    def _aim(
+        self, p: Tensor, c: Tensor, gradient: list[Tensor], objective: Objective
+    ) -> Tensor | None:
+        """u = P p; and the momentum of g - P P^T g as it will be if the step is accepted."""
+        group, theta = self.param_groups[0], self._to_basis(p)
+        if group["residual_lr"] == 0.0:
+            self._walk.aim(theta)
+            return None
+        whole = objective.gradient(gradient, self._walk.point)
+        return self._walk.aim_outside(theta, self._to_basis(c), whole, group["residual_momentum"])
+
+    def _advance(self, alpha: float, p: Tensor, residual: Tensor | None) -> None:
+        """Carries theta and the flat point along with the accepted weights."""
+        self._theta.add_(p, alpha=alpha)
+        self._walk.advance(alpha, self._to_basis(self._theta))
+        if residual is not None:
+            self._walk.leave_subspace(residual, self.param_groups[0]["residual_lr"])
+
+    def _put_back(self) -> None:
+        """Weights and buffers as before the step, bit for bit."""
+        self._walk.put_back()
+        self._replay.restore_buffers()
+
+    # What the base class asks for.
+
+    def resync(self) -> None:
+        """Accepts weights that something else wrote, and goes on from there.
+
+        Without it a step refuses such weights. With ``residual_lr=0`` they are moved to the
+        nearest point of the subspace (with a warning in the logger ``dldr_ext`` if that is further
+        than rounding); otherwise they stay, and the origin moves. B keeps what it has learnt.
+        """
+        if self.param_groups[0]["residual_lr"] == 0.0:
+            super().resync()
+        else:
+            self._set_theta(self._first_theta("PBFGS", "current"))
+            weights = flatten(self._params, self._walk.point.dtype)
+            self._walk.stay_outside(self._to_basis(self._theta), weights)
+            self._guard.remember()
+        self._pairs.drop()
+        self._good.forget()
+
+    def change_subspace(self, subspace: AffineSubspace) -> None:
+        self._learn_early()
+        super().change_subspace(subspace)
+
+    change_subspace.__doc__ = SubspaceOptimizer.change_subspace.__doc__
+
+    def _expected_weights(self) -> Tensor:
+        return self._walk.point
+
+    def _carry(self, m: Tensor) -> None:
+        self._rule.carry(m, self._first_guess())
+        # What gradients before the change were in the new directions is not known.
+        self._pairs, self._good = Pairs(), GoodPoint()
+
+    def _learn_early(self) -> None:
+        """What the next step would learn first, to the bit."""
+        if self.param_groups[0]["curvature"] == "same_batch":
+            pair = self._pairs.early(self._projected, self._walk.point, self._objective())
+            if pair is not None:
+                self._learn(*pair)
+
+    def _start_at(self, point: Tensor) -> None:
+        self._walk = Walk(self._subspace, self._params, point)
+
+    def _own_state(self) -> dict[str, Any]:
+        self._learn_early()
+        return {
+            **self._walk.state(),
+            **self._pairs.state(self._walk.direction, self.param_groups[0]["curvature"]),
+            **self._rule.state(),
+            **self._good.state(),
+            **self._scale.state(),
+        }
+
+    def _checked_own_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
+        numbers = {
+            "since_anchor": int,
+            "last_shift": float,
+            "previous_alpha": float,
+            "loss_seen": bool,
+            "gradient_seen": bool,
+            "finite_steps": int,
+        }
+        short = ("previous_step", "previous_coordinates", "previous_believed", "good")
+        flat = ("residual", "moved_origin", "previous_direction")
+        optional = dict.fromkeys(short, theta) | dict.fromkeys(flat, self._walk.point)
+        own = {key: kind(state[key]) for key, kind in numbers.items()}
+        for key, like in optional.items():
+            own[key] = None if state[key] is None else self._saved_tensor(state, key, like)
+        own["point"] = self._saved_tensor(state, "point", self._walk.point)
+        try:
+            own["rule"] = self._rule.checked(state, len(theta))
+        except ValueError as error:
+            raise ValueError(f"PBFGS: state_dict: {error}") from None
+        origin = own["moved_origin"]
+        self._check_point(own["point"], self._subspace.origin if origin is None else origin, theta)
+        return own
+
+    def _adopt(self, own: dict[str, Any]) -> None:
+        self._walk.load(own)
+        if own["previous_direction"] is not None:
+            self._walk.direction = own["previous_direction"]
+        self._rule = self._first_rule()
+        self._rule.load(own["rule"])
+        for part in (self._pairs, self._good, self._scale):
+            part.load(own)

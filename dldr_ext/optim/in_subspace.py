@@ -1,0 +1,191 @@
+"""Any optimizer of torch in a subspace."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .._affine import AffineSubspace
+from .._params import gradients
+from ._base import SubspaceOptimizer
+from ._closure import Closure, Loss, number
+from .status import Status
+
+__all__ = ["InSubspace"]
+
+
+class InSubspace(SubspaceOptimizer):
+    """Lets an optimizer of torch work on the d coordinates: ``torch.optim.Adam`` gives P-Adam.
+
+    A step projects the gradient, c = P^T g, lets the optimizer step theta with the gradient c and
+    writes w = w0 + P theta: two passes over the basis. The state of the optimizer (Adam's moments)
+    takes d numbers each instead of n. Constructing it puts the model at origin + P theta0 and logs
+    a warning (logger ``dldr_ext``) if that moved the weights.
+
+    Parameters
+    ----------
+    params : iterable of Tensor
+        The parameters that the subspace was made for.
+    subspace : Subspace or GroupedSubspace
+    optimizer : type
+        A subclass of ``torch.optim.Optimizer``. One that evaluates the closure several times a
+        step (``torch.optim.LBFGS``) costs two passes for each evaluation.
+    theta0 : Tensor of shape (d,), "current" or None
+        Where to start; None is 0, "current" the projection of the current weights.
+    **options
+        Of the optimizer, such as ``lr``; in ``param_groups``, so that schedulers work. They act on
+        theta: weight decay pulls towards the origin of the subspace.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came; also what the optimizer raises about
+        its options. Nothing has moved then.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        subspace: AffineSubspace,
+        optimizer: type[torch.optim.Optimizer],
+        *,
+        theta0: Tensor | Literal["current"] | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(optimizer, type) or not issubclass(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "InSubspace: optimizer: expected a class such as torch.optim.Adam, got "
+                f"{optimizer!r}"
+            )
+        probe = optimizer([torch.zeros(1, requires_grad=True)], **options)  # checks the options
+        super().__init__(params, subspace, probe.defaults, theta0)
+        self._make, self._options = optimizer, options
+        self._renew()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's LBFGS, for one, cannot be copied or pickled: it is made anew from its state.
+        state = super().__getstate__()
+        state["_inner"] = state["_inner"].state_dict()["state"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_inner" in state:  # torch loads a state dict this way too
+            self._renew()
+            self._load_inner(state["_inner"])
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Loss | None:  # type: ignore[override]
+        """One step of the optimizer.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Returns the loss, with or without having called backward (see `PBFGS.step`). Without
+            it the gradients that the parameters hold are used.
+
+        Returns
+        -------
+        Tensor, float or None
+            What the closure returned, detached.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The closure does not return a scalar loss; something else wrote to the weights since
+            the last step (see `resync`). Nothing has moved then.
+        """
+        self._check_untouched()
+        loss = None if closure is None else self._evaluator.first(closure)
+        value = math.nan if loss is None else number(loss)
+        if loss is not None:
+            self._check_first_loss(value)
+        if not self._evaluator.has_gradient():
+            self._record(value, Status.NO_GRADIENT)
+        elif loss is not None and not math.isfinite(value):
+            self._record(value, Status.NON_FINITE_LOSS)
+        else:
+            self._move(closure, loss, value)
+        self._guard.remember()
+        return loss.detach() if isinstance(loss, Tensor) else loss
+
+    def _move(self, closure: Closure | None, loss: Loss | None, value: float) -> None:
+        self._project_gradient()
+        size = float(torch.linalg.vector_norm(self._theta.grad))
+        if not math.isfinite(size):
+            self._record(value, Status.NON_FINITE_GRADIENT, gradient_norm=size)
+            return
+        options = {key: value for key, value in self.param_groups[0].items() if key != "params"}
+        self._inner.param_groups[0].update(options)
+        before, calls = self._theta.detach().clone(), self._evaluator.calls
+        try:
+            if closure is None:
+                self._inner.step()
+            else:
+                self._inner.step(self._closure_of_theta(closure, loss))
+        finally:
+            self._write_weights()
+            self._guard.remember()
+        self._record(
+            value,
+            Status.ACCEPTED,
+            gradient_norm=size,
+            alpha=float(options.get("lr", math.nan)),
+            step_length=float(torch.linalg.vector_norm(self._theta - before)),
+            trials=self._evaluator.calls - calls,
+        )
+
+    def _closure_of_theta(self, closure: Closure, loss: Any) -> Callable[[], Any]:
+        """The closure as the optimizer of theta calls it; the first evaluation has been made."""
+        known = [loss]
+
+        @torch.no_grad()
+        def evaluate() -> Any:
+            if known:
+                return known.pop()
+            self._write_weights()
+            again = self._evaluator.first(closure)
+            self._project_gradient()
+            return again
+
+        return evaluate
+
+    def _project_gradient(self) -> None:
+        (self._theta.grad,) = self._projected(gradients(self._params))
+
+    def _write_weights(self) -> None:
+        self._subspace.reconstruct_(self._params, self._to_basis(self._theta))
+
+    def _renew(self) -> None:
+        """A new optimizer for theta."""
+        self._theta.requires_grad_()
+        self._inner = self._make([self._theta], **self._options)
+
+    def _load_inner(self, state: dict[Any, Any]) -> None:
+        groups = self._inner.state_dict()["param_groups"]
+        self._inner.load_state_dict({"state": state, "param_groups": groups})
+
+    def _own_state(self) -> dict[str, Any]:
+        state = copy.deepcopy(self._inner.state_dict()["state"])
+        return {"optimizer": self._make.__name__, "optimizer_state": state}
+
+    def _checked_own_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
+        if state["optimizer"] != self._make.__name__:
+            raise ValueError(
+                f"InSubspace: state_dict: optimizer: expected {self._make.__name__}, got "
+                f"{state['optimizer']}"
+            )
+        return {"state": copy.deepcopy(state["optimizer_state"])}
+
+    def _adopt(self, own: dict[str, Any]) -> None:
+        self._load_inner(own["state"])
+        with torch.no_grad():
+            self._write_weights()
+
+    def _carry(self, m: Tensor) -> None:
+        self._renew()  # what its state means is the optimizer's business

@@ -1,0 +1,38 @@
+"""The programs of docs/guide.md run as written, one after the other."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from optim_problems import one_thread  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "docs" / "guide.md").read_text()
+
+
+def test_every_program_runs_and_trains() -> None:
+    pytest.importorskip("rich")
+    names: dict[str, Any] = {}
+    first, *programs = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    exec(first, names)
+    start = names["trajectory"].anchor.clone()
+    for program in programs:
+        torch.nn.utils.vector_to_parameters(start.clone(), names["model"].parameters())
+        with torch.no_grad():
+            before = names["loss"]().item()
+        exec(program, names)
+        with torch.no_grad():
+            after = names["loss"]().item()
+        assert after < 0.85 * before, program
+        if "optimizer.step" in program:
+            assert names["optimizer"].status.moved, program
+            assert len(names["optimizer"].history) >= 10, program
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((\.\./[^)]+)\)", TEXT):
+        assert (ROOT / "docs" / target).exists(), target
