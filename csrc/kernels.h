@@ -115,10 +115,12 @@ struct QuasiNewtonArgs {
   bool damped = false;     // Powell's damping
   bool published = false;  // the rule of the paper's code instead
   double* p = nullptr;
-  double* info = nullptr;  // c.p, |c|, 1 if b learned, 1 if it was reset, 1 if p goes downhill
+  double* info = nullptr;  // kQuasiNewtonInfo numbers
   double* scratch = nullptr;
 };
-constexpr int64_t kQuasiNewtonInfo = 5;
+// What is said of a step: c.p, |c|, whether b learned (2: from a damped y), was reset, whether p
+// goes downhill, a lower bound on b's condition number (NaN unless it learned), |p|.
+constexpr int64_t kQuasiNewtonInfo = 7;
 constexpr int64_t quasi_newton_scratch(int64_t dim) { return dim * (dim + 3); }
 
 struct CpuKernels {

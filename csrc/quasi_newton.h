@@ -32,13 +32,16 @@ class QuasiNewton {
 
   // Every thread of the team calls it; `info` and `p` are written by all, b by their owners.
   DLDR_HOST_DEVICE void run() {
-    double learned = 0, reset = 0;
+    double learned = 0, reset = 0, bound = NAN;
     if (args_.s != nullptr) {
-      learned = learn() ? 1 : 0;
-      if (learned != 0 && !args_.published && !well_conditioned()) {
-        learned = 0;
-        reset = 1;
-        forget();
+      learned = learn();
+      if (learned != 0 && !args_.published) {
+        bound = condition();
+        if (!(bound < kCondition)) {
+          learned = 0;
+          reset = 1;
+          forget();
+        }
       }
     }
     const double size = std::sqrt(dot(args_.c, args_.c));
@@ -48,8 +51,13 @@ class QuasiNewton {
       reset = 1;
       slope = direction();
     }
-    const double values[kQuasiNewtonInfo] = {slope, size, learned, reset,
-                                             descends(slope, size) ? 1.0 : 0.0};
+    const double values[kQuasiNewtonInfo] = {slope,
+                                             size,
+                                             learned,
+                                             reset,
+                                             descends(slope, size) ? 1.0 : 0.0,
+                                             bound,
+                                             std::sqrt(dot(args_.p, args_.p))};
     team_.each(kQuasiNewtonInfo, [&](int64_t i) { args_.info[i] = values[i]; });
   }
 
@@ -72,7 +80,8 @@ class QuasiNewton {
     team_.sync();
   }
 
-  DLDR_HOST_DEVICE bool learn() {
+  // 1 if b learned, 2 from a damped y, else 0.
+  DLDR_HOST_DEVICE double learn() {
     double* const y = args_.scratch;
     double* const by = y + d_;
     double* const v = by + d_;
@@ -81,17 +90,18 @@ class QuasiNewton {
     team_.sync();
     const double ss = dot(s, s);
     double yy = dot(y, y), sy = dot(s, y), factor = 1;
+    bool damped = false;
     if (args_.published) {
-      if (!(sy > kPublished)) return false;
+      if (!(sy > kPublished)) return 0;
     } else {
-      if (!(std::isfinite(ss + yy + sy) && ss > kTiny && yy > kTiny)) return false;
+      if (!(std::isfinite(ss + yy + sy) && ss > kTiny && yy > kTiny)) return 0;
       if (args_.fresh) {
         multiply(y, by);
         const double scale = sy / dot(y, by);
         if (scale > 1) factor = scale;
       }
-      if (args_.damped) damp(y, factor, yy, sy);
-      if (!(sy > kCurvature * std::sqrt(ss * yy))) return false;
+      if (args_.damped) damped = damp(y, factor, yy, sy);
+      if (!(sy > kCurvature * std::sqrt(ss * yy))) return 0;
     }
     if (factor != 1) {
       team_.each(d_ * d_, [&](int64_t i) { args_.b[i] *= factor; });
@@ -107,30 +117,32 @@ class QuasiNewton {
       args_.b[k] += s[i] * v[j] + v[i] * s[j];
     });
     team_.sync();
-    return true;
+    return damped ? 2 : 1;
   }
 
   // Powell's damping of y: it keeps a part of the curvature s.B^-1 s that B, times `factor`,
-  // believes in.
-  DLDR_HOST_DEVICE void damp(double* y, double factor, double& yy, double& sy) const {
+  // believes in. Whether it had to change y.
+  DLDR_HOST_DEVICE bool damp(double* y, double factor, double& yy, double& sy) const {
     const double believed = dot(args_.s, args_.hs) / factor;
-    if (sy >= kPowell * believed) return;
+    if (sy >= kPowell * believed) return false;
     const double t = (1 - kPowell) * believed / (believed - sy);
     team_.each(d_, [&](int64_t i) { y[i] = t * y[i] + (1 - t) * (args_.hs[i] / factor); });
     team_.sync();
     yy = dot(y, y);
     sy = dot(args_.s, y);
+    return true;
   }
 
-  // Whether B is positive definite by a safe margin: by the diagonal of its Cholesky factor.
-  DLDR_HOST_DEVICE bool well_conditioned() const {
+  // A lower bound on B's condition number, from the diagonal of its Cholesky factor; infinite if B
+  // is not positive definite.
+  DLDR_HOST_DEVICE double condition() const {
     double* const factor = args_.scratch + 3 * d_;
     team_.each(d_ * d_, [&](int64_t i) { factor[i] = args_.b[i]; });
     team_.sync();
     double smallest = INFINITY, largest = 0;
     for (int64_t k = 0; k < d_; ++k) {
       const double pivot = factor[k * d_ + k];
-      if (!(pivot > 0)) return false;
+      if (!(pivot > 0)) return INFINITY;
       smallest = pivot < smallest ? pivot : smallest;
       largest = pivot > largest ? pivot : largest;
       // Rows below the pivot; row k stays as it is: entry (i, j) loses f_ik f_jk / pivot.
@@ -140,7 +152,7 @@ class QuasiNewton {
       });
       team_.sync();
     }
-    return largest < kCondition * smallest;  // the pivots are squares of the factor's diagonal
+    return largest / smallest;  // the pivots are squares of the factor's diagonal
   }
 
   DLDR_HOST_DEVICE void forget() const {

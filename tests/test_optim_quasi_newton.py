@@ -17,8 +17,10 @@ quasi_newton_ = torch.ops.dldr_ext.quasi_newton_
 
 def step_by_step(
     b: Tensor, guess: Tensor, c: Tensor, s: Tensor, y: Tensor, hs: Tensor, **rule: bool
-) -> tuple[Tensor, Tensor, bool]:
-    """The same with small tensors: the next B, the direction and whether B was set back."""
+) -> tuple[Tensor, Tensor, bool, int]:
+    """The same with small tensors: the next B, the direction, whether B was set back, and learnt
+    (2: from a damped y)."""
+    result = None
     if rule["published"]:
         new = bfgs.published_update(b, s, y)
     else:
@@ -26,13 +28,14 @@ def step_by_step(
         new = None if result is None else result[0]
     singular = new is not None and bfgs.condition(new) >= bfgs.CONDITION_LIMIT
     reset = singular and not rule["published"]
+    learnt = 0 if new is None or reset else 2 if result is not None and result[1] else 1
     b = torch.diag(guess) if reset else b if new is None else new
     direction = bfgs.descent_direction(b, c)
     if direction is None:
         b, reset = torch.diag(guess), True
         direction = bfgs.descent_direction(b, c)
     assert direction is not None
-    return b, direction[0], reset
+    return b, direction[0], reset, learnt
 
 
 @given(
@@ -54,7 +57,7 @@ def test_the_op_follows_the_functions(dim, seed, sign, log_scale, fresh, name) -
     s, hs = -0.5 * b @ before, -0.5 * before
     y = sign * 10**log_scale * (torch.linalg.solve(b, s) + 0.1 * noise)
     rule = {"fresh": fresh, "damped": name == "damped", "published": name == "published"}
-    right_b, right_p, reset = step_by_step(b, guess, c, s, y, hs, **rule)
+    right_b, right_p, reset, learnt = step_by_step(b, guess, c, s, y, hs, **rule)
     mine = b.clone()
     p, info = quasi_newton_(mine, guess, c, s, y, hs, **rule)
     scale = float(right_b.abs().max())
@@ -62,7 +65,9 @@ def test_the_op_follows_the_functions(dim, seed, sign, log_scale, fresh, name) -
     torch.testing.assert_close(p, right_p, rtol=1e-6, atol=1e-8 * scale * float(c.abs().max()))
     torch.testing.assert_close(info[0], c @ p, rtol=1e-9, atol=0.0)
     assert bool(info[3]) == reset
+    assert info[2] == learnt
     assert info[4] == 1
+    torch.testing.assert_close(info[6], torch.linalg.vector_norm(p), rtol=1e-9, atol=0.0)
     assert torch.equal(mine, mine.T)
 
 

@@ -36,7 +36,7 @@ _HISTORY = 1000
 class SubspaceOptimizer(torch.optim.Optimizer):
     """A ``torch.optim.Optimizer`` whose only unknowns are the d coordinates theta of a subspace.
 
-    Keeps theta in float64 on the CPU (it is d numbers) and the rules that its subclasses share.
+    Keeps theta in float64 (it is d numbers) and the rules that its subclasses share.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         theta = subspace.coordinates(self._params)
         m = overlap(subspace, self._subspace)
         self._subspace = subspace
-        self._theta = theta.to(device="cpu", dtype=torch.float64)
+        self._theta = theta.to(device=self._vector_device, dtype=torch.float64)
         self._carry(m)
         self._place(name, "their projection on the new subspace")
 
@@ -253,6 +253,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     # What subclasses use.
 
+    @property
+    def _vector_device(self) -> torch.device:
+        """Where theta and other d-vectors are."""
+        return torch.device("cpu")
+
     def _set_theta(self, theta: Tensor) -> None:
         with torch.no_grad():
             self._theta.copy_(theta)
@@ -281,8 +286,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return vector.to(device=subspace.device, dtype=subspace.coordinate_dtype, copy=copy)
 
     def _projected(self, *lists: list[Tensor]) -> Tensor:
-        """c = P^T g of each list, (len(lists), d) float64 on the CPU. One pass over the basis."""
-        return self._subspace.project_many(lists).to(device="cpu", dtype=torch.float64)
+        """c = P^T g of each list, (len(lists), d) float64. One pass over the basis."""
+        c = self._subspace.project_many(lists)
+        return c.to(device=self._vector_device, dtype=torch.float64)
 
     def _saved_tensor(self, state: dict[str, Any], key: str, like: Tensor) -> Tensor:
         """A copy of a saved tensor, on the device and in the dtype of ``like``."""
@@ -330,7 +336,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _first_theta(self, name: str, theta0: Tensor | str | None) -> Tensor:
         dim = self._subspace.dim
         if theta0 is None:
-            return torch.zeros(dim, dtype=torch.float64, device="cpu")
+            return torch.zeros(dim, dtype=torch.float64, device=self._vector_device)
         if isinstance(theta0, str) and theta0 == "current":
             theta = self._subspace.coordinates(self._params)
         elif isinstance(theta0, Tensor):
@@ -347,7 +353,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             )
         if not bool(theta.isfinite().all()):
             raise ValueError(f"{name}: theta0: expected finite numbers, got NaN or infinity")
-        return theta.to(device="cpu", dtype=torch.float64, copy=True)
+        return theta.to(device=self._vector_device, dtype=torch.float64, copy=True)
 
     def _place(self, name: str, given: str | None) -> None:
         """Puts the model at origin + P theta and says so if it was elsewhere."""

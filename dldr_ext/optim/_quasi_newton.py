@@ -19,7 +19,7 @@ from ._objective import Objective
 from ._pairs import Pairs
 from ._replay import Replay, buffer_list
 from ._scaler import ScaleKeeper
-from ._trials import Trials, search
+from ._trials import Start, Trials, read_together, search
 from ._walk import Walk
 from .history import Curvature
 from .line_search import SearchResult
@@ -37,6 +37,7 @@ class QuasiNewton(SubspaceOptimizer):
     """
 
     _walk: Walk
+    _devices_ahead = ("cuda",)  # where numbers take long to reach the host
 
     def __init__(
         self,
@@ -56,6 +57,28 @@ class QuasiNewton(SubspaceOptimizer):
         self._pairs = Pairs()
         self._good = GoodPoint()
         self._learnt: Curvature = "none"  # since the last record
+
+    @property
+    def _vector_device(self) -> torch.device:
+        """Where theta and all other d-vectors are: with the weights if a step can run ahead."""
+        device = self._params[0].device
+        ahead = device.type in self._devices_ahead and self.defaults["update"] == "bfgs"
+        return device if ahead else super()._vector_device
+
+    def _runs_ahead(self) -> bool:
+        """Whether the first trial can be made before the host knows any number of the step."""
+        group = self.param_groups[0]
+        return (
+            self._params[0].device.type in self._devices_ahead
+            and isinstance(self._rule, BFGS)
+            and group["line_search_fn"] == "armijo"
+            and group["first_step"] is None
+            and group["weight_decay"] == 0.0
+            and group["max_iter"] == 1
+            and group["lr"] != 0.0
+            and self._scale.scaler is None
+            and self._evaluator.has_gradient()
+        )
 
     def _first_evaluation(self, closure: Closure) -> Loss:
         """Loss and gradients at the weights; with "overlap" at the last ones too, before that."""
@@ -105,33 +128,96 @@ class QuasiNewton(SubspaceOptimizer):
         residual = self._aim(p, c, gradient, objective)
         del gradient  # the next evaluation may use its memory
         trials = Trials(closure, self._evaluator, self._replay, self._params, self._walk, objective)
+        line = Start(objective.sign * loss, slope, length)
+        return self._move(trials, line, p, c, residual, more, known)
+
+    def _iterate_ahead(self, closure: Closure, first: Loss, known: dict[str, Any]) -> float:
+        """`_iterate` up to the first trial, before the host has read any number of the step.
+
+        All of them then come in one piece, so that a step waits for the GPU once a trial. Returns
+        the loss at the weights; puts the status, and what else it finds, into ``known``.
+        """
+        group, objective = self.param_groups[0], self._objective()
+        gradient = gradients(self._params)
+        c, pair = self._pairs.coordinates(
+            self._projected, gradient, self._walk.point, objective, group["curvature"], inner=False
+        )
+        rule, wanted = self._rule, group["curvature"] == "same_batch"
+        assert isinstance(rule, BFGS)
+        p, info = rule.run_ahead(
+            c, pair, damped=group["damping"] == "powell", published=self._published_rule()
+        )
+        residual = self._aim(p, c, gradient, objective)
+        del gradient
+        trials = Trials(closure, self._evaluator, self._replay, self._params, self._walk, objective)
+        still_fresh = rule.fresh and pair is None
+        after = trials.run_ahead(float(group["lr"]), graph=wanted and not still_fresh)
+        loss, trials.raw_loss, *found = read_together([first, after], info)
+        slope, size, learnt, reset, downhill, condition, length = found
+        heeded = rule.heed(learnt, reset, condition)
+        known["curvature"] = heeded if pair is not None else "none"
+        known["gradient_norm"], known["condition"] = size, rule.condition
+        self._check_first_loss(loss)
+        if not math.isfinite(loss):
+            status: Status | None = Status.NON_FINITE_LOSS
+        else:
+            status = policy.at_start(size, group["tolerance_grad"])
+        if status is None:
+            self._good.see(self._theta, loss=True, gradient=True)
+            status = None if downhill else Status.LINE_SEARCH_FAILED
+        if status is None:
+            line = Start(objective.sign * loss, slope, length)
+            known["status"] = self._move(trials, line, p, c, residual, False, known)
+        else:
+            self._put_back()
+            known["status"] = status
+        return loss
+
+    def _move(
+        self,
+        trials: Trials,
+        line: Start,
+        p: Tensor,
+        c: Tensor,
+        residual: Tensor | None,
+        more: bool,
+        known: dict[str, Any],
+    ) -> Status:
+        """Searches along the direction and goes there; ``more`` as in `_iterate`."""
+        group = self.param_groups[0]
         wanted = more or group["curvature"] == "same_batch"
-        before = objective.sign * loss
-        result = search(trials, group, before, slope, length, wanted, self._rule.fresh)
+        ahead = trials.ahead
+        result = search(trials, group, line, wanted, self._rule.fresh)
         known["trials"] = result.evaluations
         status, after = result.status, math.nan
         if status.moved:
-            status, after = self._settle(trials, result, wanted)
+            status, after = self._settle(trials, result, wanted, look=not ahead)
         if not status.moved:
             return status
         self._advance(result.alpha, p, residual)
         seen = residual is None and math.isfinite(after)
-        self._good.see(self._theta, loss=seen, gradient=seen and wanted)
+        self._good.see(self._theta, loss=seen, gradient=seen and wanted and not ahead)
         self._pairs.put(result.alpha, p, c)
-        self._rule.accepted(result.alpha, before - after)
-        known["alpha"], known["step_length"] = result.alpha, result.alpha * length
+        self._rule.accepted(result.alpha, line.loss - after)
+        known["alpha"], known["step_length"] = result.alpha, result.alpha * line.length
         known["loss_after"] = trials.raw_loss
         return status
 
-    def _settle(self, trials: Trials, result: SearchResult, wanted: bool) -> tuple[Status, float]:
-        """Leaves the model as the accepted trial does; how that ended, and the objective there."""
+    def _settle(
+        self, trials: Trials, result: SearchResult, wanted: bool, look: bool
+    ) -> tuple[Status, float]:
+        """Leaves the model as the accepted trial does; how that ended, and the objective there.
+
+        Without ``look`` a gradient there that is not finite is left to the next step to find.
+        """
         if not wanted and result.evaluations == 0:  # no search, and nothing to learn here
             self._walk.trial(result.alpha)
             return result.status, math.nan
         after, slope = trials.settle(result.alpha, gradient=wanted), 0.0
         if wanted:
+            kept = self._keep_gradient()
             # NaN and infinity reach the slope whatever they are multiplied with.
-            slope = float(torch.dot(self._keep_gradient(), self._walk.direction))
+            slope = float(torch.dot(kept, self._walk.direction)) if look else 0.0
         return policy.after_search(after, slope) or result.status, after
 
     def _stay(self, status: Status) -> Status:
@@ -177,7 +263,7 @@ class QuasiNewton(SubspaceOptimizer):
 
     def _first_guess(self) -> Tensor:
         known = None if self._published_rule() else self._subspace.singular_values
-        return bfgs.first_guess(self._subspace.dim, known)
+        return bfgs.first_guess(self._subspace.dim, known).to(self._vector_device)
 
     def _reset(self) -> None:
         """Forgets all curvature."""

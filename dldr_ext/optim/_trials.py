@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -16,7 +18,26 @@ from ._replay import Replay
 from ._walk import Walk
 from .line_search import SearchResult, armijo, fixed, strong_wolfe
 
-__all__ = ["Trials", "search"]
+__all__ = ["Start", "Trials", "read_together", "search"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The objective and its slope at alpha = 0, and the length |p| of the direction."""
+
+    loss: float
+    slope: float
+    length: float
+
+
+def read_together(losses: list[Loss], info: Tensor) -> list[float]:
+    """Losses and a vector of numbers, in one transfer if they are on one device."""
+    waiting = [x for x in losses if isinstance(x, Tensor) and x.device == info.device]
+    parts = [x.detach().reshape(1).to(info.dtype) for x in waiting]
+    numbers = torch.cat([*parts, info]).tolist()
+    there = iter(numbers[: len(waiting)])
+    known = [next(there) if any(x is w for w in waiting) else number(x) for x in losses]
+    return known + numbers[len(waiting) :]
 
 
 class Trials:
@@ -43,25 +64,30 @@ class Trials:
         self._alpha = math.nan
         self._loss: Loss = math.nan
         self._graph = False
+        self.ahead = False  # `run_ahead` made the last trial, and `loss` has yet to give it
+        self.raw_loss = math.nan  # what the closure returned in the last trial
 
-    @property
-    def raw_loss(self) -> float:
-        """What the closure returned in the last trial."""
-        return number(self._loss)
+    def run_ahead(self, alpha: float, graph: bool) -> Loss:
+        """The trial that `loss` is going to be asked for first, without reading what comes out.
+
+        Its number is to be put into ``raw_loss`` once it is there.
+        """
+        self._evaluate(alpha, graph)
+        self.ahead = True
+        return self._loss
 
     def loss(self, alpha: float, graph: bool) -> float:
         """The objective at alpha (see `Line.loss`), with a graph for `gradient` if asked for."""
-        self._loss = math.nan  # frees the last trial's graph
-        self._replay.rewind()
-        self._walk.trial(alpha)
-        self._alpha, self._graph = alpha, graph or not self._evaluator.cheap_without_gradient
-        self._loss = self._evaluator.again(self._closure, graph)
+        if not (self.ahead and alpha == self._alpha):
+            self._evaluate(alpha, graph)
+            self.raw_loss = number(self._loss)
+        self.ahead = False
         return self._line.loss(self.raw_loss, alpha)
 
     def gradient(self) -> list[Tensor]:
         """The closure's gradients at the last trial, which has a graph."""
         self._evaluator.backward(self._loss)
-        self._loss = self.raw_loss
+        self._loss = math.nan
         return gradients(self._params)
 
     def slope(self) -> float:
@@ -77,13 +103,18 @@ class Trials:
             self.gradient()
         return self._line.loss(self.raw_loss, alpha)
 
+    def _evaluate(self, alpha: float, graph: bool) -> None:
+        self._loss = math.nan  # frees the last trial's graph
+        self._replay.rewind()
+        self._walk.trial(alpha)
+        self._alpha, self._graph = alpha, graph or not self._evaluator.cheap_without_gradient
+        self._loss = self._evaluator.again(self._closure, graph)
+
 
 def search(
     trials: Trials,
     group: dict[str, Any],
-    loss: float,
-    slope: float,
-    length: float,
+    line: Start,
     wanted: bool,
     fresh: bool,
 ) -> SearchResult:
@@ -94,10 +125,7 @@ def search(
     trials : Trials
     group : dict
         The options.
-    loss, slope : float
-        The objective and its slope at alpha = 0.
-    length : float
-        |p|.
+    line : Start
     wanted : bool
         The gradient is wanted at the accepted point.
     fresh : bool
@@ -105,7 +133,7 @@ def search(
     """
     alpha, kind = float(group["lr"]), group["line_search_fn"]
     if fresh and group["first_step"] is not None:
-        alpha = min(alpha, group["first_step"] / length)
+        alpha = min(alpha, group["first_step"] / line.length)
     if kind is None or alpha == 0.0:  # a schedule may end at 0: there is nothing to search
         return fixed(alpha)
     options = {name: group[name] for name in ("c1", "backtrack", "max_ls")}
@@ -113,8 +141,8 @@ def search(
         return strong_wolfe(
             lambda alpha: trials.loss(alpha, graph=True),
             lambda _: trials.slope(),
-            loss,
-            slope,
+            line.loss,
+            line.slope,
             alpha,
             c2=C2,
             **options,
@@ -123,8 +151,8 @@ def search(
     # at the accepted point. Worth it unless several trials are expected.
     return armijo(
         lambda alpha: trials.loss(alpha, graph=wanted and not fresh),
-        loss,
-        slope,
+        line.loss,
+        line.slope,
         alpha,
         interpolate=group["interpolate"],
         **options,

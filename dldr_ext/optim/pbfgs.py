@@ -13,6 +13,7 @@ from ._closure import Closure, Loss, number
 from ._options import names_options
 from ._pbfgs_options import checked
 from ._quasi_newton import QuasiNewton
+from .status import Status
 
 __all__ = ["PBFGS"]
 
@@ -215,20 +216,10 @@ class PBFGS(QuasiNewton):
         self._replay.begin()
         try:
             first = self._first_evaluation(closure)
-            loss = number(first)
-            self._check_first_loss(loss)
-            iterations = self.param_groups[0]["max_iter"]
-            for k in range(iterations):
-                more = k + 1 < iterations
-                known: dict[str, Any] = {}
-                status = self._iterate(closure, loss, k > 0, more, known)
-                if not status.moved:
-                    status = self._stay(status)
-                self._record(loss, status, **known)
-                if not more or "loss_after" not in known:
-                    break
-                self._replay.keep()
-                loss = known["loss_after"]
+            if self._runs_ahead():
+                self._one_ahead(closure, first)
+            else:
+                self._several(closure, number(first))
         except BaseException:
             self._put_back()
             self._guard.remember()
@@ -237,3 +228,24 @@ class PBFGS(QuasiNewton):
         self._scale.end(self._status)
         self._guard.remember()
         return first.detach() if isinstance(first, Tensor) else first
+
+    def _one_ahead(self, closure: Closure, first: Loss) -> None:
+        known: dict[str, Any] = {}
+        loss = self._iterate_ahead(closure, first, known)
+        self._end(known.pop("status"), loss, known)
+
+    def _several(self, closure: Closure, loss: float) -> None:
+        self._check_first_loss(loss)
+        iterations = self.param_groups[0]["max_iter"]
+        for k in range(iterations):
+            more = k + 1 < iterations
+            known: dict[str, Any] = {}
+            status = self._iterate(closure, loss, k > 0, more, known)
+            self._end(status, loss, known)
+            if not more or "loss_after" not in known:
+                break
+            self._replay.keep()
+            loss = known["loss_after"]
+
+    def _end(self, status: Status, loss: float, known: dict[str, Any]) -> None:
+        self._record(loss, status if status.moved else self._stay(status), **known)

@@ -16,14 +16,16 @@ from .history import Curvature
 
 __all__ = ["BFGS", "LBFGS", "SR1", "Rule"]
 
+_quasi_newton_ = torch.ops.dldr_ext.quasi_newton_.default
+
 
 class Rule(ABC):
-    """Curvature in d dimensions, float64 on the CPU.
+    """Curvature in d dimensions, float64.
 
     Attributes
     ----------
     guess : Tensor, shape (d, d)
-        The diagonal matrix B that `reset` goes back to.
+        The diagonal matrix B that `reset` goes back to; all other tensors are where it is.
     fresh : bool
         Nothing has been learnt since.
     condition : float
@@ -85,6 +87,30 @@ class BFGS(Rule):
         super().reset()
         self.b = self.guess.clone()
 
+    def run_ahead(
+        self, c: Tensor, pair: tuple[Tensor, ...] | None, *, damped: bool, published: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`learn` and `direction` as one op, of which nothing is read: p, and numbers for `heed`.
+
+        Where B has no direction it is set back, which `learn` and `direction` leave to the caller.
+        """
+        s, y, hs = pair or (None, None, None)
+        p, info = _quasi_newton_(
+            self.b, self.guess.diagonal(), c, s, y, hs,
+            fresh=self.fresh, damped=damped, published=published,
+        )  # fmt: skip
+        return p, info
+
+    def heed(self, learnt: float, reset: float, condition: float) -> Curvature:
+        """Takes note of what `run_ahead` did to B."""
+        if reset:
+            self.fresh, self.condition = True, math.nan
+            return "reset"
+        if not learnt:
+            return "skipped"
+        self.fresh, self.condition = False, condition
+        return "damped" if learnt == 2.0 else "updated"
+
     def direction(self, c: Tensor) -> tuple[Tensor, float] | None:
         return bfgs.descent_direction(self.b, c)
 
@@ -111,7 +137,7 @@ class BFGS(Rule):
         b, fresh, self.guess = self.b, self.fresh, guess
         self.reset()
         if not fresh:
-            b = carried(b, m)
+            b = carried(b.cpu(), m).to(guess.device)
             condition = bfgs.condition(b)
             if condition < bfgs.CONDITION_LIMIT:
                 self.b, self.fresh, self.condition = b, False, condition
@@ -120,7 +146,7 @@ class BFGS(Rule):
         return {"inverse_hessian": self.b.clone(), "fresh": self.fresh}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.b, self.fresh = state["inverse_hessian"], state["fresh"]
+        self.b, self.fresh = state["inverse_hessian"].to(self.guess.device), state["fresh"]
 
     @classmethod
     def checked(cls, state: dict[str, Any], dim: int) -> dict[str, Any]:

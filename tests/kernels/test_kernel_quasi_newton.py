@@ -9,7 +9,7 @@ RULES = {
     "plain": {"damped": False, "published": False},
     "published": {"damped": False, "published": True},
 }
-SLOPE, SIZE, LEARNED, RESET, DOWNHILL = range(5)
+SLOPE, SIZE, LEARNED, RESET, DOWNHILL, CONDITION, LENGTH = range(7)
 
 
 def problem(dim: int, seed: int, curvature: str) -> dict[str, np.ndarray]:
@@ -51,7 +51,15 @@ def test_a_block_agrees_with_one_thread(kernels, rule, curvature, fresh):
         np.testing.assert_allclose(info[SIZE], np.linalg.norm(given["c"]), rtol=1e-12)
         assert info[DOWNHILL] == 1
         learns = curvature == "positive" or (curvature == "negative" and rule == "damped")
-        assert info[LEARNED] == learns, dim
+        damped = rule == "damped" and curvature == "negative"
+        assert info[LEARNED] == (2 if damped else learns), dim
+        np.testing.assert_allclose(info[LENGTH], np.linalg.norm(p), rtol=1e-12)
+        assert np.isnan(info[CONDITION]) == (rule == "published" or not learns)
+        if learns and rule != "published":
+            diagonal = np.diag(np.linalg.cholesky(b))
+            np.testing.assert_allclose(
+                info[CONDITION], (diagonal.max() / diagonal.min()) ** 2, rtol=1e-6
+            )
         if info[LEARNED] and rule != "damped":
             np.testing.assert_allclose(b @ given["y"], given["s"], rtol=1e-7, atol=1e-9)
         if not info[LEARNED]:
@@ -77,14 +85,14 @@ def test_what_cannot_go_on_starts_anew(kernels, one_thread):
     b, p, info = solve(kernels, given, **options)
     assert np.array_equal(b, np.diag(given["guess"]))
     np.testing.assert_allclose(p, -given["guess"] * given["c"], rtol=1e-12)
-    assert list(info[LEARNED:]) == [0, 1, 1]
+    assert list(info[LEARNED:CONDITION]) == [0, 1, 1]
 
     given = problem(9, 3, "positive")
     given["b"] = np.diag(10.0 ** -np.arange(0.0, 18.0, 2.0))  # condition 1e16
     given["y"] = given["s"] = np.eye(9)[0]
     b, _, info = solve(kernels, given, **options)
     assert np.array_equal(b, np.diag(given["guess"]))
-    assert list(info[LEARNED:]) == [0, 1, 1]
+    assert list(info[LEARNED:CONDITION]) == [0, 1, 1]
 
     given = problem(9, 4, "none")
     given["c"][3] = np.nan
