@@ -25,6 +25,10 @@ class GoodPoint:
         if loss and gradient:
             self._theta = theta.clone()
 
+    def see_gradient(self, theta: Tensor) -> None:
+        """The gradient at the current theta was looked at later than the loss, and is finite."""
+        self.see(theta, self._loss, True)
+
     def instead(self, status: Status) -> Tensor | None:
         """Where to return to from a point that ended a step so; None: stay."""
         back = policy.goes_back(status, self._loss, self._gradient)

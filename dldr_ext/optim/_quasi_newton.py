@@ -152,12 +152,15 @@ class QuasiNewton(SubspaceOptimizer):
         trials = Trials(closure, self._evaluator, self._replay, self._params, self._walk, objective)
         still_fresh = rule.fresh and pair is None
         after = trials.run_ahead(float(group["lr"]), graph=wanted and not still_fresh)
-        loss, trials.raw_loss, *found = read_together([first, after], info)
-        slope, size, learnt, reset, downhill, condition, length = found
+        change = info.new_zeros(1) if pair is None else pair[1].sum().reshape(1)
+        loss, trials.raw_loss, *found = read_together([first, after], torch.cat([info, change]))
+        slope, size, learnt, reset, downhill, condition, length, change_sum = found
         heeded = rule.heed(learnt, reset, condition)
         known["curvature"] = heeded if pair is not None else "none"
         known["gradient_norm"], known["condition"] = size, rule.condition
         self._check_first_loss(loss)
+        if wanted and pair is not None and math.isfinite(change_sum):
+            self._good.see_gradient(self._theta)  # of the last closure, which nothing looked at yet
         if not math.isfinite(loss):
             status: Status | None = Status.NON_FINITE_LOSS
         else:
