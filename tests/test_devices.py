@@ -54,7 +54,16 @@ def subspace_of(problem, format):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-@pytest.mark.parametrize("options", [{}, PUBLISHED, {"line_search_fn": "strong_wolfe"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        PUBLISHED,
+        {"line_search_fn": "strong_wolfe"},
+        {"update": "sr1", "curvature": "overlap"},
+        {"update": "lbfgs", "weight_decay": 1e-3, "max_iter": 2},
+    ],
+)
 def test_pbfgs(format, options, device):
     problem = Problem()
     subspace = subspace_of(problem, format)
@@ -187,12 +196,21 @@ def test_new_tensors_do_not_follow_torchs_default_device(format):
     with torch.device("meta"):
         subspace = subspace_of(problem, format)
         assert subspace.basis.device == problem.inputs.device
-        for options in ({}, PUBLISHED, {"residual_lr": 0.1}):
+        for options in (
+            {},
+            PUBLISHED,
+            {"residual_lr": 0.1},
+            {"update": "sr1", "curvature": "overlap", "weight_decay": 1e-3},
+            {"update": "lbfgs", "residual_lr": 0.1, "weight_decay": 1e-3},
+        ):
             optimizer = PBFGS(problem.params, subspace, buffers=problem.model, **options)
             first = optimizer.step(problem.loss).item()
             for _ in range(3):
                 optimizer.step(problem.loss)
             assert optimizer.theta.device == problem.inputs.device
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.resync()
+            optimizer.step(problem.loss)
         sgd = PSGD(problem.params, subspace)
         assert sgd.step(problem.loss).item() == pytest.approx(first, rel=1e-3)
         assert sgd.status is Status.ACCEPTED

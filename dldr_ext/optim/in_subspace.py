@@ -62,7 +62,9 @@ class InSubspace(SubspaceOptimizer):
                 "InSubspace: optimizer: expected a class such as torch.optim.Adam, got "
                 f"{optimizer!r}"
             )
-        probe = optimizer([torch.zeros(1, requires_grad=True)], **options)  # checks the options
+        probe = optimizer(
+            [torch.zeros(1, device="cpu", requires_grad=True)], **options
+        )  # checks the options
         super().__init__(params, subspace, probe.defaults, theta0)
         self._make, self._options = optimizer, options
         self._renew()

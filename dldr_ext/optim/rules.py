@@ -165,13 +165,12 @@ class LBFGS(Rule):
 
     def state(self) -> dict[str, Any]:
         def rows(vectors: list[Tensor]) -> Tensor:
-            empty = torch.empty(0, len(self.guess), dtype=torch.float64)
-            return torch.stack(vectors) if vectors else empty
+            return torch.stack(vectors) if vectors else self.guess.new_empty(0, len(self.guess))
 
         return {
             "pair_steps": rows([s for s, _, _ in self.pairs]),
             "pair_changes": rows([y for _, y, _ in self.pairs]),
-            "pair_curvatures": torch.tensor([sy for *_, sy in self.pairs], dtype=torch.float64),
+            "pair_curvatures": self.guess.new_tensor([sy for *_, sy in self.pairs]),
         }
 
     def load(self, state: dict[str, Any]) -> None:
