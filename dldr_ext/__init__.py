@@ -7,7 +7,8 @@ Dimensional Trajectory Hypothesis is True: DNNs Can Be Trained in Tiny Subspaces
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,18 +20,13 @@ from . import (  # noqa: E402  (the ops exist only once the library is loaded)
     _registrations,  # noqa: F401  (registers on import)
     ops,
 )
-from .averaging import greedy_soup, uniform_soup, weight_averaging_subspace  # noqa: E402
-from .grouped import GroupedSubspace, layer_groups  # noqa: E402
-from .optim import (  # noqa: E402
-    PBFGS,
-    PSGD,
-    InSubspace,
-    Status,
-    StepRecord,
-    virtual_batch,
-)
 from .subspace import Subspace  # noqa: E402
 from .trajectory import Trajectory  # noqa: E402
+
+if TYPE_CHECKING:
+    from .averaging import greedy_soup, uniform_soup, weight_averaging_subspace
+    from .grouped import GroupedSubspace, layer_groups
+    from .optim import PBFGS, PSGD, InSubspace, Status, StepRecord, virtual_batch
 
 __version__ = "0.1.0"
 
@@ -51,6 +47,28 @@ __all__ = [
     "virtual_batch",
     "weight_averaging_subspace",
 ]
+
+
+# Loaded when first asked for: who wants the ops alone does not wait for the rest.
+_LATER = {
+    "optim": ("PBFGS", "PSGD", "InSubspace", "Status", "StepRecord", "virtual_batch"),
+    "averaging": ("greedy_soup", "uniform_soup", "weight_averaging_subspace"),
+    "grouped": ("GroupedSubspace", "layer_groups"),
+    "callbacks": (),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LATER.items():
+        if name == module or name in names:
+            loaded = import_module(f".{module}", __name__)
+            globals()[name] = result = loaded if name == module else getattr(loaded, name)
+            return result
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LATER})
 
 
 def build_info() -> dict[str, Any]:

@@ -7,7 +7,17 @@ import torch
 from published import PUBLISHED
 from torch import nn
 
-from dldr_ext import PBFGS, PSGD, Status, Subspace, Trajectory, ops
+from dldr_ext import (
+    PBFGS,
+    PSGD,
+    GroupedSubspace,
+    InSubspace,
+    Status,
+    Subspace,
+    Trajectory,
+    layer_groups,
+    ops,
+)
 
 pytestmark = pytest.mark.usefixtures("device")
 FORMATS = [torch.float32, torch.bfloat16, torch.float64, "int8", "float8_e4m3fn"]
@@ -190,6 +200,38 @@ def test_a_subspace_moves_between_devices(device):
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_grouped_and_refreshed(format, device):
+    """Several bases, whose origins are views that start anywhere, against one with zeros."""
+    problem = Problem()
+    groups = layer_groups(problem.model)
+    spaces = [GroupedSubspace.random(problem.params, 4, groups) for _ in range(2)]
+    blocks = torch.block_diag(*[one.basis for one in spaces[0].subspaces])
+    dense = Subspace(blocks, spaces[0].origin)
+    tensors = [torch.randn_like(p) for p in problem.params]
+    theta = torch.randn(dense.dim)
+    c = dense.project(tensors)
+    torch.testing.assert_close(spaces[0].project(tensors), c, rtol=1e-4, atol=1e-4)
+    expected = dense.reconstruct(theta)
+    torch.testing.assert_close(spaces[0].reconstruct(theta), expected, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(
+        spaces[0].combine_residual(theta, c, tensors),
+        dense.combine_residual(theta, c, tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    quantized = isinstance(format, str)
+    spaces = [one.quantize(format) if quantized else one.to(dtype=format) for one in spaces]
+    optimizer = PBFGS(problem.params, spaces[0], buffers=problem.model)
+    first = optimizer.step(problem.loss).item()
+    for _ in range(4):
+        optimizer.step(problem.loss)
+    optimizer.change_subspace(spaces[1].with_origin(problem.params))
+    for _ in range(3):
+        last = optimizer.step(problem.loss).item()
+    assert last < first and optimizer.theta.device.type == device.type
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_new_tensors_do_not_follow_torchs_default_device(format):
     """`torch.set_default_device` is for users: what it names is not where the parameters are."""
     problem = Problem()
@@ -214,6 +256,12 @@ def test_new_tensors_do_not_follow_torchs_default_device(format):
         sgd = PSGD(problem.params, subspace)
         assert sgd.step(problem.loss).item() == pytest.approx(first, rel=1e-3)
         assert sgd.status is Status.ACCEPTED
+        for options in ({"optimizer": torch.optim.Adam}, {"optimizer": torch.optim.LBFGS}):
+            inside = InSubspace(problem.params, subspace, **options)
+            inside.step(problem.loss)
+            inside.change_subspace(subspace.with_origin(problem.params))
+            inside.step(problem.loss)
+            assert inside.theta.device == problem.inputs.device and inside.status.moved
         points = torch.stack([subspace.reconstruct(row) for row in subspace.basis[:, :6].float()])
         for orthonormal in ("pca", "qr"):
             Subspace.from_snapshots(points, 3, orthonormal)

@@ -43,6 +43,22 @@ def test_an_unknown_path_is_refused_with_the_known_ones():
     assert "ValueError" in done.stderr
 
 
+def test_names_are_loaded_when_asked_for():
+    code = (
+        "import sys, dldr_ext; assert 'dldr_ext.optim' not in sys.modules;"
+        "assert set(dldr_ext.__all__) <= set(dir(dldr_ext));"
+        "found = [getattr(dldr_ext, name) for name in dldr_ext.__all__];"
+        "assert dldr_ext.PBFGS is dldr_ext.optim.PBFGS is found[0];"
+        "assert dldr_ext.uniform_soup is dldr_ext.averaging.uniform_soup;"
+        "dldr_ext.callbacks.progress; dldr_ext.grouped; from dldr_ext import *; PSGD;"
+        "print(len(found))"
+    )
+    done = run(code)
+    assert done.stdout.strip() == str(len(dldr_ext.__all__)), done.stderr
+    with pytest.raises(AttributeError, match="module 'dldr_ext' has no attribute 'PBFG'"):
+        _ = dldr_ext.PBFG
+
+
 def test_import_loads_nothing_heavy():
     """What only some functions need stays out of the import."""
     heavy = [

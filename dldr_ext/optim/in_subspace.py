@@ -62,7 +62,8 @@ class InSubspace(SubspaceOptimizer):
                 "InSubspace: optimizer: expected a class such as torch.optim.Adam, got "
                 f"{optimizer!r}"
             )
-        probe = optimizer([torch.zeros(1, requires_grad=True)], **options)  # checks the options
+        nothing = torch.zeros(1, device="cpu", requires_grad=True)
+        probe = optimizer([nothing], **options)  # checks the options
         super().__init__(params, subspace, probe.defaults, theta0)
         self._make, self._options = optimizer, options
         self._renew()
@@ -124,10 +125,9 @@ class InSubspace(SubspaceOptimizer):
         self._inner.param_groups[0].update(options)
         before, calls = self._theta.detach().clone(), self._evaluator.calls
         try:
-            if closure is None:
-                self._inner.step()
-            else:
-                self._inner.step(self._closure_of_theta(closure, loss))
+            theirs = None if closure is None else self._closure_of_theta(closure, loss)
+            with torch.device("cpu"):  # theta's, whatever the default for the user's tensors
+                self._inner.step() if theirs is None else self._inner.step(theirs)
         finally:
             self._write_weights()
             self._guard.remember()
@@ -142,14 +142,15 @@ class InSubspace(SubspaceOptimizer):
 
     def _closure_of_theta(self, closure: Closure, loss: Any) -> Callable[[], Any]:
         """The closure as the optimizer of theta calls it; the first evaluation has been made."""
-        known = [loss]
+        known, device = [loss], torch.get_default_device()
 
         @torch.no_grad()
         def evaluate() -> Any:
             if known:
                 return known.pop()
             self._write_weights()
-            again = self._evaluator.first(closure)
+            with device:
+                again = self._evaluator.first(closure)
             self._project_gradient()
             return again
 
