@@ -61,15 +61,18 @@ class QuasiNewton(SubspaceOptimizer):
     @property
     def _vector_device(self) -> torch.device:
         """Where theta and all other d-vectors are: with the weights if a step can run ahead."""
-        device = self._params[0].device
-        ahead = device.type in self._devices_ahead and self.defaults["update"] == "bfgs"
-        return device if ahead else super()._vector_device
+        far = self._is_far() and self.defaults["update"] == "bfgs"
+        return self._params[0].device if far else super()._vector_device
+
+    def _is_far(self) -> bool:
+        """Whether the host waits long for numbers of the weights' device."""
+        return self._params[0].device.type in self._devices_ahead
 
     def _runs_ahead(self) -> bool:
         """Whether the first trial can be made before the host knows any number of the step."""
         group = self.param_groups[0]
         return (
-            self._params[0].device.type in self._devices_ahead
+            self._is_far()
             and isinstance(self._rule, BFGS)
             and group["line_search_fn"] == "armijo"
             and group["first_step"] is None
@@ -144,9 +147,8 @@ class QuasiNewton(SubspaceOptimizer):
         )
         rule, wanted = self._rule, group["curvature"] == "same_batch"
         assert isinstance(rule, BFGS)
-        p, info = rule.run_ahead(
-            c, pair, damped=group["damping"] == "powell", published=self._published_rule()
-        )
+        damped, published = group["damping"] == "powell", self._published_rule()
+        p, info = rule.run_ahead(c, pair, damped=damped, published=published)
         residual = self._aim(p, c, gradient, objective)
         del gradient
         trials = Trials(closure, self._evaluator, self._replay, self._params, self._walk, objective)
@@ -156,7 +158,8 @@ class QuasiNewton(SubspaceOptimizer):
         loss, trials.raw_loss, *found = read_together([first, after], torch.cat([info, change]))
         slope, size, learnt, reset, downhill, condition, length, change_sum = found
         heeded = rule.heed(learnt, reset, condition)
-        known["curvature"] = heeded if pair is not None else "none"
+        known["curvature"] = self._learnt if pair is None else heeded
+        self._learnt = "none"
         known["gradient_norm"], known["condition"] = size, rule.condition
         self._check_first_loss(loss)
         if wanted and pair is not None and math.isfinite(change_sum):
@@ -244,15 +247,16 @@ class QuasiNewton(SubspaceOptimizer):
         return self._pairs.keep(gradients(self._params), self._walk.point, self._scale.value)
 
     def _learn(self, s: Tensor, y: Tensor, hs: Tensor) -> None:
-        group = self.param_groups[0]
-        self._learnt = self._rule.learn(
-            s,
-            y,
-            hs,
-            damped=group["damping"] == "powell",
-            published=self._published_rule(),
-            shrink=group["first_step"] is not None,
-        )
+        group, rule = self.param_groups[0], self._rule
+        how = {"damped": group["damping"] == "powell", "published": self._published_rule()}
+        if isinstance(rule, BFGS) and self._is_far() and group["first_step"] is None:
+            # As a step that runs ahead does it, to the bit. The direction is not used: any vector
+            # will do that a positive definite B turns into one downhill.
+            _, info = rule.run_ahead(torch.ones_like(s), (s, y, hs), **how)
+            _, _, learnt, reset, _, condition, _ = info.tolist()
+            self._learnt = rule.heed(learnt, reset, condition)
+        else:
+            self._learnt = rule.learn(s, y, hs, shrink=group["first_step"] is not None, **how)
 
     def _published_rule(self) -> bool:
         wanted = {"update": "bfgs", "curvature": "consecutive", "damping": None}
@@ -330,6 +334,7 @@ class QuasiNewton(SubspaceOptimizer):
         self._good.forget()
 
     def change_subspace(self, subspace: AffineSubspace) -> None:
+        self._check_subspace("PBFGS", subspace)
         self._learn_early()
         super().change_subspace(subspace)
 
