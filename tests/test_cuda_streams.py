@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from all_ops import AllOps, assert_same
+from published import PUBLISHED
 from samples import STORAGE, make_rows
 
-from dldr_ext import ops
+from dldr_ext import PBFGS, Subspace, ops
 
 pytestmark = [pytest.mark.cuda, pytest.mark.needs_gpu, pytest.mark.usefixtures("gpu")]
 dtypes = pytest.mark.parametrize("dtype", STORAGE, ids=str)
@@ -103,6 +106,32 @@ def test_no_call_waits_for_the_device(dtype, kind):
         torch.cuda.set_sync_debug_mode("default")
     assert not slept.query(), "a call came back only when earlier work was done"
     assert_same(case.results(found), expected)
+
+
+@pytest.mark.parametrize("options", [{}, PUBLISHED, {"curvature": "overlap"}], ids=str)
+def test_a_step_of_pbfgs_waits_once_a_trial(options):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
+    inputs, labels = torch.randn(256, 20), torch.randint(3, (256,))
+    subspace = Subspace.random(model.parameters(), 8)
+    optimizer = PBFGS(model.parameters(), subspace, **options)
+
+    def closure():
+        return torch.nn.functional.cross_entropy(model(inputs), labels)
+
+    for _ in range(3):
+        optimizer.step(closure)
+    for _ in range(5):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                optimizer.step(closure)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = [str(w.message) for w in found if "synchronizing" in str(w.message)]
+        assert optimizer.status.moved
+        assert 1 <= len(waits) <= optimizer.history[-1].trials, waits
 
 
 def test_memory_of_a_call_is_given_back():
