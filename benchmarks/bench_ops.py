@@ -141,6 +141,21 @@ def test_gram(problem, dtype, compare):
     )
 
 
+def test_gram_arithmetic(problem, compare):
+    """What limits the Gram matrix: its products against the rate of torch's square matmul."""
+    size = 2048
+    a, b, c = torch.randn(3, size, size)
+    compare(
+        f"gram T=40 float32 {problem.name}, products",
+        lambda: ops.gram(problem.basis),
+        D * (D + 1) / 2 * problem.n,
+        None,
+        lambda: torch.mm(a, b, out=c),
+        size**3,
+        ceiling_name="multiply-adds of a 2048 x 2048 matmul",
+    )
+
+
 def test_trial(problem, compare):
     direction = torch.randn(problem.n)
     target = torch.empty(problem.n)
