@@ -24,7 +24,7 @@ SOURCES := $(shell find csrc tools -type f) setup.py pyproject.toml
 demo: $(VENV)/.built
 	$(BIN)/dldr demo $(ARGS)
 
-test: $(VENV)/.built
+test: $(VENV)/.built $(VENV)/.examples
 	$(BIN)/python -m pytest tests $(ARGS)
 
 # The torch-free kernels alone, driven from NumPy.
@@ -84,6 +84,10 @@ $(VENV)/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.examples: requirements-examples.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements-examples.txt
 	touch $@
 
 $(VENV)/.release-tools: requirements-release.txt $(VENV)/.installed
