@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .._affine import AffineSubspace
 from .._params import gradients
-from ._base import SubspaceOptimizer
-from ._closure import Closure, Loss, number
+from ._closure import Closure, Loss
+from ._first_order import FirstOrder
 from .status import Status
 
 __all__ = ["InSubspace"]
 
 
-class InSubspace(SubspaceOptimizer):
+class InSubspace(FirstOrder):
     """Lets an optimizer of torch work on the d coordinates: ``torch.optim.Adam`` gives P-Adam.
 
     A step projects the gradient, c = P^T g, lets the optimizer step theta with the gradient c and
@@ -80,59 +80,24 @@ class InSubspace(SubspaceOptimizer):
             self._renew()
             self._load_inner(state["_inner"])
 
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Loss | None:  # type: ignore[override]
-        """One step of the optimizer.
-
-        Parameters
-        ----------
-        closure : callable, optional
-            Returns the loss, with or without having called backward (see `PBFGS.step`). Without
-            it the gradients that the parameters hold are used.
-
-        Returns
-        -------
-        Tensor, float or None
-            What the closure returned, detached.
-
-        Raises
-        ------
-        TypeError, ValueError
-            The closure does not return a scalar loss; something else wrote to the weights since
-            the last step (see `resync`). Nothing has moved then.
-        """
-        self._check_untouched()
-        loss = None if closure is None else self._evaluator.first(closure)
-        value = math.nan if loss is None else number(loss)
-        if loss is not None:
-            self._check_first_loss(value)
-        if not self._evaluator.has_gradient():
-            self._record(value, Status.NO_GRADIENT)
-        elif loss is not None and not math.isfinite(value):
-            self._record(value, Status.NON_FINITE_LOSS)
-        else:
-            self._move(closure, loss, value)
-        self._guard.remember()
-        return loss.detach() if isinstance(loss, Tensor) else loss
-
-    def _move(self, closure: Closure | None, loss: Loss | None, value: float) -> None:
+    def _move(self, closure: Closure | None, first: Loss | None, loss: float) -> None:
         self._project_gradient()
         size = float(torch.linalg.vector_norm(self._theta.grad))
         if not math.isfinite(size):
-            self._record(value, Status.NON_FINITE_GRADIENT, gradient_norm=size)
+            self._record(loss, Status.NON_FINITE_GRADIENT, gradient_norm=size)
             return
         options = {key: value for key, value in self.param_groups[0].items() if key != "params"}
         self._inner.param_groups[0].update(options)
         before, calls = self._theta.detach().clone(), self._evaluator.calls
         try:
-            theirs = None if closure is None else self._closure_of_theta(closure, loss)
+            theirs = None if closure is None else self._closure_of_theta(closure, first)
             with torch.device("cpu"):  # theta's, whatever the default for the user's tensors
                 self._inner.step() if theirs is None else self._inner.step(theirs)
         finally:
             self._write_weights()
             self._guard.remember()
         self._record(
-            value,
+            loss,
             Status.ACCEPTED,
             gradient_norm=size,
             alpha=float(options.get("lr", math.nan)),

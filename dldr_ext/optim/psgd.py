@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._affine import AffineSubspace
 from .._params import gradients
-from ._base import SubspaceOptimizer
-from ._closure import Closure, Loss, number
+from ._closure import Closure, Loss
+from ._first_order import FirstOrder
 from ._objective import Objective
 from ._options import check_flag, check_lr, check_number, names_options
 from .status import Status
@@ -20,7 +20,7 @@ from .status import Status
 __all__ = ["PSGD"]
 
 
-class PSGD(SubspaceOptimizer):
+class PSGD(FirstOrder):
     """P-SGD: SGD with momentum on the d coordinates of a subspace (Li et al., section 3).
 
     With c = P^T g a step is m <- momentum * m + c, theta <- theta - lr * m, w = w0 + P theta: two
@@ -76,42 +76,7 @@ class PSGD(SubspaceOptimizer):
         super().__init__(params, subspace, defaults, theta0)
         self._momentum = torch.zeros_like(self._theta)
 
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Loss | None:  # type: ignore[override]
-        """One step.
-
-        Parameters
-        ----------
-        closure : callable, optional
-            Returns the loss, with or without having called backward (see `PBFGS.step`). Without
-            it the gradients that the parameters hold are used.
-
-        Returns
-        -------
-        Tensor, float or None
-            What the closure returned, detached.
-
-        Raises
-        ------
-        TypeError, ValueError
-            The closure does not return a scalar loss; something else wrote to the weights since
-            the last step (see `resync`). Nothing has moved then.
-        """
-        self._check_untouched()
-        loss = None if closure is None else self._evaluator.first(closure)
-        value = math.nan if loss is None else number(loss)
-        if loss is not None:
-            self._check_first_loss(value)
-        if not self._evaluator.has_gradient():
-            self._record(value, Status.NO_GRADIENT)
-        elif loss is not None and not math.isfinite(value):
-            self._record(value, Status.NON_FINITE_LOSS)
-        else:
-            self._move(value)
-        self._guard.remember()
-        return loss.detach() if isinstance(loss, Tensor) else loss
-
-    def _move(self, loss: float) -> None:
+    def _move(self, closure: Closure | None, first: Loss | None, loss: float) -> None:
         group = self.param_groups[0]
         objective = Objective(-1.0 if group["maximize"] else 1.0, float(group["weight_decay"]))
         lists = [gradients(self._params), *([self._params] if objective.decay else [])]
