@@ -122,6 +122,12 @@ class PBFGS(QuasiNewton):
     same in every evaluation of a step, and go on afterwards as after one evaluation. After an
     accepted step the buffers are as the evaluation at the accepted weights leaves them.
 
+    On a GPU, with "bfgs" and "armijo" and without ``weight_decay``, ``grad_scaler``,
+    ``first_step`` and ``max_iter``, all d x d algebra runs there in one kernel and the first trial
+    is made before the host has read any number of the step: it waits once a trial. The first trial
+    is then made even where the gradient turns out to be zero or not finite, and a gradient that is
+    not finite at an accepted point is found by the next step, which goes back (RESTORED).
+
     The state that `state_dict` saves includes a flat copy of the weights, n numbers.
     """
 
