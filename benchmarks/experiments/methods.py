@@ -1,0 +1,363 @@
+"""The ways to train that are compared; each is a function of a task and the run of SGD before it.
+
+* ``sgd``, ``sgd_half``: SGD, and the same run half way, where sampling ends;
+* ``sgd_short``: SGD with its whole schedule in half the passes;
+* ``psgd``, ``pbfgs``: in the DLDR subspace of the sampled part of SGD, from the initial weights,
+  as published;
+* ``pbfgs_last``: the same from the last weights of the sample;
+* ``pbfgs_early``: the same from those of half that sample, within half that budget, so that
+  sampling and P-BFGS together read what half of SGD reads;
+* ``random``: P-BFGS in a random subspace of the same dimension;
+* ``lbfgs``: torch's L-BFGS on all parameters, with the passes of the full SGD;
+* ``swa``: from half of SGD on a constant rate, averaged at every epoch's end (arXiv:1803.05407);
+* ``twa``: the same checkpoints with trained coefficients (arXiv:2205.13104);
+* ``trained``, ``tuned_sgd``, ``tuned_pbfgs``: a trained model, and what a short fine-tune and
+  P-BFGS in its subspace make of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dldr_ext import PBFGS, PSGD, Subspace
+
+from .training import Account, Lead, Outcome, Task, copied, make_sgd, run_sgd, sgd_steps
+
+NAMES = {
+    "sgd": "SGD",
+    "sgd_half": "SGD, first half",
+    "sgd_short": "SGD, half as long",
+    "lbfgs": "L-BFGS, all parameters",
+    "swa": "SWA",
+    "twa": "trainable weight averaging",
+    "psgd": "P-SGD",
+    "pbfgs": "P-BFGS",
+    "pbfgs_last": "P-BFGS from the last sample",
+    "pbfgs_early": "P-BFGS from an early sample",
+    "random": "random subspace",
+    "trained": "trained model",
+    "tuned_sgd": "fine-tuned, SGD",
+    "tuned_pbfgs": "fine-tuned, P-BFGS",
+}
+_ROWS = {"first": 0, "last": -1}
+_LBFGS_ITERATIONS = 5  # on one batch, before the next comes
+
+
+def sgd(task: Task, lead: Lead) -> Outcome:
+    """The full run."""
+    return _of_lead(task, lead, "final", len(lead.curve), lead.states["best"])
+
+
+def sgd_half(task: Task, lead: Lead) -> Outcome:
+    """The same run half way."""
+    return _of_lead(task, lead, "half", 1 + task.settings.half, None)
+
+
+def _of_lead(
+    task: Task, lead: Lead, name: str, length: int, best: dict[str, Tensor] | None
+) -> Outcome:
+    model = task.model()
+    model.load_state_dict(lead.states[name])
+    return Outcome(model, lead.accounts[name], 0.0, lead.curve[:length], best)
+
+
+def sgd_short(task: Task, lead: Lead) -> Outcome:
+    """A run of its own with the whole schedule in half the epochs."""
+    del lead
+    shorter = replace(task.settings, epochs=task.settings.half, sampled=0.0, snapshots=1)
+    other = Task(task.problem, task.network, shorter, task.seed)
+    other.noise = task.noise
+    return sgd(other, run_sgd(other))
+
+
+def psgd(task: Task, lead: Lead) -> Outcome:
+    """SGD with momentum on the coordinates, from the initial weights."""
+    s = task.settings
+    subspace = principal(lead.weights(s.sampled_epochs), s.dim)
+    run = _Run(task, subspace, s.passes, s.sampled_epochs)
+    optimizer = PSGD(run.model.parameters(), subspace, s.psgd_lr, s.momentum)
+    schedule = replace(s, lr=s.psgd_lr)
+    for inputs, labels in task.batches(s.batch, 1):
+        if run.left < len(labels):
+            break
+        optimizer.param_groups[0]["lr"] = schedule.rate(run.done)
+        run.step(optimizer, inputs, labels)
+    return run.outcome()
+
+
+def pbfgs(task: Task, lead: Lead) -> Outcome:
+    """P-BFGS in the DLDR subspace, from the initial weights."""
+    s = task.settings
+    subspace = principal(lead.weights(s.sampled_epochs), s.dim)
+    return _pbfgs(task, _Run(task, subspace, s.passes, s.sampled_epochs))
+
+
+def pbfgs_last(task: Task, lead: Lead) -> Outcome:
+    """P-BFGS in the same subspace, from the last weights of the sample."""
+    s = task.settings
+    return _pbfgs_last(task, lead, s.sampled_epochs, s.passes)
+
+
+def pbfgs_early(task: Task, lead: Lead) -> Outcome:
+    """The same from the first half of the sample, in what is left of half of SGD."""
+    epochs = max(1, task.settings.sampled_epochs // 2)
+    return _pbfgs_last(task, lead, epochs, max(3, task.settings.half - epochs))
+
+
+def _pbfgs_last(task: Task, lead: Lead, epochs: int, passes: int) -> Outcome:
+    weights = lead.weights(epochs)
+    subspace = principal(weights, task.settings.dim)
+    run = _Run(task, subspace, passes, epochs)
+    return _pbfgs(task, run, subspace.coordinates(weights[-1]))
+
+
+def principal(weights: Tensor, dim: int) -> Subspace:
+    """The first `dim` principal directions of raw weights (T, n), or the T - 1 that there are."""
+    return Subspace.from_snapshots(weights, min(dim, len(weights) - 1))
+
+
+def random(task: Task, lead: Lead) -> Outcome:
+    """The control: a random subspace at the initial weights."""
+    del lead
+    s, parameters = task.settings, task.model().parameters()
+    subspace = Subspace.random(parameters, s.dim, generator=task.generator(3))
+    return _pbfgs(task, _Run(task, subspace, s.passes, 0.0))
+
+
+def _pbfgs(task: Task, run: _Run, start: Tensor | None = None) -> Outcome:
+    s = task.settings
+    optimizer = PBFGS(run.model.parameters(), run.subspace, buffers=run.model, theta0=start)
+    group = optimizer.param_groups[0]
+    most, steps, failed = group["max_ls"], 0, 0
+    for inputs, labels in task.batches(s.subspace_batch, 2):
+        # A step reads its batch for the gradient, for every trial and, unless the accepted trial
+        # kept its graph, once more for the curvature. The search gets what the budget still pays.
+        group["max_ls"] = min(most, run.left // len(labels) - 2)
+        if group["max_ls"] < 1:
+            break
+        run.step(optimizer, inputs, labels)
+        steps += 1
+        failed += not optimizer.status.moved
+    outcome = run.outcome()
+    outcome.notes |= {"steps": steps, "failed_steps": failed}
+    return outcome
+
+
+def lbfgs(task: Task, lead: Lead) -> Outcome:
+    """torch's L-BFGS with strong Wolfe searches, in the passes of the full SGD."""
+    del lead
+    s = task.settings
+    model = task.model().to(memory_format=torch.contiguous_format)  # it takes no other gradients
+    account = Account(len(task.problem.train))
+    optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
+    allowed = (s.epochs - _has_norms(model)) * account.size
+    curve = [(0.0, task.validate(model))]
+    for inputs, labels in task.batches(s.lbfgs_batch, 4):
+        if allowed - account.items < 3 * len(labels):
+            break
+        # max_eval is looked at between searches, hence a run may end a few trials late.
+        optimizer.param_groups[0]["max_iter"] = _LBFGS_ITERATIONS
+        optimizer.param_groups[0]["max_eval"] = (allowed - account.items) // len(labels)
+        evaluate = task.closure(model, inputs, labels, account)
+
+        def closure(evaluate: Callable[[], Tensor] = evaluate) -> Tensor:
+            optimizer.zero_grad()
+            loss = evaluate()
+            loss.backward()
+            return loss
+
+        with account:
+            optimizer.step(closure)
+        if account.passes >= curve[-1][0] + 1 and not _has_norms(model):
+            curve.append((account.passes, task.validate(model)))
+    with account:
+        account.read(task.renew_norms(model))
+    curve.append((account.passes, task.validate(model)))
+    return Outcome(model, account, 0.0, curve)
+
+
+def swa(task: Task, lead: Lead) -> Outcome:
+    """Half of SGD, then a constant rate; the plain average of the weights at each epoch's end."""
+    model, account, rows = _checkpoints(task, lead)
+    write(model, rows.mean(0))
+    with account:
+        account.read(task.renew_norms(model))
+    return Outcome(model, account, 0.0, [(account.passes, task.validate(model))])
+
+
+def twa(task: Task, lead: Lead) -> Outcome:
+    """P-SGD on the coefficients of the same checkpoints, from their plain average."""
+    s = task.settings
+    _, before, rows = _checkpoints(task, lead)
+    subspace = Subspace.from_snapshots(rows, len(rows), "qr")
+    run = _Run(task, subspace, max(2, s.passes // 2), before.passes)
+    start = subspace.coordinates(rows.mean(0))
+    optimizer = PSGD(run.model.parameters(), subspace, s.twa_lr, s.momentum, theta0=start)
+    for inputs, labels in task.batches(s.batch, 5):
+        if run.left < len(labels):
+            break
+        run.step(optimizer, inputs, labels)
+    return run.outcome()
+
+
+def _checkpoints(task: Task, lead: Lead) -> tuple[nn.Module, Account, Tensor]:
+    """SGD from half of the run on at the rate of SWA: the weights (T, n) at each epoch's end."""
+    s, model = task.settings, task.model()
+    model.load_state_dict(lead.states["half"])
+    optimizer, account = make_sgd(task, model), lead.accounts["half"].copy()
+    for name, p in model.named_parameters():
+        if name in lead.momenta:
+            optimizer.state[p]["momentum_buffer"] = lead.momenta[name].clone()
+    rows = []
+    stream = task.batches(s.batch, 6)
+    for _ in sgd_steps(
+        task, model, optimizer, account, stream, s.epochs - s.half, lambda _: s.swa_lr
+    ):
+        rows.append(_flat(model))
+    return model, account, torch.stack(rows)
+
+
+def trained(task: Task, lead: Lead) -> Outcome:
+    """The model that is to be improved: the full run of SGD."""
+    return replace(sgd(task, lead), best=None)
+
+
+def tuned_sgd(task: Task, lead: Lead) -> Outcome:
+    """The fine-tune alone, with as many passes as fine-tune and P-BFGS together, at a rate that
+    falls to a tenth where P-BFGS would begin."""
+    s, model, account = task.settings, *_trained(task, lead)
+    optimizer = make_sgd(task, model)
+    curve = [(0.0, task.validate(model))]
+    for _ in sgd_steps(
+        task,
+        model,
+        optimizer,
+        account,
+        task.batches(s.batch, 7),
+        2 * s.tuning_epochs,
+        lambda done: s.tuning_lr * (1.0 if done < 0.5 else 0.1),
+    ):
+        curve.append((account.passes, task.validate(model)))
+    return Outcome(model, account, lead.accounts["final"].passes, curve)
+
+
+def tuned_pbfgs(task: Task, lead: Lead) -> Outcome:
+    """A short fine-tune is sampled; P-BFGS then trains at most 30 coordinates of it from the
+    trained weights' own coordinates on."""
+    s, model, account = task.settings, *_trained(task, lead)
+    rows = [_flat(model)]
+    for _ in sgd_steps(
+        task,
+        model,
+        make_sgd(task, model),
+        account,
+        task.batches(s.batch, 7),
+        s.tuning_epochs,
+        lambda _: s.tuning_lr,
+        lambda: rows.append(_flat(model)),
+        s.snapshots,
+    ):
+        pass
+    subspace = principal(torch.stack(rows), min(s.dim, 30))
+    before = lead.accounts["final"].passes + account.passes
+    run = _Run(task, subspace, max(3, s.tuning_epochs), before)
+    return _pbfgs(task, run, subspace.coordinates(rows[_ROWS[s.tuning_start]]))
+
+
+def _trained(task: Task, lead: Lead) -> tuple[nn.Module, Account]:
+    model = task.model()
+    model.load_state_dict(lead.states["final"])
+    return model, Account(len(task.problem.train))
+
+
+class _Run:
+    """Training of the coordinates within a budget, one pass of which is kept for batch norm.
+
+    Parameters
+    ----------
+    passes : the budget
+    sampling : passes that the subspace has cost
+    """
+
+    def __init__(self, task: Task, subspace: Subspace, passes: float, sampling: float) -> None:
+        self.task, self.subspace, self.sampling = task, subspace, sampling
+        self.model = task.model()
+        self.account = Account(len(task.problem.train))
+        self._allowed = math.floor((passes - _has_norms(self.model)) * self.account.size)
+        self._curve: list[tuple[float, float]] = []
+        self._best: tuple[float, dict[str, Tensor] | None] = (-1.0, None)
+
+    @property
+    def left(self) -> int:
+        """Items that may still be read."""
+        return self._allowed - self.account.items
+
+    @property
+    def done(self) -> float:
+        """Share of the budget spent."""
+        return self.account.items / self._allowed
+
+    def step(self, optimizer: PBFGS | PSGD, inputs: Tensor, labels: Tensor) -> None:
+        """One step on one batch; about once per pass the model is validated, off the clock."""
+        with self.account:
+            optimizer.step(self.task.closure(self.model, inputs, labels, self.account))
+        if not self._curve or self.account.passes >= self._curve[-1][0] + 1:
+            self._validate()
+
+    def outcome(self) -> Outcome:
+        """Batch-norm statistics are averaged anew at the last weights."""
+        with self.account:
+            self.account.read(self.task.renew_norms(self.model))
+        self._note(self.task.validate(self.model))
+        return Outcome(self.model, self.account, self.sampling, self._curve, self._best[1])
+
+    def _validate(self) -> None:
+        self.task.renew_norms(self.model, 500)  # training has no use for the statistics
+        self._note(self.task.validate(self.model))
+
+    def _note(self, accuracy: float) -> None:
+        self._curve.append((self.account.passes, accuracy))
+        if accuracy > self._best[0]:
+            self._best = accuracy, copied(self.model)
+
+
+def _has_norms(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+def _flat(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+@torch.no_grad()
+def write(model: nn.Module, flat: Tensor) -> None:
+    """Sets the parameters to the pieces of a flat vector (n,)."""
+    parameters = list(model.parameters())
+    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.copy_(piece.view(p.shape))
+
+
+#: Every method by its name in the files.
+METHODS: dict[str, Callable[[Task, Lead], Outcome]] = {
+    "sgd": sgd,
+    "sgd_half": sgd_half,
+    "sgd_short": sgd_short,
+    "lbfgs": lbfgs,
+    "swa": swa,
+    "twa": twa,
+    "psgd": psgd,
+    "pbfgs": pbfgs,
+    "pbfgs_last": pbfgs_last,
+    "pbfgs_early": pbfgs_early,
+    "random": random,
+    "trained": trained,
+    "tuned_sgd": tuned_sgd,
+    "tuned_pbfgs": tuned_pbfgs,
+}
+#: Those that train settings.dim numbers.
+IN_SUBSPACE = ("psgd", "pbfgs", "pbfgs_last", "pbfgs_early", "random", "tuned_pbfgs")
