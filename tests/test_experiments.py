@@ -242,6 +242,26 @@ def test_subspace_methods_stay_within_half_of_the_passes(network, digits):
     assert early.sampling == 2 and early.sampling + early.account.passes <= 5
 
 
+def test_averaged_coordinates_are_the_mean_of_the_last_ones(digits, monkeypatch):
+    task = Task(first(300, digits), "cnn", quick(averages=0.5), seed=0)
+    lead, thetas = run_sgd(task), []
+    step = methods.PBFGS.step
+
+    def kept(self, closure):
+        loss = step(self, closure)
+        thetas.append((run.done, self.theta))
+        return loss
+
+    monkeypatch.setattr(methods.PBFGS, "step", kept)
+    subspace = methods.principal(lead.weights(2), 6)
+    run = methods._Run(task, subspace, 5, 2, averages=0.5)
+    outcome = methods._pbfgs(task, run)
+    last = torch.stack([theta for done, theta in thetas if done >= 0.5])
+    assert 2 <= len(last) < len(thetas)
+    found = subspace.coordinates(outcome.model.parameters())
+    torch.testing.assert_close(found, last.mean(0), rtol=1e-4, atol=1e-4)
+
+
 def test_batches_hold_every_item_once(digits):
     task = Task(first(301, digits), "mlp", quick(), seed=0)
     stream = task.batches(64, 0)
@@ -515,7 +535,7 @@ def test_tuning_chooses_by_validation_and_never_reads_the_test_part(tmp_path, mo
     tune.tune(plan, Store(tmp_path), lines.append)
     entry = json.loads(path.read_text())["plain/digits/mlp"]
     assert entry["seed"] == tune.SEED >= 100
-    assert len(lines) == len(entry["tried"]) == 3 + 4 + 6
+    assert len(lines) == len(entry["tried"]) == 3 + 8 + 6
     for method in ("sgd", "pbfgs", "tuned_pbfgs"):
         tried = [t for t in entry["tried"] if t["method"] == method]
         best = max(tried, key=lambda t: (t["validation_accuracy"], -t["validation_loss"]))
@@ -525,7 +545,7 @@ def test_tuning_chooses_by_validation_and_never_reads_the_test_part(tmp_path, mo
     assert used.subspace_batch == entry["chosen"]["subspace_batch"]
     assert settings.settings("noise", "digits", "mlp", tuned=path).dim == 5  # tuned on its own
     tune.tune(plan, Store(tmp_path), lines.append)
-    assert len(lines) == 13  # nothing was left to try
+    assert len(lines) == 17  # nothing was left to try
 
 
 def test_tuning_from_the_command_line(tmp_path):

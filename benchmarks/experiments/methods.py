@@ -94,7 +94,7 @@ def pbfgs(task: Task, lead: Lead) -> Outcome:
     """P-BFGS in the DLDR subspace, from the initial weights."""
     s = task.settings
     subspace = principal(lead.weights(s.sampled_epochs), s.dim)
-    return _pbfgs(task, _Run(task, subspace, s.passes, s.sampled_epochs))
+    return _pbfgs(task, _Run(task, subspace, s.passes, s.sampled_epochs, s.averages))
 
 
 def pbfgs_last(task: Task, lead: Lead) -> Outcome:
@@ -112,7 +112,7 @@ def pbfgs_early(task: Task, lead: Lead) -> Outcome:
 def _pbfgs_last(task: Task, lead: Lead, epochs: int, passes: int) -> Outcome:
     weights = lead.weights(epochs)
     subspace = principal(weights, task.settings.dim)
-    run = _Run(task, subspace, passes, epochs)
+    run = _Run(task, subspace, passes, epochs, task.settings.averages)
     return _pbfgs(task, run, subspace.coordinates(weights[-1]))
 
 
@@ -126,7 +126,7 @@ def random(task: Task, lead: Lead) -> Outcome:
     del lead
     s, parameters = task.settings, task.model().parameters()
     subspace = Subspace.random(parameters, s.dim, generator=task.generator(3))
-    return _pbfgs(task, _Run(task, subspace, s.passes, 0.0))
+    return _pbfgs(task, _Run(task, subspace, s.passes, 0.0, s.averages))
 
 
 def _pbfgs(task: Task, run: _Run, start: Tensor | None = None) -> Outcome:
@@ -265,7 +265,7 @@ def tuned_pbfgs(task: Task, lead: Lead) -> Outcome:
         pass
     subspace = principal(torch.stack(rows), min(s.dim, 30))
     before = lead.accounts["final"].passes + account.passes
-    run = _Run(task, subspace, max(3, s.tuning_epochs), before)
+    run = _Run(task, subspace, max(3, s.tuning_epochs), before, s.averages)
     return _pbfgs(task, run, subspace.coordinates(rows[_ROWS[s.tuning_start]]))
 
 
@@ -282,15 +282,25 @@ class _Run:
     ----------
     passes : the budget
     sampling : passes that the subspace has cost
+    averages : share of the budget, its end, over which the coordinates are averaged for the outcome
     """
 
-    def __init__(self, task: Task, subspace: Subspace, passes: float, sampling: float) -> None:
+    def __init__(
+        self,
+        task: Task,
+        subspace: Subspace,
+        passes: float,
+        sampling: float,
+        averages: float = 0.0,
+    ) -> None:
         self.task, self.subspace, self.sampling = task, subspace, sampling
+        self.averages = averages
         self.model = task.model()
         self.account = Account(len(task.problem.train))
         self._allowed = math.floor((passes - _has_norms(self.model)) * self.account.size)
         self._curve: list[tuple[float, float]] = []
         self._best: tuple[float, dict[str, Tensor] | None] = (-1.0, None)
+        self._sum, self._summed = torch.zeros(subspace.dim), 0
 
     @property
     def left(self) -> int:
@@ -306,12 +316,18 @@ class _Run:
         """One step on one batch; about once per pass the model is validated, off the clock."""
         with self.account:
             optimizer.step(self.task.closure(self.model, inputs, labels, self.account))
+            if self.averages and self.done >= 1 - self.averages:
+                self._sum += optimizer.theta
+                self._summed += 1
         if not self._curve or self.account.passes >= self._curve[-1][0] + 1:
             self._validate()
 
     def outcome(self) -> Outcome:
-        """Batch-norm statistics are averaged anew at the last weights."""
+        """At the last coordinates or the mean of the last ones, as the settings have it; batch-norm
+        statistics are averaged anew there."""
         with self.account:
+            if self._summed:
+                self.subspace.reconstruct_(self.model.parameters(), self._sum / self._summed)
             self.account.read(self.task.renew_norms(self.model))
         self._note(self.task.validate(self.model))
         return Outcome(self.model, self.account, self.sampling, self._curve, self._best[1])

@@ -26,6 +26,7 @@ class Settings:
     dim: int = 40
     budget: float = 0.5  # passes in the subspace, as a share of the epochs of the full run
     subspace_batch: int = 500  # of P-BFGS; 0 is the whole training part
+    averages: float = 0.0  # share of P-BFGS, its end, whose coordinates are averaged; 0 is none
     psgd_lr: float = 0.1
     lbfgs_batch: int = 0  # 0 is the whole training part
     swa_lr: float = 0.05

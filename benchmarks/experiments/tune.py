@@ -36,8 +36,9 @@ def stages(experiment: str, name: str, items: int) -> tuple[tuple[str, dict[str,
     items : of the training part
     """
     rates = (0.1, 0.2, 0.4) if name == "text" else (0.02, 0.05, 0.1)
-    batches = (items // 16, items // 8, items // 4, 0)
-    plain = (("sgd", {"lr": rates}), ("pbfgs", {"subspace_batch": batches}))
+    batches = tuple(items // share for share in (16, 8, 4, 2))
+    quasi = {"subspace_batch": batches, "averages": (0.0, 0.5)}
+    plain = (("sgd", {"lr": rates}), ("pbfgs", quasi))
     if experiment == "noise":
         early = {"sampled": (0.1, 0.25), "dim": (5, 10), "subspace_batch": (items // 4, 0)}
         return (("sgd", {"lr": rates}), ("pbfgs", early))
