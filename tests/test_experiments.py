@@ -222,6 +222,7 @@ def test_everything_that_is_read_is_on_the_account(method, network, digits, coun
     before = {
         "trained": lead.accounts["final"].items,
         "swa": lead.accounts["half"].items,
+        "sgd_sampled": 2 * 300,
         "tuned_pbfgs": -round(300 * (outcome.sampling - 4)),
     }.get(method, 0)
     if method == "twa":
@@ -488,7 +489,7 @@ def table_rows(folder: Path, experiment: str) -> list[str]:
         ("compare", 11, "compare-digits-mlp.png"),
         ("dims", 1 + 2 * 2, "dims-digits-mlp.png"),  # 16 snapshots: d = 5 and 10
         ("zoo", 5, "zoo.png"),
-        ("noise", 5 * 3, "noise-digits-mlp.png"),
+        ("noise", 5 * 4, "noise-digits-mlp.png"),
         ("finetune", 3, "finetune-digits-mlp.png"),
     ],
 )

@@ -1,6 +1,7 @@
 """The ways to train that are compared; each is a function of a task and the run of SGD before it.
 
 * ``sgd``, ``sgd_half``: SGD, and the same run half way, where sampling ends;
+* ``sgd_sampled``: the same run where the sample of the subspace ends, if that is before half;
 * ``sgd_short``: SGD with its whole schedule in half the passes;
 * ``psgd``, ``pbfgs``: in the DLDR subspace of the sampled part of SGD, from the initial weights,
   as published;
@@ -31,6 +32,7 @@ from .training import Account, Lead, Outcome, Task, copied, make_sgd, run_sgd, s
 NAMES = {
     "sgd": "SGD",
     "sgd_half": "SGD, first half",
+    "sgd_sampled": "SGD, stopped after the sample",
     "sgd_short": "SGD, half as long",
     "lbfgs": "L-BFGS, all parameters",
     "swa": "SWA",
@@ -64,6 +66,17 @@ def _of_lead(
     model = task.model()
     model.load_state_dict(lead.states[name])
     return Outcome(model, lead.accounts[name], 0.0, lead.curve[:length], best)
+
+
+def sgd_sampled(task: Task, lead: Lead) -> Outcome:
+    """The run stopped where the sample of P-BFGS ends: what early stopping alone comes to."""
+    epochs, model = task.settings.sampled_epochs, task.model()
+    write(model, lead.weights(epochs)[-1])
+    account = lead.accounts["final"].part(epochs / task.settings.epochs)
+    with account:
+        account.read(task.renew_norms(model))
+    curve = [*lead.curve[:epochs], (account.passes, task.validate(model))]
+    return Outcome(model, account, 0.0, curve, copied(model))
 
 
 def sgd_short(task: Task, lead: Lead) -> Outcome:
@@ -362,6 +375,7 @@ def write(model: nn.Module, flat: Tensor) -> None:
 METHODS: dict[str, Callable[[Task, Lead], Outcome]] = {
     "sgd": sgd,
     "sgd_half": sgd_half,
+    "sgd_sampled": sgd_sampled,
     "sgd_short": sgd_short,
     "lbfgs": lbfgs,
     "swa": swa,

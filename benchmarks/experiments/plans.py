@@ -44,7 +44,7 @@ METHODS = {
     ),
     "dims": ("sgd", "pbfgs", "pbfgs_last"),
     "zoo": ("sgd", "sgd_half", "pbfgs", "pbfgs_last", "pbfgs_early"),
-    "noise": ("sgd", "pbfgs", "pbfgs_last"),
+    "noise": ("sgd", "sgd_sampled", "pbfgs", "pbfgs_last"),
     "finetune": ("trained", "tuned_sgd", "tuned_pbfgs"),
 }
 _NETWORKS = {"cifar10": "resnet20", "cifar100": "resnet32", "text": "chars"}

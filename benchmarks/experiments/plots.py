@@ -19,6 +19,7 @@ from .methods import NAMES
 
 Run = dict[str, Any]
 _COLOURS = COLOURS | {
+    "sgd_sampled": "#E69F00",
     "pbfgs_last": "#009E73",
     "pbfgs_early": "#56B4E9",
     "trained": "#555555",
@@ -155,6 +156,7 @@ def _noise(runs: list[Run], title: str) -> Figure:
     levels = sorted({run["noise"] for run in runs})
     lines = [("sgd", "test_accuracy", "-", "SGD, last epoch")]
     lines.append(("sgd", "early_test_accuracy", "--", "SGD, best epoch"))
+    lines.append(("sgd_sampled", "test_accuracy", ":", NAMES["sgd_sampled"]))
     lines += [(m, "test_accuracy", "-", NAMES[m]) for m in ("pbfgs", "pbfgs_last")]
     for method, key, style, label in lines:
         rows = report.groups([run for run in runs if run["method"] == method], "noise")

@@ -52,6 +52,13 @@ class Account:
         other.__dict__.update(self.__dict__)
         return other
 
+    def part(self, share: float) -> Account:
+        """The first part of a run whose speed was even."""
+        other = Account(self.size)
+        other.items = round(share * self.items)
+        other.seconds, other.cpu_seconds = share * self.seconds, share * self.cpu_seconds
+        return other
+
     def __enter__(self) -> Account:
         self._since = time.perf_counter(), time.process_time()
         return self
