@@ -79,8 +79,10 @@ def load(name: str, folder: Path | None = None) -> Problem:
     if folder is not None:
         return _cifar(name, folder)
     digits = demo.load(name)
-    parts = [Part(p.images, p.labels) for p in (digits.train, digits.validation, digits.test)]
-    return Problem(name, *parts, classes=10)
+    train, validation, test = (
+        Part(p.images, p.labels) for p in (digits.train, digits.validation, digits.test)
+    )
+    return Problem(name, train, validation, test, classes=10)
 
 
 def corrupt(labels: Tensor, share: float, classes: int, generator: torch.Generator) -> Tensor:
@@ -125,8 +127,8 @@ def _text() -> Problem:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     rows = rows[order].reshape(-1, _LENGTH)
     cut = rows[: sum(_SEQUENCES)].split(_SEQUENCES)
-    parts = [Part(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in cut]
-    return Problem("text", *parts, classes=len(alphabet))
+    train, validation, test = (Part(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in cut)
+    return Problem("text", train, validation, test, classes=len(alphabet))
 
 
 def _cifar(name: str, folder: Path) -> Problem:

@@ -165,7 +165,8 @@ def lbfgs(task: Task, lead: Lead) -> Outcome:
     """torch's L-BFGS with strong Wolfe searches, in the passes of the full SGD."""
     del lead
     s = task.settings
-    model = task.model().to(memory_format=torch.contiguous_format)  # it takes no other gradients
+    model = task.model()
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # it wants that
     account = Account(len(task.problem.train))
     optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
     allowed = (s.epochs - _has_norms(model)) * account.size

@@ -33,7 +33,7 @@ def build(name: str, problem: Problem, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _BUILDERS[name](problem)
-    return network.to(memory_format=torch.channels_last)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _mlp(problem: Problem) -> nn.Module:

@@ -39,7 +39,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
-_TICKS = (0, 50, 80, 90, 95, 98, 99, 99.5)
+_TICKS = (0, 50, 80, 90, 95, 97, 98, 99, 99.5)
 _UNIT = "test accuracy, %"
 
 

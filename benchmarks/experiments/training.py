@@ -194,6 +194,7 @@ class Lead:
     def weights(self, epochs: int) -> Tensor:
         """Raw weights (T, n) of the first `epochs` epochs, the initial ones first."""
         rows = self.trajectory.snapshots[: 1 + self.snapshots * epochs]
+        assert self.trajectory.anchor is not None
         return rows + self.trajectory.anchor
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,11 +62,11 @@ def tune(plan: Plan, store: Store, say: Say) -> None:
                     s = settings(plan.experiment, name, network, plan.epochs, plan.tuned)
                     found = _try(plan, store, problem, network, method, replace(s, **options))
                     tried = {"method": method, "options": options} | found
-                    _update(plan.tuned, entry, lambda e, new=tried: e["tried"].append(new))
+                    _keep(plan.tuned, entry, {}, [tried])
                     say(f"{entry} {tried}")
                 tries.append(tried)
             best = max(tries, key=lambda t: (t["validation_accuracy"], -t["validation_loss"]))
-            _update(plan.tuned, entry, lambda e, new=best: e["chosen"].update(new["options"]))
+            _keep(plan.tuned, entry, best["options"], [])
 
 
 def _try(
@@ -100,9 +99,11 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _update(path: Path, entry: str, change: Callable[[dict[str, Any]], object]) -> None:
+def _keep(path: Path, entry: str, chosen: dict[str, Any], tried: list[dict[str, Any]]) -> None:
     content = read(path)
-    change(content.setdefault(entry, {"seed": SEED, "chosen": {}, "tried": []}))
+    known = content.setdefault(entry, {"seed": SEED, "chosen": {}, "tried": []})
+    known["chosen"] |= chosen
+    known["tried"] += tried
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     unfinished.replace(path)
