@@ -216,16 +216,20 @@ def _zoo(runs: list[Run]) -> Figure:
     """Differences from the full SGD for each network."""
     found = report.groups(runs, "data", "network")
     figure, axes = _figure(
-        "Test accuracy against the full SGD, by network", (7.6, 0.7 * len(found) + 1.4)
+        "Test accuracy against the full SGD, by network", (7.6, 0.75 * len(found) + 1.5)
     )
     for row, rows in enumerate(found.values()):
         _paired(axes, rows, "sgd", ("sgd_half", "pbfgs", "pbfgs_last", "pbfgs_early"), row)
     axes.axvline(0, color="#555555", linewidth=1)
-    axes.set_yticks(range(len(found)), [f"{network}, {data}" for data, network in found])
+    labels = []
+    for (data, network), rows in found.items():
+        mean, _ = _values([run for run in rows if run["method"] == "sgd"])
+        labels.append(f"{network}, {data}\nSGD: {mean:.1f} %")
+    axes.set_yticks(range(len(found)), labels)
     axes.invert_yaxis()
     axes.set_xlabel("percentage points: mean and standard deviation of the paired differences")
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
+    handles, texts = axes.get_legend_handles_labels()
+    unique = dict(zip(texts, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=2, fontsize=10)
     return figure
 

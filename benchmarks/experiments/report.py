@@ -15,9 +15,10 @@ import torch
 
 from dldr_ext import build_info
 
-from . import methods, plots, settings, tune
+from . import methods, networks, plots, settings, tune
 from .cells import Store
 from .overhead import FILE
+from .plans import METHODS
 
 Run = dict[str, Any]
 _CURVES = ("compare", "noise")  # experiments whose curves against passes are kept and drawn
@@ -48,6 +49,8 @@ def collect(store: Store, tuned: Path) -> dict[str, Any]:
             del result["curve"]
         used[f"{cell['experiment']}/{cell['data']}/{cell['network']}"] = saved["settings"]
         runs.append(cell | result)
+    order, kinds = list(METHODS), networks.NAMES
+    runs.sort(key=lambda run: (order.index(run["experiment"]), kinds.index(run["network"])))
     return {
         "versions": {
             "dldr_ext": build_info()["version"],
