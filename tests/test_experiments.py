@@ -536,7 +536,7 @@ def test_tuning_chooses_by_validation_and_never_reads_the_test_part(tmp_path, mo
     tune.tune(plan, Store(tmp_path), lines.append)
     entry = json.loads(path.read_text())["plain/digits/mlp"]
     assert entry["seed"] == tune.SEED >= 100
-    assert len(lines) == len(entry["tried"]) == 3 + 8 + 6
+    assert len(lines) == len(entry["tried"]) == 3 + 6 + 6
     for method in ("sgd", "pbfgs", "tuned_pbfgs"):
         tried = [t for t in entry["tried"] if t["method"] == method]
         best = max(tried, key=lambda t: (t["validation_accuracy"], -t["validation_loss"]))
@@ -546,7 +546,7 @@ def test_tuning_chooses_by_validation_and_never_reads_the_test_part(tmp_path, mo
     assert used.subspace_batch == entry["chosen"]["subspace_batch"]
     assert settings.settings("noise", "digits", "mlp", tuned=path).dim == 5  # tuned on its own
     tune.tune(plan, Store(tmp_path), lines.append)
-    assert len(lines) == 17  # nothing was left to try
+    assert len(lines) == 15  # nothing was left to try
 
 
 def test_tuning_from_the_command_line(tmp_path):

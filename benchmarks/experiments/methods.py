@@ -27,7 +27,17 @@ from torch import Tensor, nn
 
 from dldr_ext import PBFGS, PSGD, Subspace
 
-from .training import Account, Lead, Outcome, Task, copied, make_sgd, run_sgd, sgd_steps
+from .training import (
+    Account,
+    Lead,
+    Outcome,
+    Task,
+    copied,
+    counted_closure,
+    make_sgd,
+    run_sgd,
+    sgd_steps,
+)
 
 NAMES = {
     "sgd": "SGD",
@@ -177,7 +187,7 @@ def lbfgs(task: Task, lead: Lead) -> Outcome:
         # max_eval is looked at between searches, hence a run may end a few trials late.
         optimizer.param_groups[0]["max_iter"] = _LBFGS_ITERATIONS
         optimizer.param_groups[0]["max_eval"] = (allowed - account.items) // len(labels)
-        evaluate = task.closure(model, inputs, labels, account)
+        evaluate = counted_closure(model, inputs, labels, s.weight_decay, account)
 
         def closure(evaluate: Callable[[], Tensor] = evaluate) -> Tensor:
             optimizer.zero_grad()
@@ -328,8 +338,9 @@ class _Run:
 
     def step(self, optimizer: PBFGS | PSGD, inputs: Tensor, labels: Tensor) -> None:
         """One step on one batch; about once per pass the model is validated, off the clock."""
+        decay = self.task.settings.subspace_decay
         with self.account:
-            optimizer.step(self.task.closure(self.model, inputs, labels, self.account))
+            optimizer.step(counted_closure(self.model, inputs, labels, decay, self.account))
             if self.averages and self.done >= 1 - self.averages:
                 self._sum += optimizer.theta
                 self._summed += 1

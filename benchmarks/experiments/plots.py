@@ -159,12 +159,13 @@ def _noise(runs: list[Run], title: str) -> Figure:
     lines.append(("sgd_sampled", "test_accuracy", ":", NAMES["sgd_sampled"]))
     lines += [(m, "test_accuracy", "-", NAMES[m]) for m in ("pbfgs", "pbfgs_last")]
     for method, key, style, label in lines:
-        rows = report.groups([run for run in runs if run["method"] == method], "noise")
+        chosen = [run for run in runs if run["method"] == method]
+        rows = report.groups(sorted(chosen, key=lambda run: run["noise"]), "noise")
         if not rows:
             continue
-        means, spreads = zip(*(_values(rows[level,], key) for level in levels), strict=True)
+        means, spreads = zip(*(_values(found, key) for found in rows.values()), strict=True)
         left.errorbar(
-            [100 * level for level in levels],
+            [100 * level for (level,) in rows],
             means,
             spreads,
             fmt="o" + style,

@@ -26,7 +26,8 @@ class Settings:
     dim: int = 40
     budget: float = 0.5  # passes in the subspace, as a share of the epochs of the full run
     subspace_batch: int = 500  # of P-BFGS; 0 is the whole training part
-    averages: float = 0.0  # share of P-BFGS, its end, whose coordinates are averaged; 0 is none
+    subspace_decay: float = 0.0  # weight decay in the objective of the methods in the subspace
+    averages: float = 0.5  # share of P-BFGS, its end, whose coordinates are averaged; 0 is none
     psgd_lr: float = 0.1
     lbfgs_batch: int = 0  # 0 is the whole training part
     swa_lr: float = 0.05
@@ -74,6 +75,7 @@ _NOISE = {
     "sampled": 0.25,
     "dim": 5,
     "subspace_batch": 0,
+    "averages": 0.0,
 }
 
 

@@ -102,26 +102,6 @@ class Task:
                 inputs = part.inputs[index]
                 yield (augment(inputs, generator) if augment else inputs), part.labels[index]
 
-    def objective(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy + weight_decay / 2 |w|^2."""
-        loss = cross_entropy(model, inputs, labels)
-        decay = self.settings.weight_decay
-        if decay:
-            squares = torch.stack([p.square().sum() for p in model.parameters()])
-            loss = loss + decay / 2 * squares.sum()
-        return loss
-
-    def closure(
-        self, model: nn.Module, inputs: Tensor, labels: Tensor, account: Account
-    ) -> Callable[[], Tensor]:
-        """A forward-only closure over one batch; every call goes on the account."""
-
-        def closure() -> Tensor:
-            account.read(len(labels))
-            return self.objective(model, inputs, labels)
-
-        return closure
-
     def renew_norms(self, model: nn.Module, items: int | None = None) -> int:
         """Averages batch-norm statistics anew over the training part, or its first `items`.
 
@@ -146,6 +126,23 @@ class Task:
     def validate(self, model: nn.Module) -> float:
         """Accuracy on the validation part."""
         return evaluate(model, self.problem.validation)[0]
+
+
+def counted_closure(
+    model: nn.Module, inputs: Tensor, labels: Tensor, decay: float, account: Account
+) -> Callable[[], Tensor]:
+    """A forward-only closure over one batch, mean cross-entropy + decay / 2 |w|^2; every call goes
+    on the account."""
+
+    def closure() -> Tensor:
+        account.read(len(labels))
+        loss = cross_entropy(model, inputs, labels)
+        if decay:
+            squares = torch.stack([p.square().sum() for p in model.parameters()])
+            loss = loss + decay / 2 * squares.sum()
+        return loss
+
+    return closure
 
 
 def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:

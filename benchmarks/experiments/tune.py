@@ -35,8 +35,8 @@ def stages(experiment: str, name: str, items: int) -> tuple[tuple[str, dict[str,
     items : of the training part
     """
     rates = (0.1, 0.2, 0.4) if name == "text" else (0.02, 0.05, 0.1)
-    batches = tuple(items // share for share in (16, 8, 4, 2))
-    quasi = {"subspace_batch": batches, "averages": (0.0, 0.5)}
+    batches = tuple(items // share for share in (8, 4, 2))
+    quasi = {"subspace_batch": batches, "subspace_decay": (0.0, 5e-4)}
     plain = (("sgd", {"lr": rates}), ("pbfgs", quasi))
     if experiment == "noise":
         early = {"sampled": (0.1, 0.25), "dim": (5, 10), "subspace_batch": (items // 4, 0)}
