@@ -154,9 +154,10 @@ def _noise_table(runs: list[Run]) -> list[str]:
         base = [run for run in level if run["method"] == "sgd"]
         best = [run | {"test_accuracy": run["early_test_accuracy"]} for run in base]
         for method, dim, rows in _ordered(level):
-            own = method == "sgd"
+            own, name = method == "sgd", methods.NAMES[method]
+            name += "" if dim is None else f", d = {dim}"
             lines.append(
-                f"| {100 * noise:.0f} % | {methods.NAMES[method]}{'' if own else f', d = {dim}'} "
+                f"| {100 * noise:.0f} % | {name} "
                 f"| {_show([100 * run['test_accuracy'] for run in rows])} "
                 f"| {_show([100 * run['early_test_accuracy'] for run in rows])} "
                 f"| {'' if own else _show(paired(rows, base))} | {_show(paired(rows, best))} "
