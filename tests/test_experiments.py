@@ -65,7 +65,7 @@ def first(count: int, problem: data.Problem) -> data.Problem:
 
 def quick(**options) -> settings.Settings:
     known = settings.settings("compare", "digits", "mlp", 4, Path("nowhere"))
-    return replace(known, **({"dim": 6, "subspace_batch": 50} | options))
+    return replace(known, **({"dim": 6, "subspace_batch": 50, "last_batch": 50} | options))
 
 
 # Label noise
@@ -233,7 +233,7 @@ def test_everything_that_is_read_is_on_the_account(method, network, digits, coun
 
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
 def test_subspace_methods_stay_within_half_of_the_passes(network, digits):
-    s = quick(epochs=8, subspace_batch=100)
+    s = quick(epochs=8, subspace_batch=100, last_batch=100)
     task = Task(first(300, digits), network, s, seed=0)
     lead = run_sgd(task)
     for method in ("psgd", "pbfgs", "pbfgs_last", "random"):
@@ -255,8 +255,8 @@ def test_averaged_coordinates_are_the_mean_of_the_last_ones(digits, monkeypatch)
 
     monkeypatch.setattr(methods.PBFGS, "step", kept)
     subspace = methods.principal(lead.weights(2), 6)
-    run = methods._Run(task, subspace, 5, 2, averages=0.5)
-    outcome = methods._pbfgs(task, run)
+    run = methods._Run(task, subspace, 5, 2, decay=0.0, averages=0.5)
+    outcome = methods._pbfgs(task, run, 50)
     last = torch.stack([theta for done, theta in thetas if done >= 0.5])
     assert 2 <= len(last) < len(thetas)
     found = subspace.coordinates(outcome.model.parameters())
@@ -536,8 +536,8 @@ def test_tuning_chooses_by_validation_and_never_reads_the_test_part(tmp_path, mo
     tune.tune(plan, Store(tmp_path), lines.append)
     entry = json.loads(path.read_text())["plain/digits/mlp"]
     assert min(tune.SEEDS) >= 100
-    assert [t["seeds"] for t in entry["tried"]] == [1] * 3 + [3] * 12
-    assert len(lines) == len(entry["tried"]) == 3 + 6 + 6
+    assert [t["seeds"] for t in entry["tried"]] == [1] * 3 + [3] * 18
+    assert len(lines) == len(entry["tried"]) == 3 + 6 + 6 + 6
     for method in ("sgd", "pbfgs", "tuned_pbfgs"):
         tried = [t for t in entry["tried"] if t["method"] == method]
         best = max(tried, key=lambda t: (t["validation_accuracy"], -t["validation_loss"]))
@@ -547,7 +547,7 @@ def test_tuning_chooses_by_validation_and_never_reads_the_test_part(tmp_path, mo
     assert used.subspace_batch == entry["chosen"]["subspace_batch"]
     assert settings.settings("noise", "digits", "mlp", tuned=path).dim == 5  # tuned on its own
     tune.tune(plan, Store(tmp_path), lines.append)
-    assert len(lines) == 15  # nothing was left to try
+    assert len(lines) == 21  # nothing was left to try
 
 
 def test_tuning_from_the_command_line(tmp_path):

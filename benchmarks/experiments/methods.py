@@ -102,7 +102,7 @@ def psgd(task: Task, lead: Lead) -> Outcome:
     """SGD with momentum on the coordinates, from the initial weights."""
     s = task.settings
     subspace = principal(lead.weights(s.sampled_epochs), s.dim)
-    run = _Run(task, subspace, s.passes, s.sampled_epochs)
+    run = _Run(task, subspace, s.passes, s.sampled_epochs, s.subspace_decay)
     optimizer = PSGD(run.model.parameters(), subspace, s.psgd_lr, s.momentum)
     schedule = replace(s, lr=s.psgd_lr)
     for inputs, labels in task.batches(s.batch, 1):
@@ -117,7 +117,8 @@ def pbfgs(task: Task, lead: Lead) -> Outcome:
     """P-BFGS in the DLDR subspace, from the initial weights."""
     s = task.settings
     subspace = principal(lead.weights(s.sampled_epochs), s.dim)
-    return _pbfgs(task, _Run(task, subspace, s.passes, s.sampled_epochs, s.averages))
+    run = _Run(task, subspace, s.passes, s.sampled_epochs, s.subspace_decay, s.averages)
+    return _pbfgs(task, run, s.subspace_batch)
 
 
 def pbfgs_last(task: Task, lead: Lead) -> Outcome:
@@ -133,10 +134,10 @@ def pbfgs_early(task: Task, lead: Lead) -> Outcome:
 
 
 def _pbfgs_last(task: Task, lead: Lead, epochs: int, passes: int) -> Outcome:
-    weights = lead.weights(epochs)
-    subspace = principal(weights, task.settings.dim)
-    run = _Run(task, subspace, passes, epochs, task.settings.averages)
-    return _pbfgs(task, run, subspace.coordinates(weights[-1]))
+    s, weights = task.settings, lead.weights(epochs)
+    subspace = principal(weights, s.dim)
+    run = _Run(task, subspace, passes, epochs, s.last_decay, s.averages)
+    return _pbfgs(task, run, s.last_batch, subspace.coordinates(weights[-1]))
 
 
 def principal(weights: Tensor, dim: int) -> Subspace:
@@ -149,15 +150,15 @@ def random(task: Task, lead: Lead) -> Outcome:
     del lead
     s, parameters = task.settings, task.model().parameters()
     subspace = Subspace.random(parameters, s.dim, generator=task.generator(3))
-    return _pbfgs(task, _Run(task, subspace, s.passes, 0.0, s.averages))
+    run = _Run(task, subspace, s.passes, 0.0, s.subspace_decay, s.averages)
+    return _pbfgs(task, run, s.subspace_batch)
 
 
-def _pbfgs(task: Task, run: _Run, start: Tensor | None = None) -> Outcome:
-    s = task.settings
+def _pbfgs(task: Task, run: _Run, batch: int, start: Tensor | None = None) -> Outcome:
     optimizer = PBFGS(run.model.parameters(), run.subspace, buffers=run.model, theta0=start)
     group = optimizer.param_groups[0]
     most, steps, failed = group["max_ls"], 0, 0
-    for inputs, labels in task.batches(s.subspace_batch, 2):
+    for inputs, labels in task.batches(batch, 2):
         # A step reads its batch for the gradient, for every trial and, unless the accepted trial
         # kept its graph, once more for the curvature. The search gets what the budget still pays.
         group["max_ls"] = min(most, run.left // len(labels) - 2)
@@ -219,7 +220,7 @@ def twa(task: Task, lead: Lead) -> Outcome:
     s = task.settings
     _, before, rows = _checkpoints(task, lead)
     subspace = Subspace.from_snapshots(rows, len(rows), "qr")
-    run = _Run(task, subspace, max(2, s.passes // 2), before.passes)
+    run = _Run(task, subspace, max(2, s.passes // 2), before.passes, s.subspace_decay)
     start = subspace.coordinates(rows.mean(0))
     optimizer = PSGD(run.model.parameters(), subspace, s.twa_lr, s.momentum, theta0=start)
     for inputs, labels in task.batches(s.batch, 5):
@@ -289,8 +290,9 @@ def tuned_pbfgs(task: Task, lead: Lead) -> Outcome:
         pass
     subspace = principal(torch.stack(rows), min(s.dim, 30))
     before = lead.accounts["final"].passes + account.passes
-    run = _Run(task, subspace, max(3, s.tuning_epochs), before, s.averages)
-    return _pbfgs(task, run, subspace.coordinates(rows[_ROWS[s.tuning_start]]))
+    passes = max(3, s.tuning_epochs)
+    run = _Run(task, subspace, passes, before, s.subspace_decay, s.averages)
+    return _pbfgs(task, run, s.subspace_batch, subspace.coordinates(rows[_ROWS[s.tuning_start]]))
 
 
 def _trained(task: Task, lead: Lead) -> tuple[nn.Module, Account]:
@@ -306,6 +308,7 @@ class _Run:
     ----------
     passes : the budget
     sampling : passes that the subspace has cost
+    decay : weight decay in the objective
     averages : share of the budget, its end, over which the coordinates are averaged for the outcome
     """
 
@@ -315,10 +318,11 @@ class _Run:
         subspace: Subspace,
         passes: float,
         sampling: float,
+        decay: float,
         averages: float = 0.0,
     ) -> None:
         self.task, self.subspace, self.sampling = task, subspace, sampling
-        self.averages = averages
+        self.decay, self.averages = decay, averages
         self.model = task.model()
         self.account = Account(len(task.problem.train))
         self._allowed = math.floor((passes - _has_norms(self.model)) * self.account.size)
@@ -338,9 +342,9 @@ class _Run:
 
     def step(self, optimizer: PBFGS | PSGD, inputs: Tensor, labels: Tensor) -> None:
         """One step on one batch; about once per pass the model is validated, off the clock."""
-        decay = self.task.settings.subspace_decay
+        closure = counted_closure(self.model, inputs, labels, self.decay, self.account)
         with self.account:
-            optimizer.step(counted_closure(self.model, inputs, labels, decay, self.account))
+            optimizer.step(closure)
             if self.averages and self.done >= 1 - self.averages:
                 self._sum += optimizer.theta
                 self._summed += 1

@@ -27,6 +27,8 @@ class Settings:
     budget: float = 0.5  # passes in the subspace, as a share of the epochs of the full run
     subspace_batch: int = 500  # of P-BFGS; 0 is the whole training part
     subspace_decay: float = 0.0  # weight decay in the objective of the methods in the subspace
+    last_batch: int = 500  # the same two where P-BFGS starts from the last weights of the sample
+    last_decay: float = 0.0
     averages: float = 0.5  # share of P-BFGS, its end, whose coordinates are averaged; 0 is none
     psgd_lr: float = 0.1
     lbfgs_batch: int = 0  # 0 is the whole training part
@@ -75,6 +77,7 @@ _NOISE = {
     "sampled": 0.25,
     "dim": 5,
     "subspace_batch": 0,
+    "last_batch": 1000,
     "averages": 0.0,
 }
 

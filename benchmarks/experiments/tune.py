@@ -38,8 +38,12 @@ def stages(experiment: str, name: str, items: int) -> tuple[tuple[str, dict[str,
     """
     rates = (0.1, 0.2, 0.4) if name == "text" else (0.02, 0.05, 0.1)
     batches = tuple(items // share for share in (8, 4, 2))
-    quasi = {"subspace_batch": batches, "subspace_decay": (0.0, 5e-4)}
-    plain = (("sgd", {"lr": rates}), ("pbfgs", quasi))
+    decays = (0.0, 5e-4)
+    plain = (
+        ("sgd", {"lr": rates}),
+        ("pbfgs", {"subspace_batch": batches, "subspace_decay": decays}),
+        ("pbfgs_last", {"last_batch": batches, "last_decay": decays}),
+    )
     if experiment == "noise":
         early = {"sampled": (0.1, 0.25), "dim": (5, 10), "subspace_batch": (items // 4, 0)}
         return (("sgd", {"lr": rates}), ("pbfgs", early))
