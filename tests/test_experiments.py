@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.experiments import (  # noqa: E402
     cifar,
+    coordinates,
     data,
     methods,
     networks,
@@ -246,17 +247,17 @@ def test_subspace_methods_stay_within_half_of_the_passes(network, digits):
 def test_averaged_coordinates_are_the_mean_of_the_last_ones(digits, monkeypatch):
     task = Task(first(300, digits), "cnn", quick(averages=0.5), seed=0)
     lead, thetas = run_sgd(task), []
-    step = methods.PBFGS.step
+    step = coordinates.PBFGS.step
 
     def kept(self, closure):
         loss = step(self, closure)
         thetas.append((run.done, self.theta))
         return loss
 
-    monkeypatch.setattr(methods.PBFGS, "step", kept)
-    subspace = methods.principal(lead.weights(2), 6)
-    run = methods._Run(task, subspace, 5, 2, decay=0.0, averages=0.5)
-    outcome = methods._pbfgs(task, run, 50)
+    monkeypatch.setattr(coordinates.PBFGS, "step", kept)
+    subspace = coordinates.principal(lead.weights(2), 6)
+    run = coordinates.Run(task, subspace, 5, 2, decay=0.0, averages=0.5)
+    outcome = coordinates.run_pbfgs(run, 50)
     last = torch.stack([theta for done, theta in thetas if done >= 0.5])
     assert 2 <= len(last) < len(thetas)
     found = subspace.coordinates(outcome.model.parameters())

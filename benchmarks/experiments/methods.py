@@ -18,15 +18,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from dldr_ext import PBFGS, PSGD, Subspace
+from dldr_ext import PSGD, Subspace
 
+from .coordinates import Run, flat, principal, run_pbfgs, write
 from .training import (
     Account,
     Lead,
@@ -34,6 +34,7 @@ from .training import (
     Task,
     copied,
     counted_closure,
+    has_norms,
     make_sgd,
     run_sgd,
     sgd_steps,
@@ -102,7 +103,7 @@ def psgd(task: Task, lead: Lead) -> Outcome:
     """SGD with momentum on the coordinates, from the initial weights."""
     s = task.settings
     subspace = principal(lead.weights(s.sampled_epochs), s.dim)
-    run = _Run(task, subspace, s.passes, s.sampled_epochs, s.subspace_decay)
+    run = Run(task, subspace, s.passes, s.sampled_epochs, s.subspace_decay)
     optimizer = PSGD(run.model.parameters(), subspace, s.psgd_lr, s.momentum)
     schedule = replace(s, lr=s.psgd_lr)
     for inputs, labels in task.batches(s.batch, 1):
@@ -117,8 +118,8 @@ def pbfgs(task: Task, lead: Lead) -> Outcome:
     """P-BFGS in the DLDR subspace, from the initial weights."""
     s = task.settings
     subspace = principal(lead.weights(s.sampled_epochs), s.dim)
-    run = _Run(task, subspace, s.passes, s.sampled_epochs, s.subspace_decay, s.averages)
-    return _pbfgs(task, run, s.subspace_batch)
+    run = Run(task, subspace, s.passes, s.sampled_epochs, s.subspace_decay, s.averages)
+    return run_pbfgs(run, s.subspace_batch)
 
 
 def pbfgs_last(task: Task, lead: Lead) -> Outcome:
@@ -136,13 +137,8 @@ def pbfgs_early(task: Task, lead: Lead) -> Outcome:
 def _pbfgs_last(task: Task, lead: Lead, epochs: int, passes: int) -> Outcome:
     s, weights = task.settings, lead.weights(epochs)
     subspace = principal(weights, s.dim)
-    run = _Run(task, subspace, passes, epochs, s.last_decay, s.averages)
-    return _pbfgs(task, run, s.last_batch, subspace.coordinates(weights[-1]))
-
-
-def principal(weights: Tensor, dim: int) -> Subspace:
-    """The first `dim` principal directions of raw weights (T, n), or the T - 1 that there are."""
-    return Subspace.from_snapshots(weights, min(dim, len(weights) - 1))
+    run = Run(task, subspace, passes, epochs, s.last_decay, s.averages)
+    return run_pbfgs(run, s.last_batch, subspace.coordinates(weights[-1]))
 
 
 def random(task: Task, lead: Lead) -> Outcome:
@@ -150,26 +146,8 @@ def random(task: Task, lead: Lead) -> Outcome:
     del lead
     s, parameters = task.settings, task.model().parameters()
     subspace = Subspace.random(parameters, s.dim, generator=task.generator(3))
-    run = _Run(task, subspace, s.passes, 0.0, s.subspace_decay, s.averages)
-    return _pbfgs(task, run, s.subspace_batch)
-
-
-def _pbfgs(task: Task, run: _Run, batch: int, start: Tensor | None = None) -> Outcome:
-    optimizer = PBFGS(run.model.parameters(), run.subspace, buffers=run.model, theta0=start)
-    group = optimizer.param_groups[0]
-    most, steps, failed = group["max_ls"], 0, 0
-    for inputs, labels in task.batches(batch, 2):
-        # A step reads its batch for the gradient, for every trial and, unless the accepted trial
-        # kept its graph, once more for the curvature. The search gets what the budget still pays.
-        group["max_ls"] = min(most, run.left // len(labels) - 2)
-        if group["max_ls"] < 1:
-            break
-        run.step(optimizer, inputs, labels)
-        steps += 1
-        failed += not optimizer.status.moved
-    outcome = run.outcome()
-    outcome.notes |= {"steps": steps, "failed_steps": failed}
-    return outcome
+    run = Run(task, subspace, s.passes, 0.0, s.subspace_decay, s.averages)
+    return run_pbfgs(run, s.subspace_batch)
 
 
 def lbfgs(task: Task, lead: Lead) -> Outcome:
@@ -180,7 +158,7 @@ def lbfgs(task: Task, lead: Lead) -> Outcome:
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # it wants that
     account = Account(len(task.problem.train))
     optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
-    allowed = (s.epochs - _has_norms(model)) * account.size
+    allowed = (s.epochs - has_norms(model)) * account.size
     curve = [(0.0, task.validate(model))]
     for inputs, labels in task.batches(s.lbfgs_batch, 4):
         if allowed - account.items < 3 * len(labels):
@@ -198,7 +176,7 @@ def lbfgs(task: Task, lead: Lead) -> Outcome:
 
         with account:
             optimizer.step(closure)
-        if account.passes >= curve[-1][0] + 1 and not _has_norms(model):
+        if account.passes >= curve[-1][0] + 1 and not has_norms(model):
             curve.append((account.passes, task.validate(model)))
     with account:
         account.read(task.renew_norms(model))
@@ -220,7 +198,7 @@ def twa(task: Task, lead: Lead) -> Outcome:
     s = task.settings
     _, before, rows = _checkpoints(task, lead)
     subspace = Subspace.from_snapshots(rows, len(rows), "qr")
-    run = _Run(task, subspace, max(2, s.passes // 2), before.passes, s.subspace_decay)
+    run = Run(task, subspace, max(2, s.passes // 2), before.passes, s.subspace_decay)
     start = subspace.coordinates(rows.mean(0))
     optimizer = PSGD(run.model.parameters(), subspace, s.twa_lr, s.momentum, theta0=start)
     for inputs, labels in task.batches(s.batch, 5):
@@ -243,7 +221,7 @@ def _checkpoints(task: Task, lead: Lead) -> tuple[nn.Module, Account, Tensor]:
     for _ in sgd_steps(
         task, model, optimizer, account, stream, s.epochs - s.half, lambda _: s.swa_lr
     ):
-        rows.append(_flat(model))
+        rows.append(flat(model))
     return model, account, torch.stack(rows)
 
 
@@ -275,7 +253,7 @@ def tuned_pbfgs(task: Task, lead: Lead) -> Outcome:
     """A short fine-tune is sampled; P-BFGS then trains at most 30 coordinates of it from the
     trained weights' own coordinates on."""
     s, model, account = task.settings, *_trained(task, lead)
-    rows = [_flat(model)]
+    rows = [flat(model)]
     for _ in sgd_steps(
         task,
         model,
@@ -284,107 +262,21 @@ def tuned_pbfgs(task: Task, lead: Lead) -> Outcome:
         task.batches(s.batch, 7),
         s.tuning_epochs,
         lambda _: s.tuning_lr,
-        lambda: rows.append(_flat(model)),
+        lambda: rows.append(flat(model)),
         s.snapshots,
     ):
         pass
     subspace = principal(torch.stack(rows), min(s.dim, 30))
     before = lead.accounts["final"].passes + account.passes
     passes = max(3, s.tuning_epochs)
-    run = _Run(task, subspace, passes, before, s.subspace_decay, s.averages)
-    return _pbfgs(task, run, s.subspace_batch, subspace.coordinates(rows[_ROWS[s.tuning_start]]))
+    run = Run(task, subspace, passes, before, s.subspace_decay, s.averages)
+    return run_pbfgs(run, s.subspace_batch, subspace.coordinates(rows[_ROWS[s.tuning_start]]))
 
 
 def _trained(task: Task, lead: Lead) -> tuple[nn.Module, Account]:
     model = task.model()
     model.load_state_dict(lead.states["final"])
     return model, Account(len(task.problem.train))
-
-
-class _Run:
-    """Training of the coordinates within a budget, one pass of which is kept for batch norm.
-
-    Parameters
-    ----------
-    passes : the budget
-    sampling : passes that the subspace has cost
-    decay : weight decay in the objective
-    averages : share of the budget, its end, over which the coordinates are averaged for the outcome
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        subspace: Subspace,
-        passes: float,
-        sampling: float,
-        decay: float,
-        averages: float = 0.0,
-    ) -> None:
-        self.task, self.subspace, self.sampling = task, subspace, sampling
-        self.decay, self.averages = decay, averages
-        self.model = task.model()
-        self.account = Account(len(task.problem.train))
-        self._allowed = math.floor((passes - _has_norms(self.model)) * self.account.size)
-        self._curve: list[tuple[float, float]] = []
-        self._best: tuple[float, dict[str, Tensor] | None] = (-1.0, None)
-        self._sum, self._summed = torch.zeros(subspace.dim), 0
-
-    @property
-    def left(self) -> int:
-        """Items that may still be read."""
-        return self._allowed - self.account.items
-
-    @property
-    def done(self) -> float:
-        """Share of the budget spent."""
-        return self.account.items / self._allowed
-
-    def step(self, optimizer: PBFGS | PSGD, inputs: Tensor, labels: Tensor) -> None:
-        """One step on one batch; about once per pass the model is validated, off the clock."""
-        closure = counted_closure(self.model, inputs, labels, self.decay, self.account)
-        with self.account:
-            optimizer.step(closure)
-            if self.averages and self.done >= 1 - self.averages:
-                self._sum += optimizer.theta
-                self._summed += 1
-        if not self._curve or self.account.passes >= self._curve[-1][0] + 1:
-            self._validate()
-
-    def outcome(self) -> Outcome:
-        """At the last coordinates or the mean of the last ones, as the settings have it; batch-norm
-        statistics are averaged anew there."""
-        with self.account:
-            if self._summed:
-                self.subspace.reconstruct_(self.model.parameters(), self._sum / self._summed)
-            self.account.read(self.task.renew_norms(self.model))
-        self._note(self.task.validate(self.model))
-        return Outcome(self.model, self.account, self.sampling, self._curve, self._best[1])
-
-    def _validate(self) -> None:
-        self.task.renew_norms(self.model, 500)  # training has no use for the statistics
-        self._note(self.task.validate(self.model))
-
-    def _note(self, accuracy: float) -> None:
-        self._curve.append((self.account.passes, accuracy))
-        if accuracy > self._best[0]:
-            self._best = accuracy, copied(self.model)
-
-
-def _has_norms(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-
-
-def _flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-
-
-@torch.no_grad()
-def write(model: nn.Module, flat: Tensor) -> None:
-    """Sets the parameters to the pieces of a flat vector (n,)."""
-    parameters = list(model.parameters())
-    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.copy_(piece.view(p.shape))
 
 
 #: Every method by its name in the files.

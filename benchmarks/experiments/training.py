@@ -128,6 +128,11 @@ class Task:
         return evaluate(model, self.problem.validation)[0]
 
 
+def has_norms(model: nn.Module) -> bool:
+    """Whether there are batch-norm statistics to keep up."""
+    return any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
 def counted_closure(
     model: nn.Module, inputs: Tensor, labels: Tensor, decay: float, account: Account
 ) -> Callable[[], Tensor]:
