@@ -34,6 +34,7 @@ from benchmarks.experiments import (  # noqa: E402
     networks,
     overhead,
     plans,
+    report,
     settings,
     tune,
 )
@@ -322,10 +323,12 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(lines) == len(list(plan.cells())) == 10
     for name, text in done.items():
         assert (tmp_path / "killed/cells" / name).read_text() == text
-    for a, b in zip(whole.all(), store.all(), strict=True):
-        assert a["cell"] == b["cell"]
+    found = {str(one["cell"]): one for one in store.all()}
+    for a in whole.all():
+        b = found.pop(str(a["cell"]))
         for key in ("test_accuracy", "test_loss", "passes", "curve"):
             assert a["result"][key] == b["result"][key]
+    assert not found
     plans.run(plan, store, lines.append)
     assert len(lines) == 10  # nothing was left to do
 
@@ -519,6 +522,17 @@ def test_table_figures_are_those_of_the_runs(tmp_path):
     sgd, pbfgs = table_rows(tmp_path / "o", "zoo")
     assert sgd == "| SGD |  | 91.00 ± 1.41 |  | 0.500 ± 0.000 | 4.0 | 0 | 1.0 |"
     assert pbfgs == "| P-BFGS | 6 | 93.00 ± 2.83 | 2.00 ± 1.41 | 0.500 ± 0.000 | 4.0 | 2 | 1.0 |"
+
+
+def test_tables_mix_no_settings(tmp_path):
+    store = Store(tmp_path)
+    result = {"test_accuracy": 0.9, "test_loss": 0.5, "passes": 4.0, "curve": [], "numel": 9}
+    result |= {"sampling_passes": 0.0, "cpu_seconds": 1.0}
+    for seed, lr in ((0, 0.1), (1, 0.1), (0, 0.2), (2, 0.2)):
+        store.save(Cell("zoo", "digits", "mlp", "sgd", None, 0.0, seed), quick(lr=lr), result)
+    found = report.collect(store, tmp_path / "none.json")
+    assert [run["seed"] for run in found["runs"]] == [0, 2]
+    assert found["settings"]["zoo/digits/mlp"]["lr"] == 0.2
 
 
 class Unreadable:

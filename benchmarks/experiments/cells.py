@@ -82,8 +82,9 @@ class Store:
         return json.loads(path.read_text()) if path.exists() else None
 
     def all(self) -> list[dict[str, Any]]:
-        """The content of all files, by name."""
-        paths = sorted((self.folder / "cells").glob("*.json"))
+        """The content of all files, the newest last."""
+        found = (self.folder / "cells").glob("*.json")
+        paths = sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
         return [json.loads(path.read_text()) for path in paths]
 
     def lead(self, cell: Cell, settings: Settings) -> Path:

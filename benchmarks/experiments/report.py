@@ -42,13 +42,18 @@ def write(store: Store, folder: Path, tuned: Path = settings.TUNED) -> list[Path
 
 def collect(store: Store, tuned: Path) -> dict[str, Any]:
     """The content of results.json."""
-    runs, used = [], {}
-    for saved in store.all():
-        cell, result = saved["cell"], dict(saved["result"])
+    # Of runs with several settings, those with the newest ones: tables mix nothing.
+    saved = store.all()
+    used = {_group(one["cell"]): one["settings"] for one in saved}
+    runs = []
+    for one in saved:
+        cell, result = one["cell"], dict(one["result"])
+        if one["settings"] | {"dim": None} != used[_group(cell)] | {"dim": None}:
+            continue
         if cell["experiment"] not in _CURVES:
             del result["curve"]
-        used[f"{cell['experiment']}/{cell['data']}/{cell['network']}"] = saved["settings"]
         runs.append(cell | result)
+    runs.sort(key=lambda run: [str(run[key]) for key in ("data", "method", "dim", "noise", "seed")])
     order, kinds = list(METHODS), networks.NAMES
     runs.sort(key=lambda run: (order.index(run["experiment"]), kinds.index(run["network"])))
     return {
@@ -64,6 +69,10 @@ def collect(store: Store, tuned: Path) -> dict[str, Any]:
         "tuned": tune.read(tuned),
         "runs": runs,
     }
+
+
+def _group(cell: dict[str, Any]) -> str:
+    return f"{cell['experiment']}/{cell['data']}/{cell['network']}"
 
 
 def _dump(results: dict[str, Any]) -> str:
