@@ -39,6 +39,7 @@ LEFT_OUT = (
     "test_readme.py",
     "test_examples.py",
     "test_guide.py",
+    "test_experiments.py",
     "test_demo.py",
     "test_cli.py",
     "matrix.py",
