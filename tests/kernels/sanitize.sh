@@ -1,8 +1,6 @@
 #!/bin/sh
-# Runs the CUDA kernels alone under the thread and the address sanitizer, and with every planted bug
-# (test_kernel_planted.py); then the kernel bench and its tests under AddressSanitizer and
-# UndefinedBehaviorSanitizer. PYTHON names the interpreter (pytest, NumPy, pybind11); further
-# arguments go to the second pytest.
+# Builds the kernel bench with AddressSanitizer and UndefinedBehaviorSanitizer and runs its tests
+# under them. PYTHON names the interpreter (pytest, NumPy, pybind11); further arguments go to pytest.
 set -eu
 cd "$(dirname "$0")/../.."
 python=$(command -v "${PYTHON:-python3}")
