@@ -201,6 +201,41 @@ def test_a_closure_that_raises_in_the_first_trial_loses_nothing(ahead) -> None:
     assert optimizer.status.moved
 
 
+def test_b_that_learnt_before_the_closure_raised_is_no_guess_any_more(ahead) -> None:
+    batches = Batches(7)
+    optimizer = PBFGS(batches.params, random_subspace(batches.params, 6))
+    optimizer.step(batches.forward(0))
+    guess, closure, calls = optimizer._rule.b.clone(), batches.forward(1), 0
+    assert optimizer._rule.fresh
+
+    def raising():
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return closure()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(raising)
+    assert not torch.equal(optimizer._rule.b, guess)
+    assert not optimizer._rule.fresh
+
+
+def test_a_closure_may_write_every_loss_into_one_tensor(monkeypatch) -> None:
+    """As callables that replay a CUDA graph do."""
+    ends = []
+    for devices in (("cuda",), ("cpu",)):
+        monkeypatch.setattr(_quasi_newton.QuasiNewton, "_devices_ahead", devices)
+        batches, static = Batches(10), torch.zeros((), dtype=torch.float64)
+        optimizer = PBFGS(batches.params, random_subspace(batches.params, 6))
+        for step in range(8):
+            usual = batches.usual(step)
+            optimizer.step(lambda f=usual, out=static: out.copy_(f().detach()))
+            assert optimizer.status is Status.ACCEPTED
+        ends.append([record.loss for record in optimizer.history])
+    assert ends[1] == pytest.approx(ends[0], rel=1e-6)
+
+
 def test_a_first_loss_that_is_not_finite_is_refused(ahead) -> None:
     batches = Batches(8)
     params = batches.params

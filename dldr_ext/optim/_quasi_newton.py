@@ -153,7 +153,14 @@ class QuasiNewton(SubspaceOptimizer):
         del gradient
         trials = Trials(closure, self._evaluator, self._replay, self._params, self._walk, objective)
         still_fresh = rule.fresh and pair is None
-        after = trials.run_ahead(float(group["lr"]), graph=wanted and not still_fresh)
+        if isinstance(first, Tensor):  # the trial may write its loss into the same tensor
+            first = first.detach().clone()
+        try:
+            after = trials.run_ahead(float(group["lr"]), graph=wanted and not still_fresh)
+        except BaseException:
+            _, _, learnt, reset, _, condition, _ = info.tolist()
+            rule.heed(learnt, reset, condition)  # B has learnt, whatever becomes of the step
+            raise
         change = info.new_zeros(1) if pair is None else pair[1].sum().reshape(1)
         loss, trials.raw_loss, *found = read_together([first, after], torch.cat([info, change]))
         slope, size, learnt, reset, downhill, condition, length, change_sum = found
