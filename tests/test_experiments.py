@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -518,7 +519,10 @@ def test_table_figures_are_those_of_the_runs(tmp_path):
             result |= {"sampling_passes": 2.0 * (dim is not None), "cpu_seconds": 1.0}
             result |= {"numel": 1000}
             store.save(Cell("zoo", "digits", "mlp", method, dim, 0.0, seed), quick(), result)
+    log = logging.getLogger("dldr_ext")
+    before = log.level
     assert main(["report", "--work", str(tmp_path), "--output", str(tmp_path / "o")]) == 0
+    assert log.level == before  # the caller's warnings go on
     sgd, pbfgs = table_rows(tmp_path / "o", "zoo")
     assert sgd == "| SGD |  | 91.00 ± 1.41 |  | 0.500 ± 0.000 | 4.0 | 0 | 1.0 |"
     assert pbfgs == "| P-BFGS | 6 | 93.00 ± 2.83 | 2.00 ± 1.41 | 0.500 ± 0.000 | 4.0 | 2 | 1.0 |"

@@ -62,7 +62,16 @@ def _output(sub: argparse.ArgumentParser) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 2 if its options make no sense."""
     options = parser().parse_args(arguments)
-    logging.getLogger("dldr_ext").setLevel(logging.ERROR)  # every run starts with a move
+    log = logging.getLogger("dldr_ext")
+    level = log.level
+    log.setLevel(logging.ERROR)  # every run starts with a move
+    try:
+        return _run(options)
+    finally:
+        log.setLevel(level)
+
+
+def _run(options: argparse.Namespace) -> int:
     store = Store(options.work)
     try:
         if options.command == "overhead":
