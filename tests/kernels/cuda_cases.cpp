@@ -148,10 +148,14 @@ class List {
   List(int64_t numel, int64_t count, int64_t row, int64_t pieces) {
     constexpr DType kTypes[] = {DType::f32, DType::bf16, DType::f64, DType::f16};
     const int64_t total = numel * count;
+    // The last tensor of a long list begins past 2^31, in the last tile.
+    const auto border = [&](int64_t k) {
+      return k == pieces - 1 && total > kSparse ? total - 32 : total * k / pieces;
+    };
     for (int64_t k = 0; k < pieces; ++k) {
       Entry entry;
-      entry.begin = total * k / pieces;
-      entry.numel = total * (k + 1) / pieces - entry.begin;
+      entry.begin = border(k);
+      entry.numel = border(k + 1) - entry.begin;
       entry.dtype = kTypes[k % 4];
       entry.data = arrays_.emplace_back(entry.dtype, entry.numel).at();
       entries_.push_back(entry);
