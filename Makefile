@@ -35,7 +35,8 @@ test-kernels: $(VENV)/.built
 test-matrix: wheel
 	$(PYTHON) tests/matrix.py --wheel dist $(ARGS)
 
-# The same kernel tests under the address and undefined-behaviour sanitizers.
+# The same kernel tests under the address and undefined-behaviour sanitizers; the CUDA kernels also
+# under the thread sanitizer, and with every planted bug.
 sanitize: $(VENV)/.built
 	PYTHON=$(abspath $(BIN))/python bash tests/kernels/sanitize.sh
 
