@@ -78,12 +78,17 @@ class DiskStore(DeferredStore):
 
     @classmethod
     def resume(
-        cls, lock: FolderLock, device: torch.device, metadata: dict[str, Any], size: int
+        cls,
+        lock: FolderLock,
+        numel: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        metadata: dict[str, Any],
     ) -> DiskStore:
         """The store of a folder that has one; rows that are not whole are reported and left out."""
         result = cls.__new__(cls)
-        dtype = getattr(torch, metadata["dtype"])
-        DeferredStore.__init__(result, size, metadata["capacity"], dtype, device)
+        DeferredStore.__init__(result, numel, capacity, dtype, device)
         result._lock, result._path, result._metadata = lock, lock.folder, metadata
         result._rows, result._next, result._has_header = [], 0, True
         result._maps, result._mapped = {}, 0
@@ -95,6 +100,7 @@ class DiskStore(DeferredStore):
             except ValueError as error:
                 warnings.warn(f"a snapshot was left out: {error}", UserWarning, stacklevel=4)
         result.length = len(result._rows)
+        result._make_room(result.length)
         return result
 
     def close(self) -> None:
