@@ -38,8 +38,8 @@ class Trajectory:
         of the folder ``path``, where they outlive the process. All give the same numbers to the
         bit: see docs/trajectories.md.
     path : path, optional
-        For "disk": a folder, new or empty; made if its parent is there. This trajectory alone
-        records to it until `close`.
+        For "disk": a folder, made if it is not there; this trajectory alone records to it until
+        `close`. `load` goes on with one that holds a trajectory.
     anchor : Tensor of shape (n,) or list of tensors like ``params``, optional
         What the deltas are taken from. Default: the first snapshot.
 
@@ -158,9 +158,13 @@ class Trajectory:
         anchor = (
             self._anchor if self._anchor is not None else flatten(params, wide_dtype(self.dtype))
         )
-        if not self._store.append(params, anchor):
-            raise ValueError(why_not_finite(self, params, anchor))
-        self._anchor = anchor
+        before, self._anchor = self._anchor, anchor
+        try:
+            if not self._store.append(params, anchor):
+                raise ValueError(why_not_finite(self, params, anchor))
+        finally:
+            if len(self) == 0:
+                self._anchor = before
         return index
 
     def explained_variance_ratio(self) -> Tensor:

@@ -46,7 +46,7 @@ def new_store(
 ) -> Store:
     """An empty store of ``sizes``: numel, capacity, dtype, device; ``metadata`` goes to disk."""
     if path is not None:
-        return DiskStore(Path(path), *sizes, metadata)
+        return DiskStore.create(Path(path), *sizes, metadata)
     if storage == "host" and sizes[3].type != "cpu":
         return HostStore(*sizes)
     return MemoryStore(*sizes)  # memory of the host is where parameters on the CPU are
