@@ -365,7 +365,7 @@ def test_damaged_headers(tmp_path, which):
     counts = {"whole": 0, "left out": 0, "refused": 0}
 
     @settings(
-        max_examples=333_334 if EVERY_CASE else 400,
+        max_examples=333_334 if EVERY_CASE else 250,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
@@ -395,7 +395,7 @@ def test_damaged_headers(tmp_path, which):
 
     attempt()
     if which == "snapshot":
-        assert counts["refused"] == 0 and counts["left out"] > 100
+        assert counts["refused"] == 0 and counts["left out"] > 50
     else:
-        assert counts["refused"] > 100
+        assert counts["refused"] > 50
     assert counts["whole"] > 0

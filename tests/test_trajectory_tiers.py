@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -310,3 +311,13 @@ def test_memory_does_not_grow_with_the_snapshots(tmp_path):
     output = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     few, many = map(float, output.split())
     assert many < few + 32 and many < 96
+
+
+def test_the_programs_of_the_page(tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "docs" / "trajectories.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
+    names = {}
+    exec(first + second, names)
+    assert names["subspace"].dim == 10 and len(names["trajectory"]) == 31
+    assert "RecordingCost(snapshots=30" in capsys.readouterr().out
