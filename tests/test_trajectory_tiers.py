@@ -124,10 +124,10 @@ def test_rows_that_are_multiplied_together(block, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("reading", "computing", "count", "expected"),
-    [(1, 1, 1, 1), (3, 1, 1, 3), (3, 3, 4, 4), (1, 9, 1, 1), (9, 0, 1, 32), (2.5, 1, 1, 3)],
+    [(1, 4, 1, 1), (1, 1, 1, 4), (3, 3, 4, 16), (1, 9, 1, 1), (9, 0, 1, 32), (1.1, 2, 1, 3)],
 )
 def test_the_block_that_is_chosen(reading, computing, count, expected):
-    """As many rows as are multiplied in the time that reading takes."""
+    """As many rows as are multiplied in four times the time that reading takes."""
     assert next_block(Seconds(reading, computing), count) == expected
 
 

@@ -15,6 +15,7 @@ from .base import Store
 from .products import Seconds, multiply_by_rows, multiply_on_cpu
 
 _MOST_ROWS = 32  # are multiplied in one pass while recording
+_COMPUTING_SHARE = 4  # times as long as reading
 _FREE_SHARE = 8  # of the free memory of a GPU, one in so many bytes is taken for it
 
 
@@ -26,8 +27,8 @@ class DeferredStore(Store):
     Attributes
     ----------
     block : int
-        k. On the CPU it grows until reading the earlier rows takes no longer than multiplying
-        them, as measured; on CUDA, as many as an eighth of the free memory holds; 32 at most.
+        k. On the CPU it grows until reading the earlier rows takes a quarter of the time that
+        multiplying them takes, as measured; on CUDA, as many as an eighth of the free memory holds; 32 at most.
     """
 
     def __init__(self, numel: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -71,9 +72,9 @@ class DeferredStore(Store):
 
 
 def next_block(seconds: Seconds, count: int) -> int:
-    """The k whose arithmetic takes as long as the reading, after a pass for ``count`` rows."""
+    """The k whose arithmetic takes four times the reading, after a pass for ``count`` rows."""
     each = max(seconds.computing, 1e-9) / count
-    return max(1, min(_MOST_ROWS, math.ceil(seconds.reading / each)))
+    return max(1, min(_MOST_ROWS, math.ceil(_COMPUTING_SHARE * seconds.reading / each)))
 
 
 def stored(params: Sequence[Tensor], anchor: Tensor, dtype: torch.dtype) -> Tensor | None:
