@@ -28,7 +28,8 @@ class DeferredStore(Store):
     ----------
     block : int
         k. On the CPU it grows until reading the earlier rows takes a quarter of the time that
-        multiplying them takes, as measured; on CUDA, as many as an eighth of the free memory holds; 32 at most.
+        multiplying them takes, as measured; on CUDA, as many as an eighth of the free memory holds;
+        32 at most.
     """
 
     def __init__(self, numel: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -190,7 +190,9 @@ class DiskStore(DeferredStore):
                 f"{row.path}: changed since it was recorded: {found} bytes, not {size}"
             )
         # Mapped copy-on-write: nothing is ever written to the file.
-        mapped = torch.from_file(str(row.path), shared=False, size=size, dtype=torch.uint8)
+        mapped = torch.from_file(
+            str(row.path), shared=False, size=size, dtype=torch.uint8, device="cpu"
+        )
         return mapped[row.offset :].view(self.dtype)
 
 

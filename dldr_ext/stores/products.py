@@ -44,7 +44,7 @@ def multiply_on_cpu(rows: StoredRows, gram: Tensor, index: int) -> Seconds:
     tiles = -(-numel // _TILE)
     chunk = max(1, -(-tiles // _MOST_CHUNKS)) * _TILE
     window = max(1, _WINDOW_BYTES // (chunk * width * rows.dtype.itemsize)) * chunk
-    total, part, one = (torch.zeros(width, width, dtype=torch.float64) for _ in range(3))
+    total, part, one = (gram.new_zeros((width, width)) for _ in range(3))
     computing, start = 0.0, time.perf_counter()
     for _, piece in rows.pieces(window):
         begun = time.perf_counter()
