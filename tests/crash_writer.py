@@ -50,6 +50,7 @@ def record_forever(folder, pipe):
         os.write(pipe, b"r")
         if t % 7 == 0:
             trajectory.gram  # noqa: B018  (completes it)
+    os.write(pipe, b"f")
     time.sleep(60)
 
 
@@ -82,10 +83,11 @@ def main(folder, kills, seed):
             record_forever(folder, writable)
             os._exit(0)
         os.close(writable)
-        time.sleep(chance.uniform(0, 0.03))
+        # Mostly once it records, however busy the machine is; else perhaps while it opens the folder.
+        reports = os.read(readable, 1) if chance.random() < 0.75 else b""
+        time.sleep(chance.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        reports = b""
         while more := os.read(readable, 1000):
             reports += more
         os.close(readable)
