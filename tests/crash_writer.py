@@ -83,7 +83,7 @@ def main(folder, kills, seed):
             record_forever(folder, writable)
             os._exit(0)
         os.close(writable)
-        # Mostly once it records, however busy the machine is; else perhaps while it opens the folder.
+        # Mostly once it records, however busy the machine is; else perhaps as it opens the folder.
         reports = os.read(readable, 1) if chance.random() < 0.75 else b""
         time.sleep(chance.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
