@@ -11,12 +11,14 @@ second copy of a large one is made.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,11 +44,19 @@ _NO_CHECKSUM = "0" * 8  # what the checksum field holds while the checksum is co
 _PIECE = 1 << 24  # bytes handled at a time
 
 
+class Stream(NamedTuple):
+    """A tensor that is made while it is written: its pieces, in logical order."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Iterator[Tensor]
+
+
 def save(
     path: str | os.PathLike[str],
     kind: str,
     version: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Stream],
     metadata: Mapping[str, Any],
 ) -> None:
     """Saves an artefact; an earlier file at ``path`` stays in place unless all went well.
@@ -59,7 +69,7 @@ def save(
         What it is ("trajectory", "subspace", ...); `Reader` refuses another kind.
     version : int
         Version of the kind's format; `Reader` refuses a newer one.
-    tensors : mapping of str to Tensor
+    tensors : mapping of str to Tensor or Stream
         On any device, with any strides.
     metadata : mapping
         Anything that JSON can hold.
@@ -122,7 +132,7 @@ class Reader:
         self._check_kind(found, kind, version)
         self._check_sum(found)
         self.version = int(found[_PREFIX + "version"])
-        self.metadata: dict[str, Any] = json.loads(found[_PREFIX + "metadata"])
+        self.metadata: dict[str, Any] = self._parsed(found[_PREFIX + "metadata"])
 
     def __enter__(self) -> Reader:
         self._file.__enter__()
@@ -153,18 +163,31 @@ class Reader:
 
     def read_into(self, name: str, out: Tensor) -> None:
         """One tensor, straight into ``out``, which must have its shape and dtype."""
+        self.check(name, tuple(out.shape), out.dtype)
+        out.copy_(self._get(name))
+
+    def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Checks the shape and the dtype of a tensor."""
         source = self._get(name)
-        if source.shape != out.shape or source.dtype != out.dtype:
+        if source.shape != shape or source.dtype != dtype:
             raise self.error(
-                f"expected '{name}' of shape {tuple(out.shape)} and dtype {dtype_name(out.dtype)}, "
+                f"expected '{name}' of shape {shape} and dtype {dtype_name(dtype)}, "
                 f"found {tuple(source.shape)} and {dtype_name(source.dtype)}"
             )
-        out.copy_(source)
 
     def _get(self, name: str) -> Tensor:
         if name not in self.names():
             raise self.error(f"expected a tensor '{name}', found {sorted(self.names())}")
         return self._file.get_tensor(name)
+
+    def _parsed(self, text: str) -> dict[str, Any]:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"expected metadata as JSON, found {error}") from error
+        if not isinstance(found, dict):
+            raise self.error(f"expected metadata as a JSON object, found {text[:40]}")
+        return found
 
     def _check_kind(self, found: Mapping[str, str], kind: str, version: int) -> None:
         fields = {key: found.get(_PREFIX + key) for key in ("kind", "version", "metadata")}
@@ -175,7 +198,8 @@ class Reader:
             )
         if fields["kind"] != kind:
             raise self.error(f"expected a {kind}, found a {fields['kind']}")
-        if not str(fields["version"]).isdecimal() or int(str(fields["version"])) > version:
+        found_version = str(fields["version"])
+        if not re.fullmatch("[0-9]{1,9}", found_version) or int(found_version) > version:
             raise self.error(
                 f"expected a {kind} of format version {version} or older, found version "
                 f"{fields['version']}; a newer dldr_ext can read it"
@@ -193,11 +217,19 @@ class Reader:
             raise self.error(f"corrupt: expected the CRC-32 {expected}, found {crc:08x}")
 
 
+def tensor_offset(path: str | os.PathLike[str], name: str) -> int:
+    """Where the numbers of a tensor begin in a file that `save` has written."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return 8 + size + header[name]["data_offsets"][0]
+
+
 def _write(
     file: BinaryIO,
     kind: str,
     version: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Stream],
     metadata: Mapping[str, Any],
 ) -> None:
     header: dict[str, Any] = {
@@ -212,7 +244,7 @@ def _write(
     for name, tensor in tensors.items():
         if tensor.dtype not in _FORMAT_NAMES:
             raise TypeError(f"{name}: cannot save a tensor of dtype {dtype_name(tensor.dtype)}")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {
             "dtype": _FORMAT_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -236,8 +268,12 @@ def _field(checksum: str) -> bytes:
     return f'"{_CHECKSUM}":"{checksum}"'.encode()
 
 
-def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+def _pieces(tensor: Tensor | Stream) -> Iterator[memoryview]:
     """The bytes of a tensor in logical order, some at a time."""
+    if isinstance(tensor, Stream):
+        for part in tensor.pieces:
+            yield from _pieces(part)
+        return
     tensor = tensor.detach()
     if tensor.numel() == 0:
         return

@@ -5,12 +5,13 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _pca, ops
+from . import _pca, _saved
 from ._params import (
     DTYPES,
     check_matches,
@@ -21,12 +22,14 @@ from ._params import (
     type_name,
 )
 from ._principal import asked_count, principal_subspace, weights_at
-from ._rows import empty_rows
+from ._stored_rows import StoredRows
 from .grouped import GroupedSubspace, group_slices
-from .storage import Reader, save
+from .storage import Reader, Stream, save
+from .stores import DiskStore, FolderLock, HostStore, MemoryStore, RecordingCost, Store
+from .stores.disk import HEADER, HEADER_KIND, HEADER_VERSION
 from .subspace import Subspace
 
-_STORAGES = ("device",)
+_STORAGES = ("device", "host", "disk")
 _KIND, _VERSION = "trajectory", 1
 
 
@@ -42,8 +45,13 @@ class Trajectory:
         Most snapshots. Memory is touched only as snapshots come in.
     dtype : torch.dtype
         Of the stored deltas: float32, bfloat16, float16 or float64.
-    storage : str
-        "device": where the parameters are.
+    storage : "device", "host" or "disk"
+        Where the snapshots are kept: with the parameters; in (pinned) memory of the host; in files
+        of the folder ``path``, where they outlive the process. All give the same numbers to the
+        bit: see docs/trajectories.md.
+    path : path, optional
+        For "disk": a folder, new or empty; made if its parent is there. This trajectory alone
+        records to it until `close`.
     anchor : Tensor of shape (n,) or list of tensors like ``params``, optional
         What the deltas are taken from. Default: the first snapshot.
 
@@ -60,17 +68,23 @@ class Trajectory:
         capacity: int = 81,
         dtype: torch.dtype = torch.bfloat16,
         storage: str = "device",
+        path: str | os.PathLike[str] | None = None,
         *,
         anchor: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
+        self._describe(params, capacity, dtype)
+        _check_storage(storage, path)
+        self.storage = storage
+        self._anchor = None if anchor is None else self._given_anchor(anchor)
+        self._store = self._new_store(path)
+
+    def _describe(self, params: Iterable[Any], capacity: int, dtype: torch.dtype) -> None:
+        """What the trajectory is of."""
         self.params, self.names = named_parameters(params)
         self.shapes = [tuple(p.shape) for p in self.params]
         self.numel = numel(self.params)
         self.device = self.params[0].device
         self.capacity = _capacity(capacity)
-        if storage not in _STORAGES:
-            raise ValueError(f"storage: expected one of {list(_STORAGES)}, got {storage!r}")
-        self.storage = storage
         if dtype not in DTYPES:
             expected = ", ".join(map(dtype_name, DTYPES))
             found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
@@ -78,21 +92,32 @@ class Trajectory:
         if self.numel == 0:
             raise ValueError("params: expected at least one element, got tensors of size 0")
         self.dtype = dtype
-        self._length = 0
-        self._anchor = None if anchor is None else self._given_anchor(anchor)
-        self._snapshots = empty_rows(self.capacity, self.numel, dtype=dtype, device=self.device)
-        self._gram = torch.zeros(
-            (self.capacity, self.capacity), dtype=torch.float64, device=self.device
-        )
+
+    def _new_store(self, path: str | os.PathLike[str] | None) -> Store:
+        sizes = self.numel, self.capacity, self.dtype, self.device
+        if path is not None:
+            return DiskStore(Path(path), *sizes, self._metadata())
+        if self.storage == "host" and self.device.type != "cpu":
+            return HostStore(*sizes)
+        return MemoryStore(*sizes)
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "shapes": self.shapes,
+            "names": self.names,
+            "dtype": dtype_name(self.dtype),
+            "capacity": self.capacity,
+        }
 
     def __len__(self) -> int:
         """Number of snapshots, T."""
-        return self._length
+        return self._store.length
 
     def __repr__(self) -> str:
         return (
             f"Trajectory({len(self)} of {self.capacity} snapshots, numel={self.numel}, "
-            f"dtype={dtype_name(self.dtype)}, device={self.device})"
+            f"dtype={dtype_name(self.dtype)}, device={self.device}"
+            f"{'' if self.storage == 'device' else f', storage={self.storage}'})"
         )
 
     @property
@@ -101,14 +126,28 @@ class Trajectory:
         return self._anchor
 
     @property
-    def snapshots(self) -> Tensor:
-        """The stored deltas X, shape (T, n): a view."""
-        return self._snapshots[: self._length]
+    def snapshots(self) -> Tensor | StoredRows:
+        """The stored deltas X, shape (T, n): a view.
+
+        On disk, and for parameters on CUDA in host memory, an array that reads what it is asked
+        for: ``snapshots[t]`` is a row, ``snapshots[:, a:b]`` some columns, each a copy on the
+        parameters' device.
+        """
+        return self._store.snapshots()
 
     @property
     def gram(self) -> Tensor:
         """K = X X^T of the stored rows, shape (T, T), float64: a copy."""
-        return self._gram[: self._length, : self._length].clone()
+        return self._store.gram().clone()
+
+    @property
+    def cost(self) -> RecordingCost:
+        """Snapshots, seconds, bytes read and bytes written of the recording so far."""
+        return self._store.cost
+
+    def close(self) -> None:
+        """Gives a folder back, so that it can be loaded again. Nothing is lost."""
+        self._store.close()
 
     def record(self) -> int:
         """Stores the current parameters as one more snapshot.
@@ -124,21 +163,21 @@ class Trajectory:
             The trajectory is full; a parameter changed its shape or device since the trajectory
             was made; a delta is NaN or Inf. The trajectory is then as it was before.
         """
-        index = self._length
+        return self._record(self.params)
+
+    def _record(self, params: Sequence[Tensor]) -> int:
+        """`record` of other tensors of the same shapes."""
+        index = len(self)
         if index == self.capacity:
             raise ValueError(
                 f"the trajectory is full: it holds {self.capacity} snapshots, its capacity; a "
                 "larger capacity takes more"
             )
-        self._check_params()
-        anchor = self._anchor if self._anchor is not None else flatten(self.params, self._wide())
-        ops.gram_append_(self._snapshots, self._gram, index, self.params, anchor)
-        if not bool(self._gram[index, : index + 1].isfinite().all()):
-            self._gram[index, : index + 1] = 0
-            self._gram[: index + 1, index] = 0
-            raise ValueError(self._why_not_finite(anchor))
+        self._check(params)
+        anchor = self._anchor if self._anchor is not None else flatten(params, self._wide())
+        if not self._store.append(params, anchor):
+            raise ValueError(self._why_not_finite(params, anchor))
         self._anchor = anchor
-        self._length += 1
         return index
 
     def explained_variance_ratio(self) -> Tensor:
@@ -248,7 +287,7 @@ class Trajectory:
             begin = columns.stop
             try:
                 one = principal_subspace(
-                    self.snapshots[:, columns],
+                    self._columns(columns),
                     None,
                     origin[columns],
                     dtype,
@@ -274,15 +313,10 @@ class Trajectory:
         """
         if self._anchor is None or len(self) == 0:
             raise ValueError("the trajectory is empty: nothing to save")
-        tensors = {"snapshots": self.snapshots, "gram": self.gram, "anchor": self._anchor}
-        metadata = {
-            "shapes": self.shapes,
-            "names": self.names,
-            "dtype": dtype_name(self.dtype),
-            "capacity": self.capacity,
-            "length": len(self),
-        }
-        save(path, _KIND, _VERSION, tensors, metadata)
+        rows = self.snapshots
+        streamed = rows if isinstance(rows, Tensor) else Stream(rows.dtype, rows.shape, iter(rows))
+        tensors = {"snapshots": streamed, "gram": self.gram, "anchor": self._anchor}
+        save(path, _KIND, _VERSION, tensors, {**self._metadata(), "length": len(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: Iterable[Any]) -> Trajectory:
@@ -291,6 +325,8 @@ class Trajectory:
         Parameters
         ----------
         path : path
+            A file that `save` has written, or the folder of a trajectory that was recorded with
+            ``storage="disk"``: every snapshot in it is read and checked once.
         params : iterable of Tensor
             As in the constructor: the same shapes (and names, where both are known) in the same
             order. Their values do not matter.
@@ -298,28 +334,60 @@ class Trajectory:
         Raises
         ------
         ValueError
-            The file is truncated, corrupt or something else; the parameters do not match.
+            The file is truncated, corrupt or something else; the parameters do not match; another
+            trajectory has the folder open.
+
+        Warns
+        -----
+        UserWarning
+            A snapshot in the folder is not whole: it is left out.
         """
+        if os.path.isdir(path):
+            return cls._resume(Path(path), params)
         with Reader(path, _KIND, _VERSION) as file:
-            params, names = named_parameters(params)
-            saved = file.metadata
-            check_matches(params, saved["shapes"], saved["names"], f"trajectory {path}")
-            if names is not None and saved["names"] is not None and names != saved["names"]:
-                i, name = next(
-                    (i, name) for i, name in enumerate(names) if name != saved["names"][i]
-                )
-                raise ValueError(
-                    f"params[{i}]: expected the name {saved['names'][i]}, as in the trajectory "
-                    f"{path}, got {name}"
-                )
-            result = cls(params, saved["capacity"], getattr(torch, saved["dtype"]))
-            length = saved["length"]
-            result.names = saved["names"] if names is None else names
+            result = cls._matching(file, params)
+            result.storage = "device"
+            store = MemoryStore(result.numel, result.capacity, result.dtype, result.device)
+            snapshots, gram = store.restore(_saved.length(file))
             result._anchor = torch.empty(result.numel, dtype=result._wide(), device=result.device)
             file.read_into("anchor", result._anchor)
-            file.read_into("snapshots", result._snapshots[:length])
-            file.read_into("gram", result._gram[:length, :length])
-            result._length = length
+            file.read_into("snapshots", snapshots)
+            file.read_into("gram", gram)
+            result._store = store
+        return result
+
+    @classmethod
+    def _resume(cls, path: Path, params: Iterable[Any]) -> Trajectory:
+        if not (path / HEADER).is_file():
+            raise ValueError(
+                f"path: expected a folder that a trajectory was recorded to, got {path} without "
+                f"{HEADER}"
+            )
+        lock = FolderLock(path)
+        try:
+            with Reader(path / HEADER, HEADER_KIND, HEADER_VERSION) as file:
+                result = cls._matching(file, params)
+                result._anchor = torch.empty(
+                    result.numel, dtype=result._wide(), device=result.device
+                )
+                file.read_into("anchor", result._anchor)
+                metadata = _saved.with_id(file)
+            result.storage = "disk"
+            result._store = DiskStore.resume(lock, result.device, metadata, result.numel)
+        except BaseException:
+            lock.close()
+            raise
+        return result
+
+    @classmethod
+    def _matching(cls, file: Reader, params: Iterable[Any]) -> Trajectory:
+        """A trajectory as the file says, without a store, on parameters that match it."""
+        listed, names = named_parameters(params)
+        saved = _saved.description(file)
+        _saved.check_parameters(file.path, saved, listed, names)
+        result = cls.__new__(cls)
+        result._describe(listed, saved.capacity, saved.dtype)
+        result.names = saved.names if names is None else names
         return result
 
     @classmethod
@@ -402,24 +470,24 @@ class Trajectory:
             raise ValueError("anchor: expected finite values, got NaN or Inf")
         return flat
 
-    def _check_params(self) -> None:
-        check_matches(self.params, self.shapes, self.names, "trajectory when it was made")
-        for i, p in enumerate(self.params):
+    def _check(self, params: Sequence[Tensor]) -> None:
+        check_matches(params, self.shapes, self.names, "trajectory when it was made")
+        for i, p in enumerate(params):
             if p.device != self.device:
                 raise ValueError(
                     f"params[{i}]: expected device {self.device}, as when the trajectory was "
                     f"made, got {p.device}"
                 )
 
-    def _why_not_finite(self, anchor: Tensor) -> str:
-        for i, p in enumerate(self.params):
+    def _why_not_finite(self, params: Sequence[Tensor], anchor: Tensor) -> str:
+        for i, p in enumerate(params):
             if not bool(p.detach().isfinite().all()):
                 name = f" ({self.names[i]})" if self.names else ""
                 return f"params[{i}]{name}: expected finite values, got NaN or Inf; not recorded"
-        pieces = anchor.split([p.numel() for p in self.params])
+        pieces = anchor.split([p.numel() for p in params])
         largest = max(
             float((p.detach().reshape(-1) - piece).abs().max())
-            for p, piece in zip(self.params, pieces, strict=True)
+            for p, piece in zip(params, pieces, strict=True)
             if p.numel()
         )
         return (
@@ -458,7 +526,15 @@ class Trajectory:
 
     def _double(self) -> bool:
         """Whether neither the weights nor the snapshots were ever rounded to less than float64."""
-        return all(tensor.dtype == torch.float64 for tensor in (self._snapshots, *self.params))
+        return all(
+            dtype == torch.float64 for dtype in (self.dtype, *(p.dtype for p in self.params))
+        )
+
+    def _columns(self, columns: slice) -> Tensor | StoredRows:
+        rows = self.snapshots
+        if isinstance(rows, StoredRows):
+            return rows.narrow(columns.start, columns.stop)
+        return rows[:, columns]
 
 
 def _capacity(capacity: int) -> int:
@@ -466,3 +542,11 @@ def _capacity(capacity: int) -> int:
     if result < 1:
         raise ValueError(f"capacity: expected at least 1 snapshot, got {result}")
     return result
+
+
+def _check_storage(storage: str, path: Any) -> None:
+    if storage not in _STORAGES:
+        raise ValueError(f"storage: expected one of {list(_STORAGES)}, got {storage!r}")
+    if (path is not None) != (storage == "disk"):
+        wanted = "a folder" if storage == "disk" else "None"
+        raise ValueError(f"path: expected {wanted} with storage={storage!r}, got {path!r}")

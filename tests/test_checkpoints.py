@@ -162,6 +162,24 @@ def test_dtypes(tmp_path, dtype, stored):
     assert torch.equal(result.gram, expected.gram)
 
 
+@pytest.mark.parametrize("storage", ["host", "disk"])
+def test_storage(tmp_path, monkeypatch, storage):
+    monkeypatch.setattr("dldr_ext.checkpoints.record._PIECE", 64)
+    monkeypatch.setattr("dldr_ext.stores.disk._PIECE", 64)
+    model, found, expected = states()
+    folder = write(tmp_path / "run", found)
+    options = {"path": tmp_path / "rows"} if storage == "disk" else {}
+    result = Trajectory.from_checkpoints(
+        folder, model, dtype=torch.float32, storage=storage, **options
+    )
+    assert torch.equal(result.snapshots[:], expected.snapshots)
+    assert torch.equal(result.gram, expected.gram)
+    result.close()
+    if storage == "disk":
+        again = Trajectory.load(tmp_path / "rows", model.named_parameters())
+        assert torch.equal(again.gram, expected.gram)
+
+
 def test_recording_goes_on_after_the_checkpoints(tmp_path):
     model, found, expected = states()
     folder = write(tmp_path / "run", found[:3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pickle
 import zipfile
 from functools import lru_cache
@@ -55,6 +56,11 @@ class Entry(NamedTuple):
     offset: int | None  # bytes before its first element; None: the file is loaded whole
     name: str  # in the file
     key: str | None = None  # where the state dict is in it
+
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        count: int = math.prod(self.shape)
+        return count * self.dtype.itemsize
 
     def place(self) -> tuple[Any, ...]:
         """Equal for two names of one tensor."""
@@ -197,10 +203,10 @@ def _read_torch(path: Path, size: int, key: str | None) -> Contents:
             notes.append(f"{name}: left out, not a dense tensor")
             continue
         storage = tensor.untyped_storage()
-        begin = storage._checkpoint_offset  # type: ignore[attr-defined]
-        first = tensor.storage_offset() * tensor.itemsize
+        begin = storage._checkpoint_offset
+        first = int(tensor.storage_offset()) * tensor.itemsize
         last = first + extent(tensor.shape, tensor.stride()) * tensor.itemsize
-        if first < 0 or last > storage.nbytes() or begin + last > size:
+        if begin is None or first < 0 or last > storage.nbytes() or begin + last > size:
             raise CheckpointError(path, f"corrupt: {name} lies outside the file")
         entries[name] = Entry(
             tensor.dtype, tuple(tensor.shape), tensor.stride(), path, begin + first, name

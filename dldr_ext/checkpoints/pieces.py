@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -55,9 +56,7 @@ class Pieces:
             out.copy_(tensor.detach().reshape(-1)[begin : begin + len(out)])
             return
         shape, stride = _without_ones(entry)
-        if extent(shape, stride) == math.prod(shape) and all(
-            a >= b for a, b in zip(stride, stride[1:], strict=False)
-        ):
+        if extent(shape, stride) == math.prod(shape) and all(a >= b for a, b in pairwise(stride)):
             self._read_packed(entry, begin, out)
         else:
             self._read_strided(entry, shape, stride, begin, out)

@@ -1,16 +1,18 @@
-"""A `Trajectory` from checkpoints: recorded tensor by tensor, piece by piece."""
+"""A `Trajectory` from checkpoints: recorded row by row, each in pieces."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..stores import DiskStore, MemoryStore, Store
+from ..stores.deferred import DeferredStore
 from .errors import CheckpointError
 from .pieces import Pieces
 from .series import Series, model_parameters
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from ..trajectory import Trajectory
 
 Progress = Callable[[int, int], None]
-_PIECE = 1 << 22  # elements
+_PIECE = 1 << 22  # elements; DiskStore cuts rows at the same places, so that none is kept
 
 
 def from_checkpoints(
@@ -52,11 +54,33 @@ def from_checkpoints(
             f"{result.capacity}"
         )
     result.params = list(params.values())
-    with Pieces() as pieces:
-        _record(result, series, pieces, skip_bad, progress)
+    try:
+        with Pieces() as pieces:
+            _record(result, series, pieces, skip_bad, progress)
+    except BaseException:
+        result.close()
+        raise
     for error in series.skipped:
         warnings.warn(f"left out {error}", UserWarning, stacklevel=3)
     return result
+
+
+class _Row:
+    """One checkpoint as the parts of its flat vector, each valid until the next one."""
+
+    def __init__(self, series: Series, pieces: Pieces, t: int, buffer: Tensor) -> None:
+        self.series, self.t = series, t
+        self._pieces, self._buffer = pieces, buffer
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (part for _, part in self.parts())
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        for begin in range(0, self.series.numel, _PIECE):
+            columns = slice(begin, min(begin + _PIECE, self.series.numel))
+            part = self._buffer[: columns.stop - begin]
+            self.series.read(self._pieces, self.t, begin, part)
+            yield columns, part
 
 
 def _record(
@@ -66,35 +90,55 @@ def _record(
     skip_bad: bool,
     progress: Progress | None,
 ) -> None:
-    device = trajectory.device
-    anchor = torch.empty(series.numel, dtype=trajectory._wide(), device=device)
+    store = trajectory._store
+    if isinstance(store, DeferredStore):
+        store.block = trajectory.capacity  # one pass over all rows, at the end
+    anchor = torch.empty(series.numel, dtype=trajectory._wide(), device=trajectory.device)
     buffer = torch.empty(min(_PIECE, series.numel), dtype=anchor.dtype, device="cpu")
-    rows, total, done, t = trajectory._snapshots, series.row_bytes(), 0, 0
-    each = total // len(series)
+    t, read = 0, 0
     while t < len(series):
+        row = _Row(series, pieces, t, buffer)
         try:
-            for begin in range(0, series.numel, _PIECE):
-                piece = buffer[: min(_PIECE, series.numel - begin)]
-                series.read(pieces, t, begin, piece)
-                columns = slice(begin, begin + len(piece))
-                if t == 0:
-                    anchor[columns].copy_(piece)
-                row = rows[t : t + 1, columns]
-                ops.store_snapshot_(row, 0, [piece.to(device)], anchor[columns])
-                if not bool(row.isfinite().all()):
-                    raise series.error(t, f"a difference overflows {trajectory.dtype}")
-                if progress is not None:
-                    progress(done + each * columns.stop // series.numel, total)
+            if t == 0:
+                for columns, part in row.parts():
+                    anchor[columns] = part.to(anchor.device)
+            if not _append(store, row, anchor, t):
+                raise series.error(t, f"a difference from the first one overflows {store.dtype}")
         except CheckpointError as error:
             if not skip_bad or len(series) == 1:
                 raise
             series.drop(t, error)
-            total -= each
             continue
-        done += each
+        read += series.row_bytes(t)
         t += 1
-    ops.gram_block_(rows, trajectory._gram, 0, t)
-    trajectory._anchor, trajectory._length = anchor, t
+        if progress is not None:
+            progress(read, read + sum(map(series.row_bytes, range(t, len(series)))))
+    if isinstance(store, MemoryStore):
+        rows, gram = store.restore(t)
+        products = torch.empty((t, t), dtype=gram.dtype, device=gram.device)
+        ops.gram_block_(rows, products, 0, t)
+        gram.copy_(products)
+    trajectory._anchor = anchor
+
+
+def _append(store: Store, row: _Row, anchor: Tensor, t: int) -> bool:
+    """Stores one row; False if a difference does not fit."""
+    if isinstance(store, DiskStore):
+        lazily: Any = row
+        return store.append(lazily, anchor)
+    if isinstance(store, MemoryStore):
+        out = store.restore(t + 1)[0][t:]
+        for columns, part in row.parts():
+            target = out[:, columns]
+            ops.store_snapshot_(target, 0, [part.to(anchor.device)], anchor[columns])
+            if not bool(target.isfinite().all()):
+                store.restore(t)
+                return False
+        return True
+    whole = torch.empty_like(anchor)  # on its way to the host
+    for columns, part in row.parts():
+        whole[columns] = part.to(anchor.device)
+    return store.append([whole], anchor)
 
 
 def _stand_in(p: Tensor) -> Tensor:

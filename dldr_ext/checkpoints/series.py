@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .._params import DTYPES, dtype_name, named_parameters
 from .contents import plain_names
 from .errors import CheckpointError
-from .found import find
 from .formats import Contents, Entry, read_contents
+from .found import find
 from .pieces import Pieces
 
 _STATISTICS = ("running_mean", "running_var")
@@ -126,11 +126,9 @@ class Series:
         """Of the tensors in one row as they are stored."""
         return [entry.dtype for entry in self._rows[t]]
 
-    def row_bytes(self) -> int:
-        """Bytes in the files of all rows together."""
-        return sum(
-            math.prod(entry.shape) * entry.dtype.itemsize for row in self._rows for entry in row
-        )
+    def row_bytes(self, t: int) -> int:
+        """Bytes in the files that make up one row."""
+        return sum(entry.nbytes() for entry in self._rows[t])
 
     def identity(self) -> list[list[Any]]:
         """Path, size and time of change of every file: the same if none of them was touched."""
