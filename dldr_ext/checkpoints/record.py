@@ -105,9 +105,9 @@ def _record(
             if not _append(store, row, anchor, t):
                 raise series.error(t, f"a difference from the first one overflows {store.dtype}")
         except CheckpointError as error:
-            if not skip_bad or len(series) == 1:
+            if not skip_bad:
                 raise
-            series.drop(t, error)
+            series.drop(error)
             continue
         read += series.row_bytes(t)
         t += 1

@@ -164,9 +164,18 @@ class Series:
         """An error of one of the checkpoints."""
         return CheckpointError(self.paths[t], problem, self._index[t])
 
-    def drop(self, t: int, why: CheckpointError) -> None:
-        """Goes on without one of the checkpoints."""
-        self.skipped.append(why)
+    def drop(self, error: CheckpointError) -> None:
+        """Goes on without the checkpoint that the error is of.
+
+        Raises
+        ------
+        CheckpointError
+            The same one, if no checkpoint would be left.
+        """
+        if len(self) == 1:
+            raise error
+        t = self._index.index(error.index)  # type: ignore[arg-type]
+        self.skipped.append(error)
         for part in (self.paths, self.files, self._index, self._rows):
             del part[t]
 
@@ -222,12 +231,12 @@ def _of_contents(
             left.setdefault("not floating-point", []).append(name)
         elif name.rpartition(".")[2] in _STATISTICS:
             left.setdefault("statistics of batch norm, not weights", []).append(name)
-        elif entry.place() in seen and math.prod(entry.shape):
+        elif entry.place() in seen and entry.nbytes():
             left.setdefault("tied to another tensor, which counts", []).append(name)
         else:
             seen[entry.place()] = name
             kept[name] = entry
-    if not any(math.prod(entry.shape) for entry in kept.values()):
+    if not any(entry.nbytes() for entry in kept.values()):
         what = f"; left out: {_some(list(contents.entries))}" if contents.entries else ""
         raise CheckpointError(path, f"expected floating-point tensors, found none{what}")
     notes = [f"left out ({why}): {_some(names)}" for why, names in left.items()]
