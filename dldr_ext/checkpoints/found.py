@@ -46,9 +46,9 @@ def find(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> li
     return result
 
 
-def natural(path: Path) -> list[tuple[int, int, str]]:
+def natural(path: str | os.PathLike[str]) -> list[tuple[int, int, str]]:
     """A sort key by which 2 comes before 10."""
-    parts = re.findall(r"\d+|\D+", str(path))
+    parts = re.findall(r"\d+|\D+", os.fspath(path))
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 

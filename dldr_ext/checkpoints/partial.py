@@ -97,6 +97,10 @@ class PartialFile:
         os.replace(self.temporary, self.path)
         storage.sync_folder(self.path.parent)
 
+    def discard(self) -> None:
+        """Removes what was written."""
+        self.temporary.unlink(missing_ok=True)
+
     def _holds(self, start: bytes, size: int) -> bool:
         try:
             with open(self.temporary, "rb") as file:

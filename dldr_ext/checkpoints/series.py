@@ -21,7 +21,7 @@ from .formats import Contents, Entry, read_contents
 from .found import find
 from .pieces import Pieces
 
-_STATISTICS = ("running_mean", "running_var")
+STATISTICS = ("running_mean", "running_var")
 _SHOWN = 5  # names in a note
 
 
@@ -55,6 +55,10 @@ class Series:
     Attributes
     ----------
     paths : list of Path
+    indices : list of int
+        Of these, in the list that was given.
+    contents : list of Contents
+        All that is in each.
     names, shapes : list
         Of the tensors in a row.
     numel : int
@@ -87,8 +91,8 @@ class Series:
         self.notes: list[str] = []
         self.skipped: list[CheckpointError] = []
         self.paths: list[Path] = []
-        self.files: list[list[Path]] = []
-        self._index: list[int] = []  # in the list that was given
+        self.contents: list[Contents] = []
+        self.indices: list[int] = []
         self._rows: list[list[Entry]] = []
         wanted = None if model is None else _of_model(model, include, exclude)
         for index, path in enumerate(find(paths)):
@@ -109,8 +113,8 @@ class Series:
                 continue
             self.notes += contents.notes
             self.paths.append(path)
-            self.files.append(contents.files)
-            self._index.append(index)
+            self.contents.append(contents)
+            self.indices.append(index)
         if wanted is None or not self.paths:
             raise ValueError(f"checkpoints: none can be used; the first: {self.skipped[0]}")
         self.names, self.shapes = wanted.names, wanted.shapes
@@ -132,7 +136,7 @@ class Series:
 
     def identity(self) -> list[list[Any]]:
         """Path, size and time of change of every file: the same if none of them was touched."""
-        files = (file for checkpoint in self.files for file in checkpoint)
+        files = (file for contents in self.contents for file in contents.files)
         stats = ((file, file.stat()) for file in files)
         return [[str(file.absolute()), found.st_size, found.st_mtime_ns] for file, found in stats]
 
@@ -162,7 +166,7 @@ class Series:
 
     def error(self, t: int, problem: str) -> CheckpointError:
         """An error of one of the checkpoints."""
-        return CheckpointError(self.paths[t], problem, self._index[t])
+        return CheckpointError(self.paths[t], problem, self.indices[t])
 
     def drop(self, error: CheckpointError) -> None:
         """Goes on without the checkpoint that the error is of.
@@ -174,9 +178,9 @@ class Series:
         """
         if len(self) == 1:
             raise error
-        t = self._index.index(error.index)  # type: ignore[arg-type]
+        t = self.indices.index(error.index)  # type: ignore[arg-type]
         self.skipped.append(error)
-        for part in (self.paths, self.files, self._index, self._rows):
+        for part in (self.paths, self.contents, self.indices, self._rows):
             del part[t]
 
 
@@ -229,7 +233,7 @@ def _of_contents(
             left.setdefault("by the patterns", []).append(name)
         elif not entry.dtype.is_floating_point:
             left.setdefault("not floating-point", []).append(name)
-        elif name.rpartition(".")[2] in _STATISTICS:
+        elif name.rpartition(".")[2] in STATISTICS:
             left.setdefault("statistics of batch norm, not weights", []).append(name)
         elif entry.place() in seen and entry.nbytes():
             left.setdefault("tied to another tensor, which counts", []).append(name)
