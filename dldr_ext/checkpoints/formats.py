@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import pickle
+import re
+import warnings
 import zipfile
 from functools import lru_cache
 from pathlib import Path, PosixPath
@@ -193,7 +194,9 @@ def _read_torch(path: Path, size: int, key: str | None) -> Contents:
             packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.filelist)
             order = [name for name in archive.namelist() if name.endswith("/byteorder")]
             swapped = bool(order) and archive.read(order[0]) != b"little"
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # zipfile lets several through
         raise CheckpointError(path, f"truncated or corrupt ({error})") from error
     if packed or swapped:
         return _loaded_whole(path, key, "compressed" if packed else "big-endian")
@@ -234,24 +237,26 @@ def _loaded_whole(path: Path, key: str | None, why: str) -> Contents:
 
 def _load(path: Path, *, fake: bool) -> Any:
     try:
-        with safe_globals(_HARMLESS):
+        with safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another pickle protocol
             if not fake:
                 return torch.load(path, map_location="cpu", weights_only=True)
             with FakeTensorMode():  # storages then only know where they lie in the file
                 return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "WeightsUnpickler" in str(error) or "Unsupported global" in str(error):
-            what = next((w for w in str(error).split() if w.count(".") and "torch" not in w), "")
-            raise CheckpointError(
-                path,
-                f"holds Python objects{' such as ' + what if what else ''}, which could run code "
-                "and are not loaded: save model.state_dict()",
-            ) from error
-        raise CheckpointError(path, f"truncated or corrupt ({_first_line(error)})") from error
     except OSError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
-        raise CheckpointError(path, f"truncated or corrupt ({_first_line(error)})") from error
+        text = str(error)
+        refused = re.search(r"GLOBAL `?([\w.]+)", text)
+        if refused is not None:
+            raise CheckpointError(
+                path,
+                f"holds Python objects such as {refused[1]}, which could run code and are not "
+                "loaded: save model.state_dict()",
+            ) from error
+        said = re.search(r"WeightsUnpickler error:\s*(.*)", text) or re.search(r"(.+)", text)
+        detail = type(error).__name__ if said is None else said[1]
+        raise CheckpointError(path, f"truncated or corrupt ({detail[:160]})") from error
 
 
 def _state_dict(path: Path, saved: Any, key: str | None) -> dict[str, Tensor]:
@@ -268,7 +273,3 @@ def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
         result.append(step)
         step *= max(size, 1)
     return tuple(reversed(result))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
