@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from dldr_ext.checkpoints.pieces import Pieces
 
 
 class Tied(nn.Module):
-    """Convolution, batch norm, a frozen layer and a weight used twice: 27 * 4 + 8 + 35 + 7."""
+    """Convolution, batch norm, a frozen layer and a weight used twice."""
 
     def __init__(self):
         super().__init__()
@@ -253,3 +254,11 @@ def test_folders(tmp_path):
         find(tmp_path / "empty")
     with pytest.raises(ValueError, match="expected at least one file or folder, got none"):
         find([])
+
+
+def test_the_program_in_the_docs_runs():
+    text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    names: dict[str, object] = {}
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(program, names)
+    assert names["subspace"].dim == 5 and len(names["trajectory"]) == 12
