@@ -219,14 +219,6 @@ class Reader:
             raise self.error(f"corrupt: expected the CRC-32 {expected}, found {crc:08x}")
 
 
-def tensor_offset(path: str | os.PathLike[str], name: str) -> int:
-    """Where the numbers of a tensor begin in a file that `save` has written."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    return 8 + size + header[name]["data_offsets"][0]
-
-
 def _write(
     file: BinaryIO,
     kind: str,

@@ -5,32 +5,20 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _pca, _saved
-from ._params import (
-    DTYPES,
-    check_matches,
-    dtype_name,
-    flatten,
-    named_parameters,
-    numel,
-    type_name,
-)
+from . import _pca
+from ._params import DTYPES, dtype_name, flatten, named_parameters, numel
 from ._principal import asked_count, principal_subspace, weights_at
+from ._recording import check_current, given_anchor, why_not_finite, wide_dtype
+from ._saved import load_trajectory, save_trajectory
 from ._stored_rows import StoredRows
 from .grouped import GroupedSubspace, group_slices
-from .storage import Reader, Stream, save
-from .stores import DiskStore, FolderLock, HostStore, MemoryStore, RecordingCost, Store
-from .stores.disk import HEADER, HEADER_KIND, HEADER_VERSION
+from .stores import RecordingCost, check_storage, new_store
 from .subspace import Subspace
-
-_STORAGES = ("device", "host", "disk")
-_KIND, _VERSION = "trajectory", 1
 
 
 class Trajectory:
@@ -50,8 +38,8 @@ class Trajectory:
         of the folder ``path``, where they outlive the process. All give the same numbers to the
         bit: see docs/trajectories.md.
     path : path, optional
-        For "disk": a folder, new or empty; made if its parent is there. This trajectory alone
-        records to it until `close`.
+        For "disk": a folder, made if it is not there; this trajectory alone records to it until
+        `close`. `load` goes on with one that holds a trajectory.
     anchor : Tensor of shape (n,) or list of tensors like ``params``, optional
         What the deltas are taken from. Default: the first snapshot.
 
@@ -73,10 +61,11 @@ class Trajectory:
         anchor: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
         self._describe(params, capacity, dtype)
-        _check_storage(storage, path)
+        check_storage(storage, path)
         self.storage = storage
-        self._anchor = None if anchor is None else self._given_anchor(anchor)
-        self._store = self._new_store(path)
+        self._anchor = None if anchor is None else given_anchor(self, anchor)
+        sizes = self.numel, self.capacity, self.dtype, self.device
+        self._store = new_store(storage, path, sizes, self._metadata())
 
     def _describe(self, params: Iterable[Any], capacity: int, dtype: torch.dtype) -> None:
         """What the trajectory is of."""
@@ -92,14 +81,6 @@ class Trajectory:
         if self.numel == 0:
             raise ValueError("params: expected at least one element, got tensors of size 0")
         self.dtype = dtype
-
-    def _new_store(self, path: str | os.PathLike[str] | None) -> Store:
-        sizes = self.numel, self.capacity, self.dtype, self.device
-        if path is not None:
-            return DiskStore(Path(path), *sizes, self._metadata())
-        if self.storage == "host" and self.device.type != "cpu":
-            return HostStore(*sizes)
-        return MemoryStore(*sizes)
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -173,11 +154,17 @@ class Trajectory:
                 f"the trajectory is full: it holds {self.capacity} snapshots, its capacity; a "
                 "larger capacity takes more"
             )
-        self._check(params)
-        anchor = self._anchor if self._anchor is not None else flatten(params, self._wide())
-        if not self._store.append(params, anchor):
-            raise ValueError(self._why_not_finite(params, anchor))
-        self._anchor = anchor
+        check_current(self, params)
+        anchor = (
+            self._anchor if self._anchor is not None else flatten(params, wide_dtype(self.dtype))
+        )
+        before, self._anchor = self._anchor, anchor
+        try:
+            if not self._store.append(params, anchor):
+                raise ValueError(why_not_finite(self, params, anchor))
+        finally:
+            if len(self) == 0:
+                self._anchor = before
         return index
 
     def explained_variance_ratio(self) -> Tensor:
@@ -313,10 +300,7 @@ class Trajectory:
         """
         if self._anchor is None or len(self) == 0:
             raise ValueError("the trajectory is empty: nothing to save")
-        rows = self.snapshots
-        streamed = rows if isinstance(rows, Tensor) else Stream(rows.dtype, rows.shape, iter(rows))
-        tensors = {"snapshots": streamed, "gram": self.gram, "anchor": self._anchor}
-        save(path, _KIND, _VERSION, tensors, {**self._metadata(), "length": len(self)})
+        save_trajectory(path, self._metadata(), self.snapshots, self.gram, self._anchor)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: Iterable[Any]) -> Trajectory:
@@ -342,52 +326,11 @@ class Trajectory:
         UserWarning
             A snapshot in the folder is not whole: it is left out.
         """
-        if os.path.isdir(path):
-            return cls._resume(Path(path), params)
-        with Reader(path, _KIND, _VERSION) as file:
-            result = cls._matching(file, params)
-            result.storage = "device"
-            store = MemoryStore(result.numel, result.capacity, result.dtype, result.device)
-            snapshots, gram = store.restore(_saved.length(file))
-            result._anchor = torch.empty(result.numel, dtype=result._wide(), device=result.device)
-            file.read_into("anchor", result._anchor)
-            file.read_into("snapshots", snapshots)
-            file.read_into("gram", gram)
-            result._store = store
-        return result
-
-    @classmethod
-    def _resume(cls, path: Path, params: Iterable[Any]) -> Trajectory:
-        if not (path / HEADER).is_file():
-            raise ValueError(
-                f"path: expected a folder that a trajectory was recorded to, got {path} without "
-                f"{HEADER}"
-            )
-        lock = FolderLock(path)
-        try:
-            with Reader(path / HEADER, HEADER_KIND, HEADER_VERSION) as file:
-                result = cls._matching(file, params)
-                result._anchor = torch.empty(
-                    result.numel, dtype=result._wide(), device=result.device
-                )
-                file.read_into("anchor", result._anchor)
-                metadata = _saved.with_id(file)
-            result.storage = "disk"
-            result._store = DiskStore.resume(lock, result.device, metadata, result.numel)
-        except BaseException:
-            lock.close()
-            raise
-        return result
-
-    @classmethod
-    def _matching(cls, file: Reader, params: Iterable[Any]) -> Trajectory:
-        """A trajectory as the file says, without a store, on parameters that match it."""
-        listed, names = named_parameters(params)
-        saved = _saved.description(file)
-        _saved.check_parameters(file.path, saved, listed, names)
+        found = load_trajectory(path, params)
         result = cls.__new__(cls)
-        result._describe(listed, saved.capacity, saved.dtype)
-        result.names = saved.names if names is None else names
+        result._describe(found.params, found.capacity, found.dtype)
+        result.names, result.storage = found.names, found.storage
+        result._anchor, result._store = found.anchor, found.store
         return result
 
     @classmethod
@@ -450,52 +393,6 @@ class Trajectory:
             **options,
         )
 
-    def _wide(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    def _given_anchor(self, anchor: Tensor | Sequence[Tensor]) -> Tensor:
-        tensors = [anchor] if isinstance(anchor, Tensor) else list(anchor)
-        for i, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                found = tensor.dtype if isinstance(tensor, Tensor) else type_name(tensor)
-                raise TypeError(f"anchor[{i}]: expected a floating-point tensor, got {found}")
-            if tensor.device != self.device:
-                raise ValueError(f"anchor[{i}]: expected device {self.device}, got {tensor.device}")
-        if isinstance(anchor, Tensor):
-            check_matches(tensors, [(self.numel,)], what="parameters (flat)", argument="anchor")
-        else:
-            check_matches(tensors, self.shapes, self.names, "parameters", "anchor")
-        flat = flatten(tensors, self._wide())
-        if not bool(flat.isfinite().all()):
-            raise ValueError("anchor: expected finite values, got NaN or Inf")
-        return flat
-
-    def _check(self, params: Sequence[Tensor]) -> None:
-        check_matches(params, self.shapes, self.names, "trajectory when it was made")
-        for i, p in enumerate(params):
-            if p.device != self.device:
-                raise ValueError(
-                    f"params[{i}]: expected device {self.device}, as when the trajectory was "
-                    f"made, got {p.device}"
-                )
-
-    def _why_not_finite(self, params: Sequence[Tensor], anchor: Tensor) -> str:
-        for i, p in enumerate(params):
-            if not bool(p.detach().isfinite().all()):
-                name = f" ({self.names[i]})" if self.names else ""
-                return f"params[{i}]{name}: expected finite values, got NaN or Inf; not recorded"
-        pieces = anchor.split([p.numel() for p in params])
-        largest = max(
-            float((p.detach().reshape(-1) - piece).abs().max())
-            for p, piece in zip(params, pieces, strict=True)
-            if p.numel()
-        )
-        return (
-            f"a difference from the anchor of {largest:.3g} overflows: {dtype_name(self.dtype)} "
-            f"holds {torch.finfo(self.dtype).max:.3g} at most, and its square must stay below "
-            f"{torch.finfo(self._wide()).max:.3g}; not recorded"
-        )
-
     def _check_length(self) -> None:
         if len(self) < 2:
             raise ValueError(
@@ -521,8 +418,7 @@ class Trajectory:
         self._check_length()
         count = asked_count(len(self), dim, explained, center)
         assert self._anchor is not None
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return count, dtype, weights_at(self.snapshots, self._anchor, start).to(wide)
+        return count, dtype, weights_at(self.snapshots, self._anchor, start).to(wide_dtype(dtype))
 
     def _double(self) -> bool:
         """Whether neither the weights nor the snapshots were ever rounded to less than float64."""
@@ -542,11 +438,3 @@ def _capacity(capacity: int) -> int:
     if result < 1:
         raise ValueError(f"capacity: expected at least 1 snapshot, got {result}")
     return result
-
-
-def _check_storage(storage: str, path: Any) -> None:
-    if storage not in _STORAGES:
-        raise ValueError(f"storage: expected one of {list(_STORAGES)}, got {storage!r}")
-    if (path is not None) != (storage == "disk"):
-        wanted = "a folder" if storage == "disk" else "None"
-        raise ValueError(f"path: expected {wanted} with storage={storage!r}, got {path!r}")

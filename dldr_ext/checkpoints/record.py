@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._recording import wide_dtype
 from ..stores import DiskStore, MemoryStore, Store
 from ..stores.deferred import DeferredStore
 from .errors import CheckpointError
@@ -93,7 +94,7 @@ def _record(
     store = trajectory._store
     if isinstance(store, DeferredStore):
         store.block = trajectory.capacity  # one pass over all rows, at the end
-    anchor = torch.empty(series.numel, dtype=trajectory._wide(), device=trajectory.device)
+    anchor = torch.empty(series.numel, dtype=wide_dtype(trajectory.dtype), device=trajectory.device)
     buffer = torch.empty(min(_PIECE, series.numel), dtype=anchor.dtype, device="cpu")
     t, read = 0, 0
     while t < len(series):

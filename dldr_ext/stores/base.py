@@ -55,7 +55,7 @@ class Store(ABC):
         self.numel, self.capacity, self.dtype, self.device = numel, capacity, dtype, device
         self.length = 0
         self.cost = RecordingCost()
-        self._gram = torch.zeros((capacity, capacity), dtype=torch.float64, device=device)
+        self._gram = torch.zeros((0, 0), dtype=torch.float64, device=device)  # room for 2^k rows
 
     @property
     def row_bytes(self) -> int:
@@ -70,6 +70,7 @@ class Store(ABC):
             False if it, or its square, is not finite: nothing has been stored then.
         """
         with self._clock():
+            self._make_room(self.length + 1)
             if not self._append(params, anchor):
                 return False
             self.length += 1
@@ -92,6 +93,14 @@ class Store(ABC):
     @abstractmethod
     def _append(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
         """Stores row ``length``, as `append`."""
+
+    def _make_room(self, rows: int) -> None:
+        """Makes the Gram matrix large enough for so many rows."""
+        if rows > len(self._gram):
+            size = 1 << (rows - 1).bit_length()
+            larger = self._gram.new_zeros((size, size))
+            larger[: len(self._gram), : len(self._gram)] = self._gram
+            self._gram = larger
 
     def _complete(self) -> None:  # noqa: B027
         """Fills in what the Gram matrix lacks."""

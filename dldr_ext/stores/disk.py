@@ -41,11 +41,11 @@ class _Row(NamedTuple):
 
 
 class DiskStore(DeferredStore):
-    """A folder that this process alone records to.
+    """A folder that this process alone records to: `create` or `resume`.
 
     Parameters
     ----------
-    path : Path
+    lock : FolderLock
     numel, capacity, dtype, device
         As in `Store`.
     metadata : mapping
@@ -54,7 +54,7 @@ class DiskStore(DeferredStore):
 
     def __init__(
         self,
-        path: Path,
+        lock: FolderLock,
         numel: int,
         capacity: int,
         dtype: torch.dtype,
@@ -62,39 +62,55 @@ class DiskStore(DeferredStore):
         metadata: Mapping[str, Any],
     ) -> None:
         super().__init__(numel, capacity, dtype, device)
-        os.makedirs(path, exist_ok=True)
-        self._lock = FolderLock(path)
-        self._path, self._metadata = path, {**metadata, "id": secrets.token_hex(8)}
+        self._lock, self._path, self._metadata = lock, lock.folder, dict(metadata)
         self._rows: list[_Row] = []
-        self._next = 0  # number of the next file
+        self._skipped = 0  # numbers of files that are no snapshots
         self._maps: dict[int, Tensor] = {}
-        self._mapped = 0
+        self._mapped = 0  # bytes read through them
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        numel: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        metadata: Mapping[str, Any],
+    ) -> DiskStore:
+        """An empty store in a folder without one."""
+        os.makedirs(path, exist_ok=True)
+        lock = FolderLock(path)
         try:
-            self._check_new()
+            _check_new(path)
+            _drop_temporaries(path)
+            return cls(lock, numel, capacity, dtype, device, metadata)
         except BaseException:
-            self.close()
+            lock.close()
             raise
-        self._has_header = False
 
     @classmethod
     def resume(
-        cls, lock: FolderLock, device: torch.device, metadata: dict[str, Any], size: int
+        cls,
+        lock: FolderLock,
+        numel: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        metadata: Mapping[str, Any],
     ) -> DiskStore:
         """The store of a folder that has one; rows that are not whole are reported and left out."""
-        result = cls.__new__(cls)
-        dtype = getattr(torch, metadata["dtype"])
-        DeferredStore.__init__(result, size, metadata["capacity"], dtype, device)
-        result._lock, result._path, result._metadata = lock, lock.folder, metadata
-        result._rows, result._next, result._has_header = [], 0, True
-        result._maps, result._mapped = {}, 0
+        result = cls(lock, numel, capacity, dtype, device, metadata)
         _drop_temporaries(lock.folder)
-        for number, path in _row_files(lock.folder):
-            result._next = number + 1
+        files = _row_files(lock.folder)
+        for _, path in files:
             try:
                 result._rows.append(result._checked(path))
             except ValueError as error:
-                warnings.warn(f"a snapshot was left out: {error}", UserWarning, stacklevel=4)
+                warnings.warn(f"a snapshot was left out: {error}", UserWarning, stacklevel=6)
         result.length = len(result._rows)
+        result._skipped = files[-1][0] + 1 - result.length if files else 0
+        result._make_room(result.length)
         return result
 
     def close(self) -> None:
@@ -116,16 +132,13 @@ class DiskStore(DeferredStore):
                 f"path: expected a folder that this process has open, got {self._path}: it was "
                 "closed, or this process is a fork of the one that opened it"
             )
-        path = self._path / f"{self._next:06d}.safetensors"
+        path = self._path / f"{self._skipped + self.length:06d}.safetensors"
         try:
-            if not self._has_header:
-                if not bool(anchor.isfinite().all()):
+            if self.length == 0:
+                # In parts: the check makes copies.
+                if not all(bool(part.isfinite().all()) for part in anchor.split(_PIECE)):
                     return False
-                header = {"anchor": anchor}
-                storage.save(
-                    self._path / HEADER, HEADER_KIND, HEADER_VERSION, header, self._metadata
-                )
-                self._has_header = True
+                self._write_header(anchor)
             delta = storage.Stream(self.dtype, (self.numel,), self._pieces(params, anchor))
             storage.save(path, _KIND, _VERSION, {"delta": delta}, {"of": self._metadata["id"]})
         except _NotFinite:
@@ -137,9 +150,17 @@ class DiskStore(DeferredStore):
                 f"{self.length} recorded before are whole",
                 str(path),
             ) from error
-        self._rows.append(_Row(path, storage.tensor_offset(path, "delta")))
-        self._next += 1
+        # An interrupt may have left one that was never counted.
+        self._rows[self.length :] = [_Row(path, path.stat().st_size - self.row_bytes)]
+        self._maps.pop(self.length, None)
         return True
+
+    def _write_header(self, anchor: Tensor) -> None:
+        # A new mark each time: what an earlier first snapshot that failed has left is not taken
+        # for a difference from this anchor.
+        self._metadata["id"] = secrets.token_hex(8)
+        path = self._path / HEADER
+        storage.save(path, HEADER_KIND, HEADER_VERSION, {"anchor": anchor}, self._metadata)
 
     def _pieces(self, params: Sequence[Tensor], anchor: Tensor) -> Iterator[Tensor]:
         """The row, some at a time: the memory is a piece, however long the row."""
@@ -149,25 +170,17 @@ class DiskStore(DeferredStore):
                 raise _NotFinite
             yield piece
 
-    def _check_new(self) -> None:
-        found = [path.name for _, path in _row_files(self._path)]
-        if (self._path / HEADER).exists():
-            found.insert(0, HEADER)
-        if found:
-            raise ValueError(
-                f"path: expected a new or an empty folder, got {self._path} with {found[0]} and "
-                f"{len(found) - 1} snapshots; Trajectory.load goes on with what is there"
-            )
-        _drop_temporaries(self._path)
-
     def _checked(self, path: Path) -> _Row:
         with storage.Reader(path, _KIND, _VERSION) as file:
             if file.metadata != {"of": self._metadata["id"]}:
                 raise file.error(f"expected a snapshot of this trajectory, found {file.metadata}")
+            if file.names() != {"delta"}:
+                raise file.error(f"expected one tensor 'delta', found {sorted(file.names())}")
             file.check("delta", (self.numel,), self.dtype)
-        row = _Row(path, storage.tensor_offset(path, "delta"))
-        if row.offset % self.dtype.itemsize:
-            raise file.error(f"expected aligned numbers, found them at byte {row.offset}")
+            # The format has no gaps: the only tensor ends where the file ends.
+            row = _Row(path, path.stat().st_size - self.row_bytes)
+            if row.offset % self.dtype.itemsize:
+                raise file.error(f"expected aligned numbers, found them at byte {row.offset}")
         return row
 
     def _map(self, row: _Row) -> Tensor:
@@ -184,6 +197,15 @@ class DiskStore(DeferredStore):
 
 class _NotFinite(Exception):
     pass
+
+
+def _check_new(folder: Path) -> None:
+    rows = _row_files(folder)
+    if rows or (folder / HEADER).exists():
+        raise ValueError(
+            f"path: expected a new or an empty folder, got {folder}, which holds a trajectory of "
+            f"{len(rows)} snapshots; Trajectory.load goes on with it"
+        )
 
 
 def _row_files(folder: Path) -> list[tuple[int, Path]]:

@@ -24,6 +24,7 @@ class MemoryStore(Store):
 
     def restore(self, length: int) -> tuple[Tensor, Tensor]:
         """The first ``length`` rows and their Gram matrix, to be written to."""
+        self._make_room(length)
         self.length = length
         return self.snapshots(), self.gram()
 
