@@ -69,9 +69,10 @@ def analyze(
 ) -> None:
     """Find the directions along which checkpoints differ: spectrum, drift, cosines, a subspace.
 
-    Without a model, all floating-point tensors count, tied ones once, but for the running
-    statistics of batch norm. Files are read twice, in pieces: a model need not fit into memory.
-    An analysis that was interrupted goes on where it was when called again.
+    All floating-point tensors count, tied ones once, but for the running
+    statistics of batch norm. Files are read twice, in pieces: a model need
+    not fit into memory. An analysis that was interrupted goes on where it
+    was when called again.
 
     \b
     Examples:

@@ -48,10 +48,12 @@ def soup(
 ) -> None:
     """Average checkpoints into one, in pieces: a model need not fit into memory.
 
-    With --metric from the best checkpoint on, as long as the score does not fall (greedy soup; one
-    checkpoint and the sums are in memory). Batch-norm statistics of an average must be estimated
-    anew: torch.optim.swa_utils.update_bn(loader, model). A trained average needs training data:
-    dldr_ext.weight_averaging_subspace in Python.
+    With --metric from the best checkpoint on, as long as the score does not
+    fall (greedy soup; one checkpoint and the sums are in memory).
+
+    Batch-norm statistics of an average must be estimated anew, with
+    torch.optim.swa_utils.update_bn(loader, model). A trained average needs
+    training data: dldr_ext.weight_averaging_subspace, in Python.
 
     \b
     Examples:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -254,11 +253,3 @@ def test_folders(tmp_path):
         find(tmp_path / "empty")
     with pytest.raises(ValueError, match="expected at least one file or folder, got none"):
         find([])
-
-
-def test_the_program_in_the_docs_runs():
-    text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
-    names: dict[str, object] = {}
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(program, names)
-    assert names["subspace"].dim == 5 and len(names["trajectory"]) == 12

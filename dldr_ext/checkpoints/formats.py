@@ -37,12 +37,13 @@ _SAFETENSORS = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_SCALAR: Any = np.float64(0).__reduce__()[0]  # called as numpy 1 or numpy 2 calls it
 # Harmless types that scripts save beside the weights (options, a best accuracy).
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     PosixPath,
     np.dtype,
-    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "b1")),
 ]
 

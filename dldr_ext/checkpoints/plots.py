@@ -99,7 +99,7 @@ def _cosine(results: dict[str, Any]) -> Figure:
     axes.set_xlabel("step to checkpoint")
     axes.set_ylabel("step to checkpoint")
     _whole_numbers(axes)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.colorbar(image, ax=axes, label="cosine", pad=0.02)
     return figure
 

@@ -82,7 +82,7 @@ def duplicates(results: dict[str, Any]) -> list[str]:
     """A line for each pair of checkpoints that are nearly the same."""
     paths = results["checkpoints"]
     lines = [
-        f"{Path(paths[s])} and {Path(paths[t])} are the same"
+        f"{paths[s]} and {paths[t]} are the same"
         if share == 0
         else f"{paths[s]} and {paths[t]} differ by {share:.1e} of a step"
         for s, t, share in results["near_duplicates"][:_MOST_PAIRS]

@@ -204,7 +204,7 @@ def model_parameters(
     if not found:
         raise ValueError(
             f"include, exclude: expected patterns that let a parameter through, got {include} and "
-            f"{exclude} for {_some(names)}"
+            f"{exclude} for {some(names)}"
         )
     return found
 
@@ -241,9 +241,9 @@ def _of_contents(
             seen[entry.place()] = name
             kept[name] = entry
     if not any(entry.nbytes() for entry in kept.values()):
-        what = f"; left out: {_some(list(contents.entries))}" if contents.entries else ""
+        what = f"; left out: {some(list(contents.entries))}" if contents.entries else ""
         raise CheckpointError(path, f"expected floating-point tensors, found none{what}")
-    notes = [f"left out ({why}): {_some(names)}" for why, names in left.items()]
+    notes = [f"left out ({why}): {some(names)}" for why, names in left.items()]
     shapes = [entry.shape for entry in kept.values()]
     return Wanted(list(kept), shapes, [[name] for name in kept]), notes
 
@@ -252,7 +252,7 @@ def _check_no_more(path: Path, own: Wanted, wanted: Wanted) -> None:
     more = sorted(set(own.names) - set(wanted.names))
     if more:
         raise CheckpointError(
-            path, f"expected the tensors of the first checkpoint, found {_some(more)} as well"
+            path, f"expected the tensors of the first checkpoint, found {some(more)} as well"
         )
 
 
@@ -267,7 +267,7 @@ def _row(path: Path, contents: Contents, wanted: Wanted, of_model: bool) -> list
             raise CheckpointError(
                 path,
                 f"expected the tensor {names[0]} of the {whose}, which is not among "
-                f"{_some(list(entries))}",
+                f"{some(list(entries))}",
             )
         if entry.shape != shape:
             raise CheckpointError(
@@ -293,6 +293,7 @@ def _prefix(entries: dict[str, Entry], wanted: Wanted) -> str:
     return ""
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names."""
     shown = ", ".join(names[:_SHOWN])
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown or "nothing"

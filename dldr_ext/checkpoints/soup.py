@@ -14,7 +14,7 @@ from ..averaging import Soup, greedy_soup
 from .formats import Entry
 from .partial import PartialFile
 from .pieces import Pieces
-from .series import STATISTICS, Series
+from .series import STATISTICS, Series, some
 
 Progress = Callable[[int, int], None]
 _WINDOW = 1 << 20  # elements averaged at a time
@@ -37,7 +37,7 @@ def soup(
     weights : sequence of float, optional
         One for each checkpoint in the list that the series was made of, divided by their sum.
     progress : callable, optional
-        Called with the tensors' elements done and in all.
+        Called with the bytes read so far and in all.
 
     Returns
     -------
@@ -57,7 +57,7 @@ def soup(
     for name, first, last in zip(series.contents[0].entries, rows[0], rows[-1], strict=True):
         dtype = first.dtype if first.dtype.is_floating_point else last.dtype
         tensors[name] = torch.empty(first.shape, dtype=dtype, device="meta")
-    total, done = sum(tensor.numel() for tensor in tensors.values()), 0
+    total, done = sum(entry.nbytes() for row in rows for entry in row), 0
     facts = {"checkpoints": [str(path) for path in series.paths], "weights": shares}
     with Pieces() as pieces, PartialFile(path, _KIND, _VERSION, tensors, facts) as file:
         try:
@@ -68,7 +68,7 @@ def soup(
                     file.write(
                         name, begin, _mean(series, pieces, entries, name, begin, size, shares)
                     )
-                    done += size
+                    done += sum(size * entry.dtype.itemsize for entry in entries)
                     if progress is not None:
                         progress(done, total)
             file.finish()
@@ -179,7 +179,7 @@ def _shares(series: Series, weights: Sequence[float] | None) -> list[float] | No
 
 def _notes(tensors: dict[str, Tensor]) -> list[str]:
     whole = [name for name, tensor in tensors.items() if not tensor.dtype.is_floating_point]
-    notes = [f"{len(whole)} tensors of whole numbers are those of the last one"] if whole else []
+    notes = [f"not averaged, but as in the last one: {some(whole)}"] if whole else []
     if any(name.rpartition(".")[2] in STATISTICS for name in tensors):
         notes.append(
             "batch-norm statistics were averaged, which is only a guess: estimate them anew with "
