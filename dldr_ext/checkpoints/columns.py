@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from .pieces import Pieces
-from .series import Series
+from .series import Series, finite
 
 _WINDOW = 1 << 20  # elements that are read at a time
 
@@ -50,7 +50,7 @@ class Columns:
                 if t == 0:
                     anchor[columns] = part
                 ops.store_snapshot_(rows[t : t + 1, columns], 0, [part], anchor[columns])
-            if not bool(rows[t].isfinite().all()):
+            if not finite(rows[t]):
                 problem = f"a difference from the first checkpoint overflows {self.dtype}"
                 raise self.series.error(t, problem)
         return anchor, rows

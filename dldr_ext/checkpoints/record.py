@@ -16,7 +16,7 @@ from ..stores import DiskStore, MemoryStore, Store
 from ..stores.deferred import DeferredStore
 from .errors import CheckpointError
 from .pieces import Pieces
-from .series import Series, model_parameters
+from .series import Series, finite, model_parameters
 
 if TYPE_CHECKING:
     from ..trajectory import Trajectory
@@ -132,7 +132,7 @@ def _append(store: Store, row: _Row, anchor: Tensor, t: int) -> bool:
         for columns, part in row.parts():
             target = out[:, columns]
             ops.store_snapshot_(target, 0, [part.to(anchor.device)], anchor[columns])
-            if not bool(target.isfinite().all()):
+            if not finite(target):
                 store.restore(t)
                 return False
         return True

@@ -14,7 +14,7 @@ from ..averaging import Soup, greedy_soup
 from .formats import Entry
 from .partial import PartialFile
 from .pieces import Pieces
-from .series import STATISTICS, Series, some
+from .series import STATISTICS, Series, finite, some
 
 Progress = Callable[[int, int], None]
 _WINDOW = 1 << 20  # elements averaged at a time
@@ -139,7 +139,7 @@ def _mean(
     value = torch.empty_like(sums)
     for t, entry in enumerate(entries):
         pieces.read(entry, begin, value)
-        if not bool(value.isfinite().all()):
+        if not finite(value):
             raise series.error(t, f"{name}: expected finite values, got NaN or Inf")
         sums.add_(value, alpha=1.0 if shares is None else shares[t])
     return (sums / len(entries) if shares is None else sums).to(first.dtype)
