@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _pca
 from ._params import DTYPES, dtype_name, flatten, named_parameters, numel
@@ -16,6 +16,7 @@ from ._principal import asked_count, principal_subspace, weights_at
 from ._recording import check_current, given_anchor, why_not_finite, wide_dtype
 from ._saved import load_trajectory, save_trajectory
 from ._stored_rows import StoredRows
+from .checkpoints.record import from_checkpoints
 from .grouped import GroupedSubspace, group_slices
 from .stores import RecordingCost, check_storage, new_store
 from .subspace import Subspace
@@ -333,65 +334,7 @@ class Trajectory:
         result._anchor, result._store = found.anchor, found.store
         return result
 
-    @classmethod
-    def from_checkpoints(
-        cls,
-        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-        model: nn.Module,
-        *,
-        dtype: torch.dtype = torch.bfloat16,
-        capacity: int | None = None,
-        include: str | Sequence[str] = (),
-        exclude: str | Sequence[str] = (),
-        key: str | None = None,
-        skip_bad: bool = False,
-        progress: Callable[[int, int], None] | None = None,
-        **options: Any,
-    ) -> Trajectory:
-        """A trajectory of checkpoints that a run left behind, streamed from their files.
-
-        Parameters
-        ----------
-        paths : path or iterable of paths
-            Files written by ``torch.save`` (loaded with ``weights_only=True``), safetensors files,
-            indices of shards; or folders of these, whose numbers are put in order (2 before 10).
-        model : nn.Module
-            Names the parameters and their order: its trainable ones are recorded. May be on the
-            meta device; its weights do not matter and stay as they are.
-        dtype, storage, path
-            As in the constructor.
-        capacity : int, optional
-            Default: the number of checkpoints.
-        include, exclude : str or sequence of str
-            Patterns of names (``encoder.*``) of the parameters to record, and of those not to.
-        key : str, optional
-            Where the state dict is in a file, nested keys joined by dots. Default: it is found.
-        skip_bad : bool
-            Go on without checkpoints that cannot be used, with a warning for each.
-        progress : callable, optional
-            Called with the bytes read so far and in all.
-
-        Raises
-        ------
-        checkpoints.CheckpointError
-            A ValueError: missing, truncated, corrupt, not finite, or not of this model: with the
-            index of the checkpoint, its path and the tensor.
-        """
-        from .checkpoints.record import from_checkpoints
-
-        return from_checkpoints(
-            cls,
-            paths,
-            model,
-            include=include,
-            exclude=exclude,
-            key=key,
-            skip_bad=skip_bad,
-            progress=progress,
-            capacity=capacity,
-            dtype=dtype,
-            **options,
-        )
+    from_checkpoints = classmethod(from_checkpoints)
 
     def _check_length(self) -> None:
         if len(self) < 2:

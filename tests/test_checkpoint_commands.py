@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -149,6 +150,19 @@ def test_a_full_disk(run, tmp_path, capsys, monkeypatch, where, command):
     assert "subspace.safetensors" not in left and ".out.safetensors.part" not in left
     code, _, _ = call(capsys, command, str(folder), "-o", str(out))
     assert code == 0
+
+
+def test_a_disk_that_is_too_small_is_noticed_first(run, tmp_path, capsys, monkeypatch):
+    folder, _, _ = run
+    out = tmp_path / "out"
+    usage = shutil.disk_usage(tmp_path)._replace(free=183 * 4 + 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    arguments = ["analyze", str(folder), "-o", str(out)]
+    code, _, err = call(capsys, *arguments)
+    assert code == 1
+    assert "5 directions need 2,562 bytes, free are 1,732" in err
+    assert list(out.iterdir()) == []
+    assert call(capsys, *arguments, "--dim", "2")[0] == 0
 
 
 @pytest.mark.parametrize("writer", [strided, legacy, safe])

@@ -8,6 +8,9 @@ analysis that was interrupted goes on where it was.
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,7 @@ from torch import Tensor
 from .. import _pca, ops, storage, subspace
 from .._params import dtype_name
 from .._principal import asked_count
+from .._recording import wide_dtype
 from .._stored_rows import column_pieces
 from . import numbers
 from .columns import Columns
@@ -117,6 +121,8 @@ class Analysis:
         if len(series) < 2:
             raise ValueError(f"checkpoints: expected at least two, got {len(series)}")
         most = asked_count(len(series), self.dim, self.explained, True)
+        if self.keep_basis and self.explained is None:
+            self._check_space(most)
         self._step = _pca.column_step(torch.empty(len(series), 0, device="cpu"))
         self._columns = Columns(series, self.dtype, self._chunk_bytes, self._step)
         self._done = self._earlier()
@@ -136,6 +142,21 @@ class Analysis:
             if self.keep_basis:
                 self._kept(lambda: self._basis_pass(pieces, found, count))
         return self._facts() | numbers.of_gram(gram, ratio) | self._kept_facts(ratio, count)
+
+    def _check_space(self, dim: int) -> None:
+        """That the subspace will fit on the disk: before hours of reading, not after."""
+        wide = wide_dtype(self.dtype).itemsize
+        needed = self.series.numel * (dim * self.dtype.itemsize + wide)
+        left = self.folder / f".{SUBSPACE}.part"  # which it has already, if it goes on
+        free = shutil.disk_usage(self.folder).free
+        free += left.stat().st_size if left.exists() else 0
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: {dim} directions need {needed:,} bytes, free are "
+                f"{free:,}",
+                str(self.folder / SUBSPACE),
+            )
 
     def _gram_pass(self, pieces: Pieces) -> None:
         width = self._columns.width

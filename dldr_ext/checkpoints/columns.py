@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._recording import wide_dtype
 from .pieces import Pieces
 from .series import Series, finite
 
@@ -27,7 +28,7 @@ class Columns:
 
     def __init__(self, series: Series, dtype: torch.dtype, chunk_bytes: int, step: int) -> None:
         self.series, self.dtype = series, dtype
-        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.wide = wide_dtype(dtype)
         column = len(series) * dtype.itemsize + self.wide.itemsize
         self.width = min(max(step, chunk_bytes // column // step * step), series.numel)
         self._rows = torch.empty(len(series) * self.width, dtype=dtype, device="cpu")

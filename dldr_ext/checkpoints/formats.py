@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import safe_globals
 
 from . import contents
@@ -242,6 +241,8 @@ def _load(path: Path, *, fake: bool) -> Any:
             warnings.simplefilter("ignore")  # of another pickle protocol
             if not fake:
                 return torch.load(path, map_location="cpu", weights_only=True)
+            from torch._subclasses.fake_tensor import FakeTensorMode
+
             with FakeTensorMode():  # storages then only know where they lie in the file
                 return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

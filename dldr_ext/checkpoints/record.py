@@ -30,30 +30,57 @@ def from_checkpoints(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     model: nn.Module,
     *,
-    include: str | Sequence[str],
-    exclude: str | Sequence[str],
-    key: str | None,
-    skip_bad: bool,
-    progress: Progress | None,
-    capacity: int | None,
-    **options: Any,
+    dtype: torch.dtype = torch.bfloat16,
+    storage: str = "device",
+    path: str | os.PathLike[str] | None = None,
+    capacity: int | None = None,
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    key: str | None = None,
+    skip_bad: bool = False,
+    progress: Progress | None = None,
 ) -> Trajectory:
-    """See `Trajectory.from_checkpoints`."""
-    series = Series(paths, model, include=include, exclude=exclude, key=key, skip_bad=skip_bad)
+    """A trajectory of checkpoints that a run left behind, streamed from their files.
+
+    Parameters
+    ----------
+    paths : path or iterable of paths
+        Files written by ``torch.save`` (loaded with ``weights_only=True``), safetensors files,
+        indices of shards; or folders of these, whose numbers are put in order (2 before 10).
+    model : nn.Module
+        Names the parameters and their order: its trainable ones are recorded. May be on the
+        meta device; its weights do not matter and stay as they are.
+    dtype, storage, path
+        As in the constructor.
+    capacity : int, optional
+        Default: the number of checkpoints.
+    include, exclude : str or sequence of str
+        Patterns of names (``encoder.*``) of the parameters to record, and of those not to.
+    key : str, optional
+        Where the state dict is in a file, nested keys joined by dots. Default: it is found.
+    skip_bad : bool
+        Go on without checkpoints that cannot be used, with a warning for each.
+    progress : callable, optional
+        Called with the bytes read so far and in all.
+
+    Raises
+    ------
+    checkpoints.CheckpointError
+        A ValueError: missing, truncated, corrupt, not finite, or not of this model: with the
+        index of the checkpoint, its path and the tensor.
+    """
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
     params = model_parameters(model, include, exclude)
-    # Stand-ins without memory, on the CPU for a model on the meta device.
-    result = cls(
-        [(name, _stand_in(p)) for name, p in params.items()],
-        len(series) if capacity is None else capacity,
-        **options,
-    )
-    if result.capacity < len(series):
+    series = Series(paths, model, include=include, exclude=exclude, key=key, skip_bad=skip_bad)
+    capacity = len(series) if capacity is None else capacity
+    if capacity < len(series):
         raise ValueError(
-            f"capacity: expected at least {len(series)}, one for each checkpoint, got "
-            f"{result.capacity}"
+            f"capacity: expected at least {len(series)}, one for each checkpoint, got {capacity}"
         )
+    # Stand-ins without memory, on the CPU for a model on the meta device.
+    named = [(name, _stand_in(p)) for name, p in params.items()]
+    result = cls(named, capacity, dtype, storage, path)
     result.params = list(params.values())
     try:
         with Pieces() as pieces:
