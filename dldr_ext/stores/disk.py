@@ -30,9 +30,9 @@ _KIND, _VERSION = "snapshot", 1
 _ROW_NAME = re.compile(r"(\d{6,})\.safetensors")
 
 _PIECE = 1 << 22  # elements that are rounded and written at a time
-_MAPPED_BYTES = (
-    1 << 26
-)  # read through mappings before they are given back, and their pages with them
+# Read through mappings before they are given back, and with them the pages that they keep in this
+# process; a read brings in some on either side of what was asked for.
+_MAPPED_BYTES, _AROUND_BYTES = 1 << 25, 1 << 17
 
 
 class _Row(NamedTuple):
@@ -124,7 +124,7 @@ class DiskStore(DeferredStore):
         if row not in self._maps:
             self._maps[row] = self._map(self._rows[row])
         out.copy_(self._maps[row][begin:end], non_blocking=True)
-        self._mapped += (end - begin) * self.dtype.itemsize
+        self._mapped += (end - begin) * self.dtype.itemsize + _AROUND_BYTES
 
     def _put(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
         if not self._lock.held:
