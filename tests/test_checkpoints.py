@@ -180,6 +180,40 @@ def test_storage(tmp_path, monkeypatch, storage):
         assert torch.equal(again.gram, expected.gram)
 
 
+@pytest.mark.parametrize("at", range(1, 5))
+def test_an_interrupted_recording_goes_on(tmp_path, at):
+    model, found, expected = states()
+    folder = write(tmp_path / "run", found)
+    options = {"dtype": torch.float32, "storage": "disk", "path": tmp_path / "rows"}
+
+    def stop(read, total):
+        if 5 * read == at * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trajectory.from_checkpoints(folder, model, resume=True, progress=stop, **options)
+    with pytest.raises(ValueError, match="path: expected a new or an empty folder"):
+        Trajectory.from_checkpoints(folder, model, **options)
+    seen = []
+    result = Trajectory.from_checkpoints(
+        folder, model, resume=True, progress=lambda *a: seen.append(a), **options
+    )
+    assert len(seen) == 5 - at and len({total for _, total in seen}) == 1
+    assert seen[-1][0] == seen[-1][1]
+    assert torch.equal(result.gram, expected.gram)
+    result.close()
+    for other in ({"dtype": torch.bfloat16}, {"capacity": 9}):
+        with pytest.raises(ValueError, match="path: expected the folder of a trajectory of"):
+            Trajectory.from_checkpoints(folder, model, resume=True, **options | other)
+    found[0], found[4] = found[4], found[0]
+    with pytest.raises(ValueError, match="of these checkpoints in this order, got Trajectory"):
+        Trajectory.from_checkpoints(
+            write(tmp_path / "others", found), model, resume=True, **options
+        )
+    with pytest.raises(ValueError, match="resume: expected storage='disk' and a path, got 'dev"):
+        Trajectory.from_checkpoints(folder, model, resume=True)
+
+
 def test_recording_goes_on_after_the_checkpoints(tmp_path):
     model, found, expected = states()
     folder = write(tmp_path / "run", found[:3])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from .. import ops
 from .._recording import wide_dtype
 from ..stores import DiskStore, MemoryStore, Store
 from ..stores.deferred import DeferredStore
+from ..stores.disk import HEADER
 from .errors import CheckpointError
 from .pieces import Pieces
 from .series import Series, finite, model_parameters
@@ -38,6 +40,7 @@ def from_checkpoints(
     exclude: str | Sequence[str] = (),
     key: str | None = None,
     skip_bad: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Trajectory:
     """A trajectory of checkpoints that a run left behind, streamed from their files.
@@ -60,6 +63,9 @@ def from_checkpoints(
         Where the state dict is in a file, nested keys joined by dots. Default: it is found.
     skip_bad : bool
         Go on without checkpoints that cannot be used, with a warning for each.
+    resume : bool
+        With ``storage="disk"``: go on in the folder that an earlier call with the same checkpoints,
+        interrupted, has left; the first and the latest one in it are compared.
     progress : callable, optional
         Called with the bytes read so far and in all.
 
@@ -80,10 +86,19 @@ def from_checkpoints(
         )
     # Stand-ins without memory, on the CPU for a model on the meta device.
     named = [(name, _stand_in(p)) for name, p in params.items()]
-    result = cls(named, capacity, dtype, storage, path)
+    if not resume:
+        result = cls(named, capacity, dtype, storage, path)
+    elif storage != "disk" or path is None:
+        raise ValueError(f"resume: expected storage='disk' and a path, got {storage!r}, {path!r}")
+    elif (Path(path) / HEADER).exists():
+        result = cls.load(path, named)
+    else:
+        result = cls(named, capacity, dtype, storage, path)
     result.params = list(params.values())
     try:
         with Pieces() as pieces:
+            if result.anchor is not None:
+                _check_same(result, series, pieces, dtype, capacity)
             _record(result, series, pieces, skip_bad, progress)
     except BaseException:
         result.close()
@@ -121,13 +136,17 @@ def _record(
     store = trajectory._store
     if isinstance(store, DeferredStore):
         store.block = trajectory.capacity  # one pass over all rows, at the end
-    anchor = torch.empty(series.numel, dtype=wide_dtype(trajectory.dtype), device=trajectory.device)
-    buffer = torch.empty(min(_PIECE, series.numel), dtype=anchor.dtype, device="cpu")
-    t, read = 0, 0
+    anchor, is_new = trajectory.anchor, trajectory.anchor is None
+    if anchor is None:
+        wide = wide_dtype(trajectory.dtype)
+        anchor = torch.empty(series.numel, dtype=wide, device=trajectory.device)
+    t = len(trajectory)
+    read = sum(map(series.row_bytes, range(t)))
+    buffer = _buffer(series, anchor)
     while t < len(series):
         row = _Row(series, pieces, t, buffer)
         try:
-            if t == 0:
+            if t == 0 and is_new:
                 for columns, part in row.parts():
                     anchor[columns] = part.to(anchor.device)
             if not _append(store, row, anchor, t):
@@ -147,6 +166,33 @@ def _record(
         ops.gram_block_(rows, products, 0, t)
         gram.copy_(products)
     trajectory._anchor = anchor
+
+
+def _check_same(
+    trajectory: Trajectory, series: Series, pieces: Pieces, dtype: torch.dtype, capacity: int
+) -> None:
+    """That a folder was recorded from these checkpoints, as far as it goes."""
+    anchor, last = trajectory.anchor, len(trajectory) - 1
+    assert anchor is not None
+    same = trajectory.dtype == dtype and trajectory.capacity == capacity and last < len(series)
+    for t in {0, max(last, 0)} if same else ():
+        for columns, part in _Row(series, pieces, t, _buffer(series, anchor)).parts():
+            there = part.to(anchor.device)
+            if t == 0:
+                same = same and torch.equal(there, anchor[columns])
+            if t == last:
+                row = torch.empty((1, len(part)), dtype=dtype, device=anchor.device)
+                ops.store_snapshot_(row, 0, [there], anchor[columns])
+                same = same and torch.equal(row, trajectory.snapshots[t : t + 1, columns])
+    if not same:
+        raise ValueError(
+            f"path: expected the folder of a trajectory of {dtype}, capacity {capacity}, of these "
+            f"checkpoints in this order, got {trajectory} of others"
+        )
+
+
+def _buffer(series: Series, anchor: Tensor) -> Tensor:
+    return torch.empty(min(_PIECE, series.numel), dtype=anchor.dtype, device="cpu")
 
 
 def _append(store: Store, row: _Row, anchor: Tensor, t: int) -> bool:
