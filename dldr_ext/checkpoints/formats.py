@@ -107,10 +107,20 @@ def read_contents(path: Path, key: str | None = None) -> Contents:
     return found._replace(entries=dict(zip(names, found.entries.values(), strict=True)))
 
 
-@lru_cache(maxsize=1)
 def whole(path: Path, key: str | None) -> dict[str, Tensor]:
-    """The tensors of a file that only can be loaded whole; the latest one is kept."""
+    """The tensors of a file that only can be loaded whole; those of the latest one are kept."""
+    found = path.stat()
+    return _whole(path, key, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _whole(path: Path, key: str | None, size: int, changed: int) -> dict[str, Tensor]:
     return _state_dict(path, _load(path, fake=False), key)
+
+
+def forget() -> None:
+    """Gives back what `whole` has kept."""
+    _whole.cache_clear()
 
 
 def _read_index(path: Path, key: str | None) -> Contents:

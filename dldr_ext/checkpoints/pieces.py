@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, reason
-from .formats import Entry, extent, whole
+from .formats import Entry, extent, forget, whole
 
 _BUFFER = 1 << 23  # bytes
 
@@ -32,9 +32,8 @@ class Pieces:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._path is not None:
-            os.close(self._handle)
-            self._path = None
+        self._close()
+        forget()
 
     def read(self, entry: Entry, begin: int, out: Tensor) -> None:
         """Elements ``begin``, ``begin + 1``, ... of a tensor, in logical order.
@@ -52,7 +51,10 @@ class Pieces:
             The file cannot be read or ends too early.
         """
         if entry.offset is None:
-            tensor = whole(entry.file, entry.key)[entry.name]
+            try:
+                tensor = whole(entry.file, entry.key)[entry.name]
+            except (OSError, KeyError) as error:
+                raise CheckpointError(entry.file, f"changed while it was read ({error})") from error
             out.copy_(tensor.detach().reshape(-1)[begin : begin + len(out)])
             return
         shape, stride = _without_ones(entry)
@@ -110,8 +112,13 @@ class Pieces:
     def _open(self, path: Path) -> None:
         if path != self._path:
             handle = os.open(path, os.O_RDONLY)
-            self.__exit__()
+            self._close()
             self._path, self._handle = path, handle
+
+    def _close(self) -> None:
+        if self._path is not None:
+            os.close(self._handle)
+            self._path = None
 
 
 def _without_ones(entry: Entry) -> tuple[tuple[int, ...], tuple[int, ...]]:
