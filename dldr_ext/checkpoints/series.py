@@ -162,7 +162,9 @@ class Series:
         if not finite(out):
             at = begin + int(out.isfinite().logical_not().nonzero()[0])
             name = self.names[bisect_right(self._starts, at) - 1]
-            raise self.error(t, f"{name}: expected finite values, got NaN or Inf")
+            raise self.error(
+                t, f"{name}: expected finite values, got NaN or Inf; exclude leaves a tensor out"
+            )
 
     def error(self, t: int, problem: str) -> CheckpointError:
         """An error of one of the checkpoints."""
