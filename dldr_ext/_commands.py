@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from . import __version__, build_info
+from ._analyze_command import analyze
+from ._soup_command import soup
 from .cli import missing
 
 if TYPE_CHECKING:
@@ -77,6 +79,10 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{key}: {_plain(item)}" for key, item in value.items()) or "-"
     return "-" if value is None else str(value)
+
+
+app.command()(analyze)
+app.command()(soup)
 
 
 @app.command()

@@ -34,6 +34,8 @@ _FORMAT_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -90,7 +92,7 @@ def save(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 class Reader:
@@ -224,7 +226,25 @@ def _write(
     tensors: Mapping[str, Tensor | Stream],
     metadata: Mapping[str, Any],
 ) -> None:
-    header: dict[str, Any] = {
+    text = header(kind, version, tensors, metadata)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    crc = zlib.crc32(text)
+    for tensor in tensors.values():
+        for piece in _pieces(tensor):
+            file.write(piece)
+            crc = zlib.crc32(piece, crc)
+    write_checksum(file, text, crc)
+
+
+def header(
+    kind: str,
+    version: int,
+    tensors: Mapping[str, Tensor | Stream],
+    metadata: Mapping[str, Any],
+) -> bytes:
+    """The header of a file, its checksum still to come: after 8 bytes that say its size."""
+    fields: dict[str, Any] = {
         "__metadata__": {
             _CHECKSUM: _NO_CHECKSUM,
             _PREFIX + "kind": kind,
@@ -237,21 +257,19 @@ def _write(
         if tensor.dtype not in _FORMAT_NAMES:
             raise TypeError(f"{name}: cannot save a tensor of dtype {dtype_name(tensor.dtype)}")
         begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
-        header[name] = {
+        fields[name] = {
             "dtype": _FORMAT_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 64)  # the format allows it, and the tensors start aligned
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    crc = zlib.crc32(text)
-    for tensor in tensors.values():
-        for piece in _pieces(tensor):
-            file.write(piece)
-            crc = zlib.crc32(piece, crc)
-    place = text.index(_field(_NO_CHECKSUM)) + len(_field(""))
+    return text
+
+
+def write_checksum(file: BinaryIO, header: bytes, crc: int) -> None:
+    """Writes the CRC-32 of the header and all that follows it."""
+    place = header.index(_field(_NO_CHECKSUM)) + len(_field(""))
     file.seek(8 + place - 1)
     file.write(f"{crc:08x}".encode())
 
@@ -280,7 +298,7 @@ def _pieces(tensor: Tensor | Stream) -> Iterator[memoryview]:
         yield memoryview(piece.cpu().numpy())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename last through a power cut, where the system can."""
     try:
         handle = os.open(folder, os.O_RDONLY)

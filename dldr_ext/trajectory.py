@@ -16,6 +16,7 @@ from ._principal import asked_count, principal_subspace, weights_at
 from ._recording import check_current, given_anchor, why_not_finite, wide_dtype
 from ._saved import load_trajectory, save_trajectory
 from ._stored_rows import StoredRows
+from .checkpoints.record import from_checkpoints
 from .grouped import GroupedSubspace, group_slices
 from .stores import RecordingCost, check_storage, new_store
 from .subspace import Subspace
@@ -332,6 +333,8 @@ class Trajectory:
         result.names, result.storage = found.names, found.storage
         result._anchor, result._store = found.anchor, found.store
         return result
+
+    from_checkpoints = classmethod(from_checkpoints)
 
     def _check_length(self) -> None:
         if len(self) < 2:
