@@ -15,6 +15,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import _library, build_info
 from .bench import free_memory
@@ -100,7 +101,7 @@ def info(
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in found.items():
-        table.add_row(key, _SHOW.get(key, _plain)(value))
+        table.add_row(key, Text(_SHOW.get(key, _plain)(value)))  # brackets are no markup
     Console().print(table)
 
 

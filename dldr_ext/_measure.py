@@ -103,16 +103,15 @@ def bandwidth(data: Tensor, rounds: int = 5) -> tuple[list[float], list[float]]:
     return [size / a for a, _ in times], [copied / b for _, b in times]
 
 
-def multiply_rate(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> float:
-    """Operations a second of torch's matrix product, the best of all rounds.
-
-    A multiply-add counts as two.
-    """
+def multiplier(dtype: torch.dtype, device: torch.device) -> tuple[Work, float]:
+    """torch's product of two large matrices, and its operations: a multiply-add counts as two."""
     a = torch.randn(_MULTIPLY, _MULTIPLY, dtype=dtype, device=device)
     out = torch.empty_like(a)
+    return lambda: torch.mm(a, a, out=out), 2.0 * _MULTIPLY**3
 
-    def work() -> None:
-        torch.mm(a, a, out=out)
 
+def multiply_rate(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> float:
+    """Operations a second of `multiplier`, the best of all rounds."""
+    work, operations = multiplier(dtype, device)
     work()
-    return 2 * _MULTIPLY**3 / min(seconds(work) for _ in range(rounds))
+    return operations / min(seconds(work) for _ in range(rounds))

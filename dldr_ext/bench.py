@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._measure import Spread, Work, bandwidth, multiply_rate, paired, reader
+from ._measure import Spread, Work, bandwidth, multiplier, paired, reader
 from ._params import dtype_name
 from ._pca import exact_gram
 
@@ -25,6 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 _VECTORS = 24
 # Parameters beyond which no buffer gets closer to the memory's speed, and a minute is not enough.
 _MOST = 8_000_000
+_ARITHMETIC_ROUNDS = 3
 
 
 def resnet18_sizes(total: int) -> list[int]:
@@ -102,7 +103,7 @@ class Case:
     ----------
     size : bytes that must move
     peer : what a user would write in plain torch, in float32
-    flops, wide : operations that must be done, in float64 if ``wide``
+    flops, kind : operations that must be done, and in which format
     """
 
     name: str
@@ -111,7 +112,7 @@ class Case:
     peer: Work | None = None
     peer_name: str | None = None
     flops: float = 0.0
-    wide: bool = False
+    kind: torch.dtype = torch.float32
 
 
 def cases(problem: Problem, dtype: torch.dtype) -> Iterator[Case]:
@@ -156,7 +157,7 @@ def cases(problem: Problem, dtype: torch.dtype) -> Iterator[Case]:
             lambda: exact_gram(rows),
             stored,
             flops=n * d * (d + 1),
-            wide=True,
+            kind=torch.float64,
         )
     # An orthogonal C. What is formed of 8-bit rows is float32: the ops do not round to 8 bits.
     out = torch.float32 if scale is not None else dtype
@@ -169,7 +170,7 @@ def cases(problem: Problem, dtype: torch.dtype) -> Iterator[Case]:
         lambda: short @ problem.basis,
         "C @ X",
         2 * n * d * d,
-        True,
+        torch.float64,
     )
 
 
@@ -216,11 +217,11 @@ def roofline(
     dict
         First ``{"case": "read"}`` and ``{"case": "copy"}`` with ``gb_per_second``; then one for
         each op and format with ``bytes``, ``flops``, ``seconds``, ``gb_per_second``,
-        ``of_ceiling`` (share of the read ceiling of the same round), ``of_floor`` (the same, where
-        what must be multiplied may take longer than the read), ``against_torch`` (speed-up over
-        ``peer``, which works in float32, if there is one). Measured values are quartiles
-        ``{"low", "median", "high"}``. "gram64" is the Gram matrix summed in float64 that a basis
-        is made from.
+        ``of_ceiling`` (share of the read ceiling of the same round), ``of_multiply`` (where
+        products may take longer: share of the rate of torch's product of two large matrices),
+        ``against_torch`` (speed-up over ``peer``, which works in float32, if there is one).
+        Measured values are quartiles ``{"low", "median", "high"}``. "gram64" is the Gram matrix
+        summed in float64 that a basis is made from.
     """
     numel = fitting(dim, device) if numel is None else numel
     problem = Problem(resnet18_sizes(numel), dim, device)
@@ -229,15 +230,12 @@ def roofline(
     read = reader(problem.basis[: dim // 2 * 2])
     read_bytes = 4 * numel * (dim // 2 * 2)
     for dtype in DTYPES:
-        # anew each time, close to what it is compared with
-        rates = [multiply_rate(kind, problem.device) for kind in (torch.float32, torch.float64)]
         for case in cases(problem, dtype):
             found = paired(case.work, case.size, case.peer, read, read_bytes, rounds)
-            multiplied = case.flops / rates[case.wide]
-            found["of_floor"] = [
-                max(share, multiplied / took)
-                for share, took in zip(found["of_ceiling"], found["seconds"], strict=True)
-            ]
+            if case.flops:
+                multiply = multiplier(case.kind, problem.device)
+                share = paired(case.work, case.flops, None, *multiply, _ARITHMETIC_ROUNDS)
+                found["of_multiply"] = share["of_ceiling"]
             found["gb_per_second"] = [case.size / took / 1e9 for took in found["seconds"]]
             row: dict[str, Any] = {"case": case.name, "bytes": case.size, "flops": case.flops}
             row |= {key: vars(Spread.of(values)) for key, values in found.items() if values}

@@ -44,9 +44,10 @@ SHORT = {
 STORAGES = ("device", "host", "disk")
 SHARDS = ("none", "basis", "all")
 
-# Share of the floor that the CPU kernels reach: medians ("of_floor") of
-# benchmarks/results/roofline.json, as `dldr bench --json` measured them on two threads of an AMD
-# EPYC (Zen 4); a trial from benchmarks/results/cpu.json. No GPU kernel has been measured yet.
+# Share that the CPU kernels reach of the bandwidth, and of the rate of a matrix product where they
+# are bound by that: medians ("of_ceiling", "of_multiply") of benchmarks/results/roofline.json, as
+# `dldr bench --json` measured them on two threads of an AMD EPYC (Zen 4); a trial's from
+# benchmarks/results/cpu.json. No GPU kernel has been measured yet.
 EFFICIENCY: dict[str, dict[str, float]] = {
     "project": {"float32": 0.95, "bfloat16": 0.85, "int8": 0.80},
     "reconstruct_": {"float32": 0.95, "bfloat16": 0.85, "int8": 0.75},
@@ -248,9 +249,9 @@ def _memory(job: Job, device: Device) -> list[Memory]:
     # The norm of the weights is summed in a float64 copy, before there is a basis.
     searching = max(8.0 * n, basis + _CHECKS * n)
     record = model + wide * n + kept["device"] + passing
-    form = model + 2 * wide * n + kept["device"] + max(searching, chunk)
+    form = model + 2 * wide * n + kept["device"] + chunk + searching
     # origin, point, direction, and the gradient at the accepted point
-    train = model + basis + 4 * wide * n
+    train = model + basis + 4 * wide * n + chunk  # which allocators keep
     return [
         Memory("recording", record, kept["host"], kept["disk"]),
         Memory("forming the basis", form, kept["host"], kept["disk"]),
@@ -284,11 +285,12 @@ def _step(
     job: Job, device: Device, name: str, op: str, size: float, flops: float, calls: float
 ) -> Step:
     speed = device.copy if op == "trial_" else device.read
-    floor = max(size / speed, flops / device.float64)
+    moving, multiplying = size / speed, flops / device.float64
     expected = None
     if device.measured and device.link is None:
-        expected = floor / _share(EFFICIENCY[op], job.dtype)
-    return Step(name, size, flops, floor, expected, calls)
+        share = _share(EFFICIENCY[op], job.dtype)
+        expected = max(moving, multiplying / share) if flops else moving / share
+    return Step(name, size, flops, max(moving, multiplying), expected, calls)
 
 
 def _share(shares: dict[str, float], dtype: str) -> float:
