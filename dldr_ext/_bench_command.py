@@ -27,7 +27,7 @@ def bench(
             parser=count,
             metavar="N",
             help="Parameters.",
-            show_default="half of the free memory, 8M at most",
+            show_default="half of the free memory, 4M at most",
         ),
     ] = None,
     dim: Annotated[int, typer.Option(min=2, max=1024, help="Rows: directions, snapshots.")] = 40,

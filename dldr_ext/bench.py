@@ -23,8 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 # Bytes a parameter that `roofline` needs at once beside 12 for each of the d directions: the rows
 # in float32, a result of that size, and half of it once more for another format or a copy.
 _VECTORS = 24
-# Parameters beyond which no buffer gets closer to the memory's speed, and a minute is not enough.
-_MOST = 8_000_000
+# Parameters for which all rows are far beyond a cache (8-bit ones 160 MB), within a minute.
+_MOST = 4_000_000
 _ARITHMETIC_ROUNDS = 3
 
 
@@ -205,7 +205,7 @@ def roofline(
     Parameters
     ----------
     numel : int, optional
-        Parameters n. Default: what half of the free memory holds, 8 million at most.
+        Parameters n. Default: what half of the free memory holds, 4 million at most.
     dim : int
         Rows, d = T.
     device : torch.device or str

@@ -45,15 +45,15 @@ STORAGES = ("device", "host", "disk")
 SHARDS = ("none", "basis", "all")
 
 # Share that the CPU kernels reach of the bandwidth, and of the rate of a matrix product where they
-# are bound by that: medians ("of_ceiling", "of_multiply") of benchmarks/results/roofline.json, as
-# `dldr bench --json` measured them on two threads of an AMD EPYC (Zen 4); a trial's from
-# benchmarks/results/cpu.json. No GPU kernel has been measured yet.
+# are bound by that, medians on two threads of an AMD EPYC (Zen 4): of benchmarks/results/cpu.json
+# (mean of its two sizes), and for what is not there of roofline.json beside it ("of_ceiling",
+# "of_multiply"; `dldr bench --json`). No GPU kernel has been measured yet.
 EFFICIENCY: dict[str, dict[str, float]] = {
-    "project": {"float32": 0.95, "bfloat16": 0.85, "int8": 0.80},
-    "reconstruct_": {"float32": 0.95, "bfloat16": 0.85, "int8": 0.75},
-    "gram_append_": {"float32": 0.93, "bfloat16": 0.72, "int8": 0.57},
-    "gram64": {"float32": 0.5, "bfloat16": 0.5},
-    "form_basis": {"float32": 0.5, "bfloat16": 0.5, "int8": 0.5},
+    "project": {"float32": 0.94, "bfloat16": 0.87, "int8": 0.86},
+    "reconstruct_": {"float32": 0.95, "bfloat16": 0.88, "int8": 0.77},
+    "gram_append_": {"float32": 1.19, "bfloat16": 0.62, "int8": 0.61},
+    "gram64": {"float32": 0.15, "bfloat16": 0.22},
+    "form_basis": {"float32": 0.30, "bfloat16": 0.34, "int8": 0.29},
     "trial_": {"float32": 0.75},
 }
 
