@@ -38,7 +38,7 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Measure the ops against this machine's memory and plain torch, in about a minute.
+    """Measure the ops against this machine's memory and plain torch, in one to two minutes.
 
     \b
     Examples:

@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 # Bytes a parameter that `roofline` needs at once beside 12 for each of the d directions: the rows
 # in float32, a result of that size, and half of it once more for another format or a copy.
 _VECTORS = 24
-# Parameters for which all rows are far beyond a cache (8-bit ones 160 MB), within a minute.
+# Parameters for which all rows are far beyond a cache (8-bit ones 160 MB).
 _MOST = 4_000_000
 _ARITHMETIC_ROUNDS = 3
 
