@@ -51,9 +51,9 @@ SHARDS = ("none", "basis", "all")
 EFFICIENCY: dict[str, dict[str, float]] = {
     "project": {"float32": 0.94, "bfloat16": 0.87, "int8": 0.86},
     "reconstruct_": {"float32": 0.95, "bfloat16": 0.88, "int8": 0.77},
-    "gram_append_": {"float32": 1.19, "bfloat16": 0.62, "int8": 0.61},
-    "gram64": {"float32": 0.15, "bfloat16": 0.22},
-    "form_basis": {"float32": 0.30, "bfloat16": 0.34, "int8": 0.29},
+    "gram_append_": {"float32": 0.94, "bfloat16": 0.62, "int8": 0.60},
+    "gram64": {"float32": 0.14, "bfloat16": 0.17},
+    "form_basis": {"float32": 0.30, "bfloat16": 0.34, "int8": 0.28},
     "trial_": {"float32": 0.75},
 }
 
