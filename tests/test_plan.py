@@ -164,7 +164,7 @@ def plan_check():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    "job", [Job(1_500_000, 20, 41)] + EVERY * [Job(4_000_000, 24, 30, "float32")]
+    "job", [Job(4_000_000, 20, 41)] + EVERY * [Job(4_000_000, 24, 30, "float32")]
 )
 def test_peak_memory_of_a_run_is_as_planned(job):
     for phase, found in plan_check().memory(job)["phases"].items():
