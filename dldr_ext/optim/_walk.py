@@ -44,6 +44,10 @@ class Walk:
         """What theta = 0 stands for now."""
         return self._subspace.origin if self._moved_origin is None else self._moved_origin
 
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """The product of two flat vectors."""
+        return self._subspace.dot(a, b)
+
     def aim(self, p: Tensor) -> None:
         """u = P p. One pass over the basis."""
         self._subspace.combine_(self.direction, p)
