@@ -403,6 +403,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 f"{name}: subspace: expected a dldr_ext.Subspace or GroupedSubspace, got "
                 f"{type(subspace).__name__}"
             )
+        if subspace.spans_ranks and self._ranks is None:
+            raise ValueError(
+                f"{name}: process_group: expected that of the {type(subspace).__name__}, got None"
+            )
         if subspace.shapes is not None:
             check_matches(params, subspace.shapes, subspace.names, what="subspace")
         if numel(params) != subspace.numel:
@@ -445,7 +449,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             before = torch.cat([p.detach().reshape(-1).to(point.dtype) for p in self._params])
             distance = float(torch.linalg.vector_norm(point - before))
             norm = float(torch.linalg.vector_norm(before))
-            ops.trial_(self._params, point, point, 0.0)
+            if point.numel():  # of several ranks one may have no weights
+                ops.trial_(self._params, point, point, 0.0)
             self._start_at(point)
             self._guard.remember()
         first = self._ranks is None or self._ranks.rank == 0
