@@ -74,6 +74,13 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        found = torch.tensor([number], dtype=torch.int64, device=self.device)
+        with self._explained("the largest of numbers"):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return int(found)
+
     def scatter_sum(self, full: Tensor, what: str) -> Tensor:
         """This rank's piece, the rank-th of ``size`` equal ones, of the sum over the ranks."""
         piece = full.new_empty(len(full) // self.size)

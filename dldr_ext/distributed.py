@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import distribute_tensor
 
-from . import ops
+from . import _pca, ops
 from ._affine import AffineSubspace
 from ._params import flatten, local_shard, named_parameters
+from ._principal import weights_at
 from ._ranks import Ranks, members
 from .subspace import Subspace
+from .trajectory import Trajectory
 
 __all__ = ["LocalSubspace", "ShardedSubspace", "local_columns", "local_shards"]
 
@@ -190,6 +192,61 @@ class LocalSubspace(_Cut):
         shapes = [tuple(p.shape) for p in shards]
         mesh = listed[0].device_mesh
         return cls(basis, origin, mesh, replicas=replicas, shapes=shapes, names=names)
+
+    @classmethod
+    def from_trajectory(
+        cls, trajectory: Trajectory | None, params: Iterable[Any], dim: int
+    ) -> LocalSubspace:
+        """The principal directions of weights that each rank recorded of its own shards.
+
+        The T x T Gram matrices are summed over the ranks: no other rank sees a snapshot.
+
+        Parameters
+        ----------
+        trajectory : Trajectory or None
+            Of this rank's `local_shards` of ``params``, all ranks at the same moments. None where
+            the rank has no weights.
+        params : iterable of DTensor
+        dim : int
+            At most T - 1 directions; fewer where the trajectory has a smaller rank.
+        """
+        listed, names = _entries(params)
+        replicas, shards = _replicas(listed), local_shards(listed)
+        group, _ = members("LocalSubspace", listed[0].device_mesh)
+        ranks = Ranks("LocalSubspace", group, shards[0].device)
+        length = 0 if trajectory is None else len(trajectory)
+        most = ranks.most(length)
+        with ranks.agreeing():
+            if trajectory is not None and (length < 2 or length != most):
+                raise ValueError(
+                    "trajectory: expected at least two snapshots, as many on every rank, got "
+                    f"{length} where another rank has {most}"
+                )
+            ranks.agree({"dim": dim}, "from_trajectory")
+        gram = torch.zeros(most, most, dtype=torch.float64, device=ranks.device)
+        origin = torch.empty(0, device=ranks.device)
+        if trajectory is not None:
+            assert trajectory.anchor is not None
+            gram += _pca.exact_gram(trajectory.snapshots)
+            origin = weights_at(trajectory.snapshots, trajectory.anchor, "first")
+        square = torch.linalg.vector_norm(origin, dtype=torch.float64).square().reshape(1)
+        ranks.sum_(gram.div_(replicas), "the Gram matrix")
+        ranks.sum_(square.div_(replicas), "the size of the weights")
+        double = origin.dtype == torch.float64
+        found = _pca.exact_spectrum(gram, double, square.sqrt(), center=True)
+        if found.rank == 0:
+            raise ValueError("trajectory: the snapshots do not differ: there is no direction")
+        count = min(_pca.checked_dim(dim, most - 1, f"{most} centred snapshots"), found.rank)
+        basis = origin.new_empty(count, 0)
+        if trajectory is not None:
+            combine = _pca.coefficients(found, count).to(ranks.device)
+            basis = ops.form_basis(trajectory.snapshots, combine)
+        return cls(
+            basis, origin, listed[0].device_mesh, replicas=replicas,
+            shapes=[tuple(p.shape) for p in shards], names=names,
+            explained_variance_ratio=found.explained(count),
+            singular_values=found.values[:count].sqrt(),
+        )  # fmt: skip
 
     def addend(self, lists: Sequence[Sequence[Tensor]], size: int) -> Tensor:
         """Gradients of shards are means over the ranks already: only replicas count twice."""
