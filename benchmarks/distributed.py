@@ -95,6 +95,11 @@ def work(rank, size, file, pipe):
             "collectives_per_step": (wire.calls - before[1]) / STEPS,
         }
 
+    def steps_of(optimizer):
+        case = measured(lambda: optimizer.step(lambda: ddp(target)), lambda: wire.bytes)
+        case["gradients_per_step"] = optimizer.gradient_calls / len(optimizer.history)
+        return case
+
     found["ddp_sgd"] = measured(ordinary, lambda: sum(sent))
     cases = {
         "psgd": lambda s: PSGD(model.parameters(), s, lr=0.1, process_group=ddp),
@@ -106,11 +111,8 @@ def work(rank, size, file, pipe):
     for name, make in cases.items():
         for kind in ("whole", "columns") if name == "pbfgs_default" else ("whole",):
             used = subspace if kind == "whole" else ShardedSubspace(subspace, "world")
-            optimizer = make(used)
-            case = measured(lambda: optimizer.step(lambda: ddp(target)), lambda: wire.bytes)
-            case["gradients_per_step"] = optimizer.gradient_calls / len(optimizer.history)
-            found[f"{name}, {kind}"] = case
-            del optimizer, used
+            found[f"{name}, {kind}"] = steps_of(make(used))
+            del used
     if rank == 0:
         pipe.send(found)
     dist.barrier()
