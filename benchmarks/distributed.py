@@ -1,14 +1,15 @@
 """What several ranks send and how long a step takes, beside DDP: python benchmarks/distributed.py
 
-Weights of the size of ResNet-18 (11.7 million), d = 40, 1 and 2 ranks of this machine over gloo on
-the loopback interface. Sends are counted by wrappers around the collectives and by a communication
-hook of DDP; the closure is as cheap as can be, so that the times are those of the step itself.
-Writes benchmarks/results/distributed.json.
+Weights of the size of ResNet-18 (11.7 million; or as many as the argument says), d = 40, 1 and 2
+ranks of this machine over gloo on the loopback interface. Sends are counted by wrappers around the
+collectives and by a communication hook of DDP; the closure is as cheap as can be, so that the times
+are those of the step itself. Writes benchmarks/results/distributed.json.
 """
 
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dldr_ext import PBFGS, PSGD, ShardedSubspace, Subspace
 
-D, N, STEPS = 40, 11_689_512, 4
+D, N, STEPS = 40, int(sys.argv[1]) if len(sys.argv) > 1 else 11_689_512, 4
 RESULTS = Path(__file__).parent / "results" / "distributed.json"
 
 

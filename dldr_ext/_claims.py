@@ -30,7 +30,7 @@ def digest(*tensors: Tensor | None) -> str:
         if tensor is None or tensor.numel() == 0:
             found.update(b"none")
             continue
-        rows = tensor.detach().reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
+        rows = tensor.detach().reshape(len(tensor) if tensor.ndim > 1 else 1, -1)
         for row in rows:
             words = row.contiguous().view(_WORDS[row.element_size()])
             some = words[_places(len(words), words.device)].to(torch.int64)
