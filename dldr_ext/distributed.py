@@ -20,6 +20,7 @@ from ._affine import AffineSubspace
 from ._params import flatten, local_shard, named_parameters
 from ._principal import weights_at
 from ._ranks import Ranks, members
+from ._stored_rows import combined
 from .subspace import Subspace
 from .trajectory import Trajectory
 
@@ -240,7 +241,8 @@ class LocalSubspace(_Cut):
         basis = origin.new_empty(count, 0)
         if trajectory is not None:
             combine = _pca.coefficients(found, count).to(ranks.device)
-            basis = ops.form_basis(trajectory.snapshots, combine)
+            rows = trajectory.snapshots
+            basis = combined(rows, combine, trajectory.dtype, _pca.column_step(rows))
         return cls(
             basis, origin, listed[0].device_mesh, replicas=replicas,
             shapes=[tuple(p.shape) for p in shards], names=names,
