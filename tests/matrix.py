@@ -42,6 +42,8 @@ LEFT_OUT = (
     "test_experiments.py",
     "test_demo.py",
     "test_cli.py",
+    "test_cli_info.py",
+    "test_checkpoint_commands.py",
     "matrix.py",
     "small_ops.py",
 )
