@@ -50,7 +50,8 @@ summary { cursor: pointer; font-weight: 600; }
 small { color: var(--soft); }
 """
 
-_PAGE = Template("""<!doctype html>
+# How a page begins, up to its cards with numbers.
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -66,7 +67,11 @@ $style</style>
 <div class="numbers">
 $cards
 </div>
-<div class="card scroll">
+"""
+
+_PAGE = Template(
+    HEAD
+    + """<div class="card scroll">
 <table id="results">
 <thead><tr><th>method</th><th>test accuracy</th><th>passes</th><th>sampling passes</th>
 <th>time (s)</th><th>trained variables</th><th>variance kept</th></tr></thead>
@@ -100,7 +105,8 @@ $versions
 </main>
 </body>
 </html>
-""")
+"""
+)
 
 _CAPTIONS = {
     "accuracy.png": (

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..demo.plots import COLOURS, STYLE
+from ..demo.plots import COLOURS, STYLE, new_figure
 
 #: File names, in the order of the report.
 FILES = ("spectrum.png", "drift.png", "cosine.png")
@@ -34,7 +34,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _spectrum(results: dict[str, Any]) -> Figure:
-    figure, axes = _figure("Share of the variance along each direction")
+    figure, axes = new_figure("Share of the variance along each direction")
     ratio = np.array(results["explained_variance_ratio"])
     order = np.arange(1, len(ratio) + 1)
     axes.plot(order, ratio, "o-", color=_BLUE, markersize=3, label="direction k alone")
@@ -64,7 +64,7 @@ def _spectrum(results: dict[str, Any]) -> Figure:
 
 
 def _drift(results: dict[str, Any]) -> Figure:
-    figure, axes = _figure("How far the weights went")
+    figure, axes = new_figure("How far the weights went")
     norms, steps = results["drift"]["from_first"], results["drift"]["steps"]
     axes.plot(np.arange(len(norms)), norms, "o-", color=_BLUE, markersize=3, label="from the first")
     axes.plot(
@@ -84,7 +84,7 @@ def _drift(results: dict[str, Any]) -> Figure:
 
 
 def _cosine(results: dict[str, Any]) -> Figure:
-    figure, axes = _figure("Cosines between steps from one checkpoint to the next", (7.2, 5.8))
+    figure, axes = new_figure("Cosines between steps from one checkpoint to the next", (7.2, 5.8))
     axes.grid(False)
     cosines = np.array(results["cosines"]["steps"])
     count = len(cosines) + 1
@@ -102,13 +102,6 @@ def _cosine(results: dict[str, Any]) -> Figure:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.colorbar(image, ax=axes, label="cosine", pad=0.02)
     return figure
-
-
-def _figure(title: str, size: tuple[float, float] = (7.2, 4.4)) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontweight="bold")
-    return figure, axes
 
 
 def _whole_numbers(axes: Axes) -> None:

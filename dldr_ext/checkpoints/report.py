@@ -8,27 +8,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..report import STYLE, figure, pairs, tds
+from ..report import HEAD, STYLE, figure, pairs, tds
 
 _MOST_PAIRS = 20  # near-duplicates that are listed
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-$style</style>
-</head>
-<body>
-<main>
-<h1>$title</h1>
-<p class="lead">$lead</p>
-<div class="numbers">
-$cards
-</div>
-$warnings
+_PAGE = Template(
+    HEAD
+    + """$warnings
 $figures
 <details><summary>Checkpoints</summary>
 <div class="card scroll"><table>
@@ -46,7 +32,8 @@ $settings
 </main>
 </body>
 </html>
-""")
+"""
+)
 
 _CAPTIONS = {
     "spectrum.png": (

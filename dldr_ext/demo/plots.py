@@ -71,7 +71,8 @@ def draw(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list
     return written
 
 
-def _figure(title: str, size: tuple[float, float] = (7.2, 4.4)) -> tuple[Figure, Axes]:
+def new_figure(title: str, size: tuple[float, float] = (7.2, 4.4)) -> tuple[Figure, Axes]:
+    """One plot with a title; the reports show several below each other."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontweight="bold")
@@ -83,7 +84,7 @@ def _accuracy(results: dict[str, Any]) -> Figure:
 
     The axis spreads what lies near 100 %, where all methods but the control end.
     """
-    figure, axes = _figure("Accuracy on the validation digits against passes")
+    figure, axes = new_figure("Accuracy on the validation digits against passes")
     curves: dict[str, list[list[list[float]]]] = defaultdict(list)
     for run in results["runs"]:
         curves[run["method"]].append(run["validation_curve"])
@@ -141,7 +142,7 @@ def _mean_curve(curves: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray
 def _spectrum(results: dict[str, Any]) -> Figure:
     """Explained variance, single and summed up."""
     dim = results["config"]["dim"]
-    figure, axes = _figure("How much of the SGD trajectory the directions explain")
+    figure, axes = new_figure("How much of the SGD trajectory the directions explain")
     for i, ratio in enumerate(results["explained_variance_ratio_by_seed"]):
         order = np.arange(1, len(ratio) + 1)
         colour = COLOURS["pbfgs"]
@@ -190,7 +191,7 @@ def _spectrum(results: dict[str, Any]) -> Figure:
 
 def _trajectory(plane: Landscape) -> Figure:
     """Loss contours with the paths on them."""
-    figure, axes = _figure("Training seen on the plane of the first two directions", (7.2, 5.6))
+    figure, axes = new_figure("Training seen on the plane of the first two directions", (7.2, 5.6))
     axes.grid(False)
     loss = np.array(plane.loss)
     norm = LogNorm(loss.min(), loss.max())
