@@ -60,9 +60,24 @@ def principal_subspace(
     # The Gram matrix that recording made serves to watch it; the basis needs more digits.
     gram = _pca.exact_gram(snapshots) if gram is None else gram
     found = _pca.exact_spectrum(gram, double, origin, center=center)
+    count = kept_count(found, len(snapshots), most, dim, explained)
+    coefficients = _pca.coefficients(found, count, center=center).to(snapshots.device)
+    return Subspace(
+        combined(snapshots, coefficients, dtype, _pca.column_step(snapshots)),
+        origin,
+        explained_variance_ratio=found.explained(count),
+        singular_values=found.values[:count].sqrt(),
+        **known,
+    )
+
+
+def kept_count(
+    found: _pca.Spectrum, length: int, most: int, dim: int | None, explained: float | None
+) -> int:
+    """How many directions of ``length`` snapshots are kept, of ``most`` that were asked for."""
     if found.rank == 0:
         raise ValueError(
-            f"the {len(snapshots)} snapshots do not differ (by more than rounding explains): there "
+            f"the {length} snapshots do not differ (by more than rounding explains): there "
             "is no direction to keep"
         )
     if explained is not None:
@@ -73,17 +88,9 @@ def principal_subspace(
             f"dim = {dim} is above the numerical rank of the trajectory: kept "
             f"{found.rank} directions",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    count = min(most, found.rank)
-    coefficients = _pca.coefficients(found, count, center=center).to(snapshots.device)
-    return Subspace(
-        combined(snapshots, coefficients, dtype, _pca.column_step(snapshots)),
-        origin,
-        explained_variance_ratio=found.explained(count),
-        singular_values=found.values[:count].sqrt(),
-        **known,
-    )
+    return min(most, found.rank)
 
 
 def asked_count(length: int, dim: int | None, explained: float | None, center: bool) -> int:

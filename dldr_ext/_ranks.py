@@ -24,6 +24,9 @@ _log = logging.getLogger("dldr_ext")
 # Seconds in which the ranks that saw a collective fail say so, so that the others can be named.
 _ROLL_CALL = 3.0
 
+# Numbers of all ranks that are in memory at a time while they are added in order.
+_GATHERED = 1 << 20
+
 
 class Ranks:
     """A process group as the optimizers and subspaces use it.
@@ -81,6 +84,31 @@ class Ranks:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
         return int(found)
 
+    def gathered(self, tensor: Tensor, what: str) -> list[Tensor]:
+        """The tensors of all ranks, which are of one shape, by rank."""
+        pieces = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self._explained(f"the exchange of {what}"):
+            dist.all_gather(pieces, tensor.contiguous(), group=self.group)
+        return pieces
+
+    def ordered_sum(self, tensor: Tensor, what: str) -> Tensor:
+        """The sum over the ranks, added in their order: to the bit the same in every run."""
+        result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        step = max(1, _GATHERED // self.size)
+        parts = zip(tensor.reshape(-1).split(step), result.view(-1).split(step), strict=True)
+        for part, out in parts:
+            first, *others = self.gathered(part, what)
+            for other in others:
+                first += other
+            out.copy_(first)
+        return result
+
+    def from_first(self, tensor: Tensor, what: str) -> Tensor:
+        """What rank 0 has, in place."""
+        with self._explained(f"the exchange of {what}"):
+            dist.broadcast(tensor, group=self.group, group_src=0)
+        return tensor
+
     def scatter_sum(self, full: Tensor, what: str) -> Tensor:
         """This rank's piece, the rank-th of ``size`` equal ones, of the sum over the ranks."""
         piece = full.new_empty(len(full) // self.size)
@@ -104,7 +132,7 @@ class Ranks:
             On every rank: the first claim that differs from rank 0's, with both ranks.
         """
         self._agreed = True
-        found = difference(self._exchange(claims, what))
+        found = difference(self.exchange(claims, what))
         if found is not None:
             raise ValueError(f"{self.owner}: process_group: {found}")
 
@@ -116,10 +144,11 @@ class Ranks:
             yield
         except Exception as error:
             if not self._agreed:
-                self._exchange({"error": f"{type(error).__name__}: {error}"}, "an error")
+                self.exchange({"error": f"{type(error).__name__}: {error}"}, "an error")
             raise
 
-    def _exchange(self, claims: Claims, what: str) -> list[Claims]:
+    def exchange(self, claims: Claims, what: str) -> list[Claims]:
+        """What every rank says, by rank."""
         text = json.dumps(claims).encode()
         length = torch.tensor([len(text)], dtype=torch.int64, device=self.device)
         try:

@@ -17,7 +17,8 @@ from .storage import Reader, Stream, save
 from .stores import DiskStore, FolderLock, MemoryStore, Store
 from .stores.disk import HEADER, HEADER_KIND, HEADER_VERSION
 
-_KIND, _VERSION = "trajectory", 1
+KIND, VERSION = "trajectory", 1
+RANK_FOLDERS = "rank-*-of-*"  # in a folder that several ranks recorded to
 
 
 class Loaded(NamedTuple):
@@ -46,7 +47,7 @@ def save_trajectory(
         else Stream(snapshots.dtype, snapshots.shape, iter(snapshots))
     )
     tensors = {"snapshots": rows, "gram": gram, "anchor": anchor}
-    save(path, _KIND, _VERSION, tensors, {**metadata, "length": len(snapshots)})
+    save(path, KIND, VERSION, tensors, {**metadata, "length": len(snapshots)})
 
 
 def load_trajectory(path: str | os.PathLike[str], params: Iterable[Any]) -> Loaded:
@@ -54,9 +55,9 @@ def load_trajectory(path: str | os.PathLike[str], params: Iterable[Any]) -> Load
     listed, names = named_parameters(params)
     if os.path.isdir(path):
         return _load_folder(Path(path), listed, names)
-    with Reader(path, _KIND, _VERSION) as file:
-        saved = _matching(file, listed, names)
-        length = _count(file, "length", 1, saved.capacity)
+    with Reader(path, KIND, VERSION) as file:
+        saved = matching(file, listed, names)
+        length = counted(file, "length", 1, saved.capacity)
         size, device = numel(listed), listed[0].device
         try:
             store = MemoryStore(size, saved.capacity, saved.dtype, device)
@@ -71,6 +72,12 @@ def load_trajectory(path: str | os.PathLike[str], params: Iterable[Any]) -> Load
 
 
 def _load_folder(path: Path, params: list[Tensor], names: list[str] | None) -> Loaded:
+    parts = sorted(path.glob(RANK_FOLDERS))
+    if parts and not (path / HEADER).is_file():
+        raise ValueError(
+            f"path: expected the folder of one process, got {path}, which ranks recorded to "
+            f"({parts[0].name}, ...): load it on as many with process_group"
+        )
     if not (path / HEADER).is_file():
         raise ValueError(
             f"path: expected a folder that a trajectory was recorded to, got {path} without "
@@ -79,7 +86,7 @@ def _load_folder(path: Path, params: list[Tensor], names: list[str] | None) -> L
     lock = FolderLock(path)
     try:
         with Reader(path / HEADER, HEADER_KIND, HEADER_VERSION) as file:
-            saved = _matching(file, params, names)
+            saved = matching(file, params, names)
             if not isinstance(_field(file, "id"), str):
                 raise _wrong(file, "id", "a string", file.metadata["id"])
             size, device = numel(params), params[0].device
@@ -100,7 +107,7 @@ class _Description(NamedTuple):
     capacity: int
 
 
-def _matching(file: Reader, params: Sequence[Tensor], names: list[str] | None) -> _Description:
+def matching(file: Reader, params: Sequence[Tensor], names: list[str] | None) -> _Description:
     """What the file says, if it is of these parameters; with their names, if they have some."""
     saved = _description(file)
     what = f"trajectory {file.path}"
@@ -124,7 +131,7 @@ def _description(file: Reader) -> _Description:
         raise _wrong(file, "names", f"{len(shapes)} names", names)
     if not isinstance(dtype, str) or dtype not in dtypes:
         raise _wrong(file, "dtype", f"one of {', '.join(dtypes)}", dtype)
-    capacity = _count(file, "capacity", 1, 1 << 40)
+    capacity = counted(file, "capacity", 1, 1 << 40)
     return _Description([tuple(shape) for shape in shapes], names, dtypes[dtype], capacity)
 
 
@@ -134,7 +141,7 @@ def _field(file: Reader, name: str) -> Any:
     return file.metadata[name]
 
 
-def _count(file: Reader, name: str, least: int, most: int) -> int:
+def counted(file: Reader, name: str, least: int, most: int) -> int:
     value = _field(file, name)
     if type(value) is not int or not least <= value <= most:
         raise _wrong(file, name, f"a number from {least} to {most}", value)

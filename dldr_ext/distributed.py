@@ -20,6 +20,7 @@ from ._affine import AffineSubspace
 from ._params import flatten, local_shard, named_parameters
 from ._principal import weights_at
 from ._ranks import Ranks, members
+from ._rows import empty_rows
 from ._stored_rows import combined
 from .subspace import Subspace
 from .trajectory import Trajectory
@@ -330,6 +331,40 @@ class ShardedSubspace(_Cut):
         self.shapes, self.names = subspace.shapes, subspace.names
         self.explained_variance_ratio = subspace.explained_variance_ratio
         self.singular_values = subspace.singular_values
+
+    @classmethod
+    def of_columns(
+        cls, basis: Tensor, origin: Tensor, numel: int, ranks: Ranks, **known: Any
+    ) -> ShardedSubspace:
+        """From the columns of each rank, which are those of `cut`; the origin is gathered."""
+        result = object.__new__(cls)
+        scale = known.pop("scale", None)
+        local = Subspace(basis, origin, scale=scale) if basis.shape[1] else None
+        _Cut.__init__(result, len(basis), local, ranks)
+        result.origin = origin.new_empty(numel)  # of this dtype and length, until it is gathered
+        result.origin = result._whole(origin)
+        result.shapes, result.names = known.get("shapes"), known.get("names")
+        ratio, values = (known.get(k) for k in ("explained_variance_ratio", "singular_values"))
+        result.explained_variance_ratio, result.singular_values = ratio, values
+        return result
+
+    def whole(self) -> Subspace:
+        """All columns, on every rank: d n numbers of memory."""
+        scale = None if self.local is None else self.local.scale
+        if self.ranks.most(scale is not None):
+            raise ValueError("whole: expected a basis that is not quantised, got one of 8 bits")
+        dtype = self.origin.dtype if self.local is None else self.local.basis.dtype
+        held = self.ranks.exchange({"dtype": str(dtype)}, "the basis")[0]["dtype"]
+        basis = empty_rows(
+            self.dim, self.numel, dtype=getattr(torch, held.split(".")[1]), device=self.device
+        )
+        for i, row in enumerate(basis):
+            row.copy_(self.direction(i))
+        return Subspace(
+            basis, self.origin, shapes=self.shapes, names=self.names,
+            explained_variance_ratio=self.explained_variance_ratio,
+            singular_values=self.singular_values,
+        )  # fmt: skip
 
     def addend(self, lists: Sequence[Sequence[Tensor]], size: int) -> Tensor:
         """This rank's columns of the mean: n numbers reduced and scattered for each list."""

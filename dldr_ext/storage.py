@@ -104,6 +104,8 @@ class Reader:
     kind : str
     version : int
         The newest version of the kind's format that the caller knows.
+    check : bool
+        Read the whole file once to compare its checksum.
 
     Attributes
     ----------
@@ -120,7 +122,9 @@ class Reader:
         and what was found.
     """
 
-    def __init__(self, path: str | os.PathLike[str], kind: str, version: int) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], kind: str, version: int, *, check: bool = True
+    ) -> None:
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
@@ -132,7 +136,8 @@ class Reader:
         except (SafetensorError, OSError) as error:
             raise self.error(f"not a whole safetensors file ({error})") from error
         self._check_kind(found, kind, version)
-        self._check_sum(found)
+        if check:
+            self._check_sum(found)
         self.version = int(found[_PREFIX + "version"])
         self.metadata: dict[str, Any] = self._parsed(found[_PREFIX + "metadata"])
 
@@ -177,10 +182,18 @@ class Reader:
                 f"found {tuple(source.shape)} and {dtype_name(source.dtype)}"
             )
 
+    def part(self, name: str) -> Any:
+        """A tensor that is read when it is indexed, and only what is asked for."""
+        self._check_name(name)
+        return self._file.get_slice(name)
+
     def _get(self, name: str) -> Tensor:
+        self._check_name(name)
+        return self._file.get_tensor(name)
+
+    def _check_name(self, name: str) -> None:
         if name not in self.names():
             raise self.error(f"expected a tensor '{name}', found {sorted(self.names())}")
-        return self._file.get_tensor(name)
 
     def _parsed(self, text: str) -> dict[str, Any]:
         try:

@@ -43,6 +43,10 @@ class Trajectory:
         `close`. `load` goes on with one that holds a trajectory.
     anchor : Tensor of shape (n,) or list of tensors like ``params``, optional
         What the deltas are taken from. Default: the first snapshot.
+    process_group : ProcessGroup, DeviceMesh, module, "world" or None
+        Ranks that record together, each keeping its own columns of every snapshot: see
+        docs/distributed.md. `subspace` then gives a `ShardedSubspace`, or for DTensors a
+        `LocalSubspace`; ``snapshots`` and ``anchor`` are of this rank's columns.
 
     Notes
     -----
@@ -50,6 +54,13 @@ class Trajectory:
     snapshots). The Gram matrix is that of the stored rows and grows with each snapshot in the
     same pass over memory.
     """
+
+    def __new__(cls, *_: Any, process_group: Any = None, **__: Any) -> Trajectory:
+        if process_group is None:
+            return object.__new__(cls)
+        from ._shared_trajectory import SharedTrajectory
+
+        return object.__new__(SharedTrajectory)
 
     def __init__(
         self,
@@ -60,6 +71,7 @@ class Trajectory:
         path: str | os.PathLike[str] | None = None,
         *,
         anchor: Tensor | Sequence[Tensor] | None = None,
+        process_group: Any = None,
     ) -> None:
         self._describe(params, capacity, dtype)
         check_storage(storage, path)
@@ -304,7 +316,13 @@ class Trajectory:
         save_trajectory(path, self._metadata(), self.snapshots, self.gram, self._anchor)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], params: Iterable[Any]) -> Trajectory:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        params: Iterable[Any],
+        *,
+        process_group: Any = None,
+    ) -> Trajectory:
         """Loads a saved trajectory onto ``params``, to go on with it as if never interrupted.
 
         Parameters
@@ -315,6 +333,9 @@ class Trajectory:
         params : iterable of Tensor
             As in the constructor: the same shapes (and names, where both are known) in the same
             order. Their values do not matter.
+        process_group : ProcessGroup, DeviceMesh, module, "world" or None
+            As in the constructor: any number of ranks for a file, and for a folder as many as
+            recorded to it.
 
         Raises
         ------
@@ -327,6 +348,10 @@ class Trajectory:
         UserWarning
             A snapshot in the folder is not whole: it is left out.
         """
+        if process_group is not None:
+            from ._shared_trajectory import SharedTrajectory
+
+            return SharedTrajectory.opened(path, params, process_group)
         found = load_trajectory(path, params)
         result = cls.__new__(cls)
         result._describe(found.params, found.capacity, found.dtype)

@@ -77,6 +77,11 @@ class Store(ABC):
             self._count(snapshots=1, written=self.row_bytes)
             return True
 
+    def undo(self) -> None:
+        """Forgets the row that the last `append` stored."""
+        self.length -= 1
+        self._count(snapshots=-1, written=-self.row_bytes)
+
     def gram(self) -> Tensor:
         """K, shape (T, T): a view."""
         with self._clock():

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +112,28 @@ class DiskStore(DeferredStore):
         result._skipped = files[-1][0] + 1 - result.length if files else 0
         result._make_room(result.length)
         return result
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the files of the rows."""
+        return [int(row.path.stem) for row in self._rows]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the trajectory is of."""
+        return self._metadata
+
+    def keep(self, numbers: Collection[int], next_number: int) -> None:
+        """Leaves out all rows but those whose files have these numbers."""
+        self._rows = [row for row in self._rows if int(row.path.stem) in numbers]
+        self._maps.clear()
+        self.length, self._multiplied = len(self._rows), 0
+        self._skipped = next_number - self.length
+
+    def undo(self) -> None:
+        super().undo()
+        self._rows[self.length].path.unlink()
+        del self._rows[self.length :]
 
     def close(self) -> None:
         self._maps.clear()

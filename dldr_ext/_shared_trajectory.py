@@ -1,0 +1,415 @@
+"""Trajectories of which every rank keeps some columns: `Trajectory` with ``process_group``."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from . import _pca
+from ._params import dtype_name, flatten
+from ._principal import kept_count
+from ._ranks import listed, together
+from ._recording import check_current, given_anchor, wide_dtype
+from ._saved import RANK_FOLDERS
+from ._share import Share, stand_ins
+from ._shared_file import read_file, write_file
+from ._stored_rows import combined
+from .distributed import LocalSubspace, ShardedSubspace
+from .stores import DiskStore, MemoryStore, Store, check_storage
+from .trajectory import Trajectory
+
+__all__ = ["SharedTrajectory"]
+
+_MARKS = 16  # parameters of which two elements are compared at each record
+
+
+class SharedTrajectory(Trajectory):
+    """A trajectory over several ranks, which all make the same calls.
+
+    Each rank records its columns as a `Trajectory` of its own; sums over the ranks are added in
+    their order, in float64. An error on one rank is raised on all, and nothing is recorded then.
+
+    Attributes
+    ----------
+    ranks : Ranks
+    share : Share
+        The columns of this rank.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        capacity: int = 81,
+        dtype: torch.dtype = torch.bfloat16,
+        storage: str = "device",
+        path: str | os.PathLike[str] | None = None,
+        *,
+        anchor: Tensor | Sequence[Tensor] | None = None,
+        process_group: Any = None,
+    ) -> None:
+        self._join(params, process_group)
+        with self.ranks.agreeing():
+            self._describe(self._listed, capacity, dtype)
+            check_storage(storage, path)
+            self.storage = storage
+            self.share = Share(self.params, self.names, self.ranks.rank, self.ranks.size)
+            given = None if anchor is None else self._own_anchor(anchor)
+            self.ranks.agree({**self._claims(), "anchor": anchor is not None})
+        run = self.ranks.exchange({"run": secrets.token_hex(8)}, "construction")[0]["run"]
+        with self._all_or_none("construction", self.close):
+            folder = None if path is None else self._folder(path)
+            self._inner = self._piece(folder, given, {"run": run, "ranks": self.ranks.size})
+            self._store = NoColumns(self) if self._inner is None else self._inner._store
+        self._anchor = given
+
+    @classmethod
+    def opened(
+        cls, path: str | os.PathLike[str], params: Iterable[Any], process_group: Any
+    ) -> SharedTrajectory:
+        """`Trajectory.load`: a file of any number of ranks, or a folder of as many as here."""
+        self = object.__new__(cls)
+        self._join(params, process_group)
+        with self.ranks.agreeing():
+            self._describe(self._listed, 1, torch.float32)  # until the file has told
+            self.share = Share(self.params, self.names, self.ranks.rank, self.ranks.size)
+            self.ranks.agree({"params": [str(shape) for shape in self.shapes], "names": self.names})
+        with self._all_or_none("load", self.close):
+            if os.path.isdir(path):
+                self._inner = self._resumed(path)
+                self.storage = "disk"
+            else:
+                found = read_file(path, self.params, self.names, self.share, self.ranks.rank == 0)
+                self.names, self.storage = found.names, "device"
+                self.capacity, self.dtype = found.capacity, found.dtype
+                self._inner = self._piece(None, found.anchor, {})
+        if os.path.isdir(path):
+            self._join_folders()
+        else:
+            self._store = NoColumns(self) if self._inner is None else self._inner._store
+            if isinstance(self._store, MemoryStore):
+                self._store.restore(len(found.gram))[0].copy_(found.rows)
+            self._store.length, self._anchor = len(found.gram), found.anchor
+            gram = found.gram.to(self.device)
+            self._rows = [gram[t, : t + 1] for t in range(len(gram))]
+        return self
+
+    @property
+    def snapshots(self) -> Any:
+        """The stored deltas, shape (T, columns of this rank): see `Trajectory.snapshots`."""
+        return self._store.snapshots()
+
+    @property
+    def gram(self) -> Tensor:
+        """K, shape (T, T), float64, of all columns: the same bits on every rank.
+
+        With ``storage="disk"``, and "host" for parameters on CUDA, every rank must ask for it.
+        """
+        self._complete_gram()
+        if not self._rows:
+            return torch.zeros((0, 0), dtype=torch.float64, device=self.device)
+        lower = pad_sequence(self._rows, batch_first=True)
+        return lower + lower.tril(-1).T
+
+    def _record(self, params: Sequence[Tensor]) -> int:
+        index = len(self)
+        with self._all_or_none("record", self._undo, self._mark(params)):
+            if index == self.capacity:
+                raise ValueError(f"the trajectory is full: it holds {index} snapshots, its capacity")
+            check_current(self, params)
+            if self._inner is not None:
+                self._inner._record(self.share.own(params))
+                self._anchor = self._inner._anchor
+            else:
+                self._store.length += 1
+                self._anchor = flatten([params[0].new_empty(0)], wide_dtype(self.dtype))
+        if self._at_once:
+            self._complete_gram()
+        return index
+
+    def subspace(  # type: ignore[override]
+        self,
+        dim: int | None = None,
+        *,
+        explained: float | None = None,
+        start: str | int = "first",
+        center: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> ShardedSubspace | LocalSubspace:
+        """The principal directions, each rank with its columns: see `Trajectory.subspace`.
+
+        The T x T problem is solved by rank 0 for all.
+
+        Returns
+        -------
+        ShardedSubspace
+            Of whole parameters; its ``whole()`` is a `Subspace`.
+        LocalSubspace
+            Of DTensors.
+        """
+        asked = {"dim": dim, "explained": explained, "start": start, "center": center}
+        with self._all_or_none("subspace"):
+            count, dtype, origin = self._asked(dim, explained, start, center, dtype)
+        self.ranks.agree({**asked, "dtype": dtype_name(dtype)}, "subspace")
+        found = self._spectrum(origin, center)
+        count = kept_count(found, len(self), count, dim, explained)
+        basis = torch.empty((count, 0), dtype=dtype, device=self.device)
+        if self.share.numel:
+            rows, combine = self.snapshots, _pca.coefficients(found, count, center=center)
+            basis = combined(rows, combine.to(self.device), dtype, _pca.column_step(rows))
+        known: dict[str, Any] = {
+            "explained_variance_ratio": found.explained(count),
+            "singular_values": found.values[:count].sqrt(),
+        }
+        if self.share.mesh is None:
+            known |= {"shapes": self.shapes, "names": self.names}
+            return ShardedSubspace.of_columns(basis, origin, self.share.total, self.ranks, **known)
+        known |= {"shapes": self.share.shapes, "names": self.share.names}
+        return LocalSubspace(
+            basis, origin, self.ranks.group, replicas=self.share.replicas, **known
+        )
+
+    def _spectrum(self, origin: Tensor, center: bool) -> _pca.Spectrum:
+        """Of all columns; the same bits on every rank."""
+        count = len(self)
+        gram = torch.zeros((count, count), dtype=torch.float64, device=self.device)
+        if self.share.numel:
+            gram += _pca.exact_gram(self.snapshots)
+        gram = self._sum(gram)
+        square = self._sum(torch.linalg.vector_norm(origin, dtype=torch.float64).square()[None])
+        flat = torch.empty(count * (count + 1) + 1, dtype=torch.float64, device=self.device)
+        with self._all_or_none("the eigenvalues"):
+            if self.ranks.rank == 0:
+                found = _pca.exact_spectrum(gram, self._double(), square.sqrt(), center=center)
+                rank = torch.tensor([found.rank], dtype=torch.float64)
+                flat.copy_(torch.cat([found.values, found.vectors.reshape(-1), rank]))
+        values, vectors, rank = (
+            self.ranks.from_first(flat, "the eigenvectors").cpu().split([count, count * count, 1])
+        )
+        return _pca.Spectrum(values, vectors.view(count, count), int(rank))
+
+    def grouped_subspace(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: each group would have ranks without columns."""
+        raise ValueError(
+            "process_group: expected a trajectory of one process, got one whose columns are on "
+            "several ranks; save it, and load it on one process for a GroupedSubspace"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """One file, as one process saves it: written by rank 0, a piece of a row at a time.
+
+        One process, or any number of ranks, can load it.
+        """
+        with self._all_or_none("save"):
+            if len(self) == 0:
+                raise ValueError("the trajectory is empty: nothing to save")
+        gram = self.gram
+        with self._all_or_none("save"):
+            write_file(path, self, gram)
+
+    def close(self) -> None:
+        """Gives the folder of this rank back."""
+        if self._inner is not None:
+            self._inner.close()
+
+    def _join(self, params: Iterable[Any], process_group: Any) -> None:
+        self._listed = listed(params)
+        ranks = together("Trajectory", process_group, self._listed)
+        assert ranks is not None
+        self.ranks = ranks
+        self._rows: list[Tensor] = []  # of the lower half of the Gram matrix
+        self._inner: Trajectory | None = None
+        self._anchor: Tensor | None = None
+
+    def _claims(self) -> dict[str, Any]:
+        known = {key: str(value) for key, value in self._metadata().items()}
+        sharded = "sharded" if self.share.mesh is not None else "whole"
+        return {**known, "storage": self.storage, "parameters": sharded}
+
+    def _own_anchor(self, anchor: Tensor | Sequence[Tensor]) -> Tensor:
+        wide = wide_dtype(self.dtype)
+        if self.share.mesh is None:
+            flat = [given_anchor(self, anchor)]
+            return torch.cat([flat[0][begin:end] for begin, end in self.share.runs] or [flat[0][:0]])
+        if isinstance(anchor, Tensor):
+            raise ValueError("anchor: expected a list of DTensors, as params, got one tensor")
+        return flatten(self.share.own(list(anchor)), wide)
+
+    def _piece(
+        self, folder: Path | None, anchor: Tensor | None, part: dict[str, Any]
+    ) -> Trajectory | None:
+        """What this rank records; None where it has no columns."""
+        if not self.share.numel:
+            return None
+        storage = "disk" if folder is not None else self.storage
+        return _Piece(self._own_params(), self.capacity, self.dtype, storage, folder, anchor, part)
+
+    def _own_params(self) -> list[Any]:
+        tensors = stand_ins(self.share.shapes, self.params[0].dtype, self.device)
+        names = self.share.names
+        return tensors if names is None else list(zip(names, tensors, strict=True))
+
+    def _folder(self, path: str | os.PathLike[str]) -> Path:
+        """The one of this rank in the folder of all."""
+        size = self.ranks.size
+        others = [found for found in Path(path).glob(RANK_FOLDERS)]
+        wrong = [found.name for found in others if not found.name.endswith(f"-of-{size:05}")]
+        if wrong:
+            raise ValueError(
+                f"path: expected a folder of {size} ranks, as there are, got {path} with "
+                f"{sorted(wrong)[0]}; a file (save) can be loaded on any number of ranks"
+            )
+        return Path(path, f"rank-{self.ranks.rank + 1:05}-of-{size:05}")
+
+    def _resumed(self, path: str | os.PathLike[str]) -> Trajectory | None:
+        if not any(Path(path).glob(RANK_FOLDERS)):
+            raise ValueError(
+                f"path: expected a folder that {self.ranks.size} ranks recorded to, got {path} "
+                "without one for each rank"
+            )
+        folder = self._folder(path)
+        return Trajectory.load(folder, self._own_params()) if self.share.numel else None
+
+    def _join_folders(self) -> None:
+        """Goes on from the snapshots that all ranks have."""
+        inner = self._inner
+        claims: dict[str, Any] = {}
+        if inner is not None:
+            store = inner._store
+            assert isinstance(store, DiskStore)
+            claims = {
+                "capacity": inner.capacity,
+                "dtype": dtype_name(inner.dtype),
+                "part": store.metadata.get("part"),
+                "numbers": store.numbers,
+            }
+        found = [one for one in self.ranks.exchange(claims, "load") if one]
+        with self._all_or_none("load", self.close):
+            for key in ("capacity", "dtype", "part"):
+                if any(one[key] != found[0][key] for one in found):
+                    told = [one[key] for one in found]
+                    raise ValueError(f"path: expected folders of one recording, got {key}: {told}")
+        self.capacity = found[0]["capacity"]
+        self.dtype = getattr(torch, found[0]["dtype"])
+        common = set.intersection(*(set(one["numbers"]) for one in found))
+        after = max((n + 1 for one in found for n in one["numbers"]), default=0)
+        if inner is not None:
+            inner._store.keep(common, after)  # type: ignore[attr-defined]
+            self._store, self._anchor = inner._store, inner._anchor
+        else:
+            self._store = NoColumns(self)
+            self._store.length = len(common)
+            self._anchor = torch.empty(0, dtype=wide_dtype(self.dtype), device=self.device)
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether the Gram matrix grows with each snapshot, on every rank."""
+        return self.storage == "device" or (self.storage == "host" and self.device.type == "cpu")
+
+    def _complete_gram(self) -> None:
+        first, count = len(self._rows), len(self)
+        if first < count:
+            rows = self._sum(self._store.gram()[first:])
+            self._rows += [rows[t - first, : t + 1] for t in range(first, count)]
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self.ranks.ordered_sum(tensor, "products").div_(self.share.replicas)
+
+    def _mark(self, params: Sequence[Tensor]) -> int:
+        """Of whole weights a few bits, by which ranks notice that theirs are not the same."""
+        if self.share.mesh is not None:
+            return 0
+        some = [p.detach().reshape(-1)[:: max(1, p.numel() - 1)] for p in params[:: -(-len(params) // _MARKS)]]
+        return int(torch.cat(some).to(torch.float64).view(torch.int64).sum())
+
+    def _undo(self) -> None:
+        """Forgets the snapshot that another rank could not record."""
+        self._store.undo()
+        if len(self) == 0 and self._inner is not None:
+            self._inner._anchor = self._inner.given
+            self._anchor = self._inner.given
+
+    @contextmanager
+    def _all_or_none(
+        self, what: str, undo: Callable[[], None] | None = None, mark: int = 0
+    ) -> Iterator[None]:
+        """An error on one rank is raised on every one; ``undo`` where there was none.
+
+        The number of snapshots, and the mark, must be the same on every rank.
+        """
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        length = -1 if failed is not None or not hasattr(self, "_store") else len(self)
+        state = torch.tensor([failed is not None, length, mark], device=self.ranks.device)
+        told = torch.stack(self.ranks.gathered(state, what)).cpu()
+        if not bool(told[:, 0].any()) and bool((told == told[0]).all()):
+            return
+        if failed is None and undo is not None:
+            undo()
+        self._raise(failed, length, what)
+
+    def _raise(self, failed: Exception | None, length: int, what: str) -> NoReturn:
+        own: dict[str, Any] = {"length": length}
+        if failed is not None:
+            own = {"error": str(failed), "disk": isinstance(failed, OSError)}
+        told = self.ranks.exchange(own, what)
+        for rank, one in enumerate(told):
+            if "error" in one:
+                kind = OSError if one["disk"] else ValueError
+                raise kind(f"Trajectory: {what}: rank {rank}: {one['error']}") from failed
+        if all(one["length"] == length for one in told):
+            raise ValueError(
+                f"Trajectory: {what}: expected the same weights on every rank, got others on some: "
+                "record where ranks have the same, or pass DTensors"
+            )
+        raise ValueError(
+            f"Trajectory: {what}: expected the same calls on every rank, got "
+            f"{[one['length'] for one in told]} snapshots"
+        )
+
+
+class _Piece(Trajectory):
+    """The columns of one rank."""
+
+    def __init__(
+        self,
+        params: list[Any],
+        capacity: int,
+        dtype: torch.dtype,
+        storage: str,
+        path: Path | None,
+        anchor: Tensor | None,
+        part: dict[str, Any],
+    ) -> None:
+        self._part, self.given = part, anchor
+        super().__init__(params, capacity, dtype, storage, path, anchor=anchor)
+
+    def _metadata(self) -> dict[str, Any]:
+        return {**super()._metadata(), "part": self._part}
+
+
+class NoColumns(Store):
+    """The store of a rank that has no columns: it counts."""
+
+    def __init__(self, trajectory: Trajectory) -> None:
+        super().__init__(0, trajectory.capacity, trajectory.dtype, trajectory.device)
+
+    def snapshots(self) -> Tensor:
+        return torch.empty((self.length, 0), dtype=self.dtype, device=self.device)
+
+    def _append(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
+        return True
+
+    def gram(self) -> Tensor:
+        self._make_room(self.length)
+        return super().gram()
