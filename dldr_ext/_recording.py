@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -19,6 +20,14 @@ class Recorded(Protocol):
     numel: int
     dtype: torch.dtype
     device: torch.device
+
+
+def checked_capacity(capacity: int) -> int:
+    """``capacity`` as an int, at least 1."""
+    result = operator.index(capacity)
+    if result < 1:
+        raise ValueError(f"capacity: expected at least 1 snapshot, got {result}")
+    return result
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

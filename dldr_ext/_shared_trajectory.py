@@ -44,6 +44,8 @@ class SharedTrajectory(Trajectory):
         The columns of this rank.
     """
 
+    _inner: _Piece | None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -64,7 +66,7 @@ class SharedTrajectory(Trajectory):
             given = None if anchor is None else self._own_anchor(anchor)
             self.ranks.agree({**self._claims(), "anchor": anchor is not None})
         run = self.ranks.exchange({"run": secrets.token_hex(8)}, "construction")[0]["run"]
-        with self._all_or_none("construction", self.close):
+        with self.all_or_none("construction", self.close):
             folder = None if path is None else self._folder(path)
             self._inner = self._piece(folder, given, {"run": run, "ranks": self.ranks.size})
             self._store = NoColumns(self) if self._inner is None else self._inner._store
@@ -81,7 +83,7 @@ class SharedTrajectory(Trajectory):
             self._describe(self._listed, 1, torch.float32)  # until the file has told
             self.share = Share(self.params, self.names, self.ranks.rank, self.ranks.size)
             self.ranks.agree({"params": [str(shape) for shape in self.shapes], "names": self.names})
-        with self._all_or_none("load", self.close):
+        with self.all_or_none("load", self.close):
             if os.path.isdir(path):
                 self._inner = self._resumed(path)
                 self.storage = "disk"
@@ -120,18 +122,18 @@ class SharedTrajectory(Trajectory):
 
     def _record(self, params: Sequence[Tensor]) -> int:
         index = len(self)
-        with self._all_or_none("record", self._undo, self._mark(params)):
+        with self.all_or_none("record", self._undo, self._mark(params)):
             if index == self.capacity:
-                raise ValueError(f"the trajectory is full: it holds {index} snapshots, its capacity")
+                raise ValueError(
+                    f"the trajectory is full: it holds {index} snapshots, its capacity"
+                )
             check_current(self, params)
             if self._inner is not None:
                 self._inner._record(self.share.own(params))
-                self._anchor = self._inner._anchor
             else:
                 self._store.length += 1
-                self._anchor = flatten([params[0].new_empty(0)], wide_dtype(self.dtype))
-        if self._at_once:
-            self._complete_gram()
+                self._anchor = self._no_columns()
+        self.take_over()
         return index
 
     def subspace(  # type: ignore[override]
@@ -155,7 +157,7 @@ class SharedTrajectory(Trajectory):
             Of DTensors.
         """
         asked = {"dim": dim, "explained": explained, "start": start, "center": center}
-        with self._all_or_none("subspace"):
+        with self.all_or_none("subspace"):
             count, dtype, origin = self._asked(dim, explained, start, center, dtype)
         self.ranks.agree({**asked, "dtype": dtype_name(dtype)}, "subspace")
         found = self._spectrum(origin, center)
@@ -172,9 +174,7 @@ class SharedTrajectory(Trajectory):
             known |= {"shapes": self.shapes, "names": self.names}
             return ShardedSubspace.of_columns(basis, origin, self.share.total, self.ranks, **known)
         known |= {"shapes": self.share.shapes, "names": self.share.names}
-        return LocalSubspace(
-            basis, origin, self.ranks.group, replicas=self.share.replicas, **known
-        )
+        return LocalSubspace(basis, origin, self.ranks.group, replicas=self.share.replicas, **known)
 
     def _spectrum(self, origin: Tensor, center: bool) -> _pca.Spectrum:
         """Of all columns; the same bits on every rank."""
@@ -185,7 +185,7 @@ class SharedTrajectory(Trajectory):
         gram = self._sum(gram)
         square = self._sum(torch.linalg.vector_norm(origin, dtype=torch.float64).square()[None])
         flat = torch.empty(count * (count + 1) + 1, dtype=torch.float64, device=self.device)
-        with self._all_or_none("the eigenvalues"):
+        with self.all_or_none("the eigenvalues"):
             if self.ranks.rank == 0:
                 found = _pca.exact_spectrum(gram, self._double(), square.sqrt(), center=center)
                 rank = torch.tensor([found.rank], dtype=torch.float64)
@@ -207,11 +207,11 @@ class SharedTrajectory(Trajectory):
 
         One process, or any number of ranks, can load it.
         """
-        with self._all_or_none("save"):
+        with self.all_or_none("save"):
             if len(self) == 0:
                 raise ValueError("the trajectory is empty: nothing to save")
         gram = self.gram
-        with self._all_or_none("save"):
+        with self.all_or_none("save"):
             write_file(path, self, gram)
 
     def close(self) -> None:
@@ -219,13 +219,24 @@ class SharedTrajectory(Trajectory):
         if self._inner is not None:
             self._inner.close()
 
+    @property
+    def local(self) -> Trajectory:
+        """What this rank records; where it has no columns, this one itself."""
+        return self if self._inner is None else self._inner
+
+    def take_over(self) -> None:
+        """Counts what was recorded in `local`, on all ranks."""
+        self._anchor = self.local._anchor
+        if self._at_once:
+            self._complete_gram()
+
     def _join(self, params: Iterable[Any], process_group: Any) -> None:
         self._listed = listed(params)
         ranks = together("Trajectory", process_group, self._listed)
         assert ranks is not None
         self.ranks = ranks
         self._rows: list[Tensor] = []  # of the lower half of the Gram matrix
-        self._inner: Trajectory | None = None
+        self._inner = None
         self._anchor: Tensor | None = None
 
     def _claims(self) -> dict[str, Any]:
@@ -237,14 +248,16 @@ class SharedTrajectory(Trajectory):
         wide = wide_dtype(self.dtype)
         if self.share.mesh is None:
             flat = [given_anchor(self, anchor)]
-            return torch.cat([flat[0][begin:end] for begin, end in self.share.runs] or [flat[0][:0]])
+            return torch.cat(
+                [flat[0][begin:end] for begin, end in self.share.runs] or [flat[0][:0]]
+            )
         if isinstance(anchor, Tensor):
             raise ValueError("anchor: expected a list of DTensors, as params, got one tensor")
         return flatten(self.share.own(list(anchor)), wide)
 
     def _piece(
         self, folder: Path | None, anchor: Tensor | None, part: dict[str, Any]
-    ) -> Trajectory | None:
+    ) -> _Piece | None:
         """What this rank records; None where it has no columns."""
         if not self.share.numel:
             return None
@@ -268,14 +281,18 @@ class SharedTrajectory(Trajectory):
             )
         return Path(path, f"rank-{self.ranks.rank + 1:05}-of-{size:05}")
 
-    def _resumed(self, path: str | os.PathLike[str]) -> Trajectory | None:
+    def _resumed(self, path: str | os.PathLike[str]) -> _Piece | None:
         if not any(Path(path).glob(RANK_FOLDERS)):
             raise ValueError(
                 f"path: expected a folder that {self.ranks.size} ranks recorded to, got {path} "
                 "without one for each rank"
             )
         folder = self._folder(path)
-        return Trajectory.load(folder, self._own_params()) if self.share.numel else None
+        if not self.share.numel:
+            return None
+        found = _Piece.load(folder, self._own_params())
+        assert isinstance(found, _Piece)
+        return found
 
     def _join_folders(self) -> None:
         """Goes on from the snapshots that all ranks have."""
@@ -291,7 +308,7 @@ class SharedTrajectory(Trajectory):
                 "numbers": store.numbers,
             }
         found = [one for one in self.ranks.exchange(claims, "load") if one]
-        with self._all_or_none("load", self.close):
+        with self.all_or_none("load", self.close):
             for key in ("capacity", "dtype", "part"):
                 if any(one[key] != found[0][key] for one in found):
                     told = [one[key] for one in found]
@@ -306,12 +323,15 @@ class SharedTrajectory(Trajectory):
         else:
             self._store = NoColumns(self)
             self._store.length = len(common)
-            self._anchor = torch.empty(0, dtype=wide_dtype(self.dtype), device=self.device)
+            self._anchor = self._no_columns()
 
     @property
     def _at_once(self) -> bool:
         """Whether the Gram matrix grows with each snapshot, on every rank."""
         return self.storage == "device" or (self.storage == "host" and self.device.type == "cpu")
+
+    def _no_columns(self) -> Tensor:
+        return torch.empty(0, dtype=wide_dtype(self.dtype), device=self.device)
 
     def _complete_gram(self) -> None:
         first, count = len(self._rows), len(self)
@@ -326,7 +346,10 @@ class SharedTrajectory(Trajectory):
         """Of whole weights a few bits, by which ranks notice that theirs are not the same."""
         if self.share.mesh is not None:
             return 0
-        some = [p.detach().reshape(-1)[:: max(1, p.numel() - 1)] for p in params[:: -(-len(params) // _MARKS)]]
+        some = [
+            p.detach().reshape(-1)[:: max(1, p.numel() - 1)]
+            for p in params[:: -(-len(params) // _MARKS)]
+        ]
         return int(torch.cat(some).to(torch.float64).view(torch.int64).sum())
 
     def _undo(self) -> None:
@@ -337,7 +360,7 @@ class SharedTrajectory(Trajectory):
             self._anchor = self._inner.given
 
     @contextmanager
-    def _all_or_none(
+    def all_or_none(
         self, what: str, undo: Callable[[], None] | None = None, mark: int = 0
     ) -> Iterator[None]:
         """An error on one rank is raised on every one; ``undo`` where there was none.
@@ -379,7 +402,15 @@ class SharedTrajectory(Trajectory):
 
 
 class _Piece(Trajectory):
-    """The columns of one rank."""
+    """The columns of one rank.
+
+    Attributes
+    ----------
+    given : Tensor or None
+        The anchor before the first snapshot.
+    """
+
+    given: Tensor | None = None
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from . import _pca
 from ._params import DTYPES, dtype_name, flatten, named_parameters, numel
 from ._principal import asked_count, principal_subspace, weights_at
-from ._recording import check_current, given_anchor, why_not_finite, wide_dtype
+from ._recording import check_current, checked_capacity, given_anchor, why_not_finite, wide_dtype
 from ._saved import load_trajectory, save_trajectory
 from ._stored_rows import StoredRows
 from .checkpoints.record import from_checkpoints
@@ -86,7 +85,7 @@ class Trajectory:
         self.shapes = [tuple(p.shape) for p in self.params]
         self.numel = numel(self.params)
         self.device = self.params[0].device
-        self.capacity = _capacity(capacity)
+        self.capacity = checked_capacity(capacity)
         if dtype not in DTYPES:
             expected = ", ".join(map(dtype_name, DTYPES))
             found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
@@ -317,11 +316,7 @@ class Trajectory:
 
     @classmethod
     def load(
-        cls,
-        path: str | os.PathLike[str],
-        params: Iterable[Any],
-        *,
-        process_group: Any = None,
+        cls, path: str | os.PathLike[str], params: Iterable[Any], *, process_group: Any = None
     ) -> Trajectory:
         """Loads a saved trajectory onto ``params``, to go on with it as if never interrupted.
 
@@ -399,10 +394,3 @@ class Trajectory:
         if isinstance(rows, StoredRows):
             return rows.narrow(columns.start, columns.stop)
         return rows[:, columns]
-
-
-def _capacity(capacity: int) -> int:
-    result = operator.index(capacity)
-    if result < 1:
-        raise ValueError(f"capacity: expected at least 1 snapshot, got {result}")
-    return result

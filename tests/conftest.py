@@ -97,3 +97,26 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def rank_groups():
+    """Groups of so many ranks, started once for all tests that do not end them."""
+    from rank_group import RankGroup
+
+    made: dict[int, RankGroup] = {}
+
+    def group(size: int) -> RankGroup:
+        if size not in made:
+            made[size] = RankGroup(size)
+        return made[size]
+
+    yield group
+    for one in made.values():
+        one.close()
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request, rank_groups):
+    """2 or 4 ranks: see `rank_group.RankGroup`."""
+    return rank_groups(request.param)

@@ -13,7 +13,10 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "dldr_ext.optim"])
+# Once for all ranks, what takes each of them long: `fully_shard` imports torch._dynamo.
+_CONTEXT.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch._dynamo", "dldr_ext.optim", "dldr_ext._shared_trajectory"]
+)
 
 
 def _serve(pipe: Any, rank: int, size: int, file: str, seconds: float) -> None:

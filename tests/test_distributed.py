@@ -23,13 +23,6 @@ from dldr_ext._claims import difference, digest
 D = 6
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request):
-    group = RankGroup(request.param)
-    yield group
-    group.close()
-
-
 def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Subspace, Any]:
     """The same on every rank: a network, a subspace and 32 samples of which each takes a part."""
     torch.manual_seed(0)

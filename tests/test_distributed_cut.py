@@ -19,13 +19,6 @@ from dldr_ext.distributed import LocalSubspace, ShardedSubspace, cut
 HOWS = ["default", "wolfe", "sr1", "residual", "psgd"]
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request):
-    group = RankGroup(request.param)
-    yield group
-    group.close()
-
-
 def sharded(how: str, mode: str) -> dict[str, Any]:
     """As `train`, with a basis that no rank has all of."""
     model, subspace, data = problem()

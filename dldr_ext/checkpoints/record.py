@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._ranks import Ranks, members
 from .._recording import wide_dtype
+from .._saved import RANK_FOLDERS
 from ..stores import DiskStore, MemoryStore, Store
 from ..stores.deferred import DeferredStore
 from ..stores.disk import HEADER
@@ -42,6 +45,7 @@ def from_checkpoints(
     skip_bad: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    process_group: Any = None,
 ) -> Trajectory:
     """A trajectory of checkpoints that a run left behind, streamed from their files.
 
@@ -67,7 +71,10 @@ def from_checkpoints(
         With ``storage="disk"``: go on in the folder that an earlier call with the same checkpoints,
         interrupted, has left; the first and the latest one in it are compared.
     progress : callable, optional
-        Called with the bytes read so far and in all.
+        Called with the bytes read so far and in all (of this rank's columns).
+    process_group : ProcessGroup, DeviceMesh, module, "world" or None
+        As in the constructor. Each rank reads its own columns of every checkpoint; files that can
+        only be loaded whole (compressed ones, those of before torch 1.6) are so by every rank.
 
     Raises
     ------
@@ -75,31 +82,39 @@ def from_checkpoints(
         A ValueError: missing, truncated, corrupt, not finite, or not of this model: with the
         index of the checkpoint, its path and the tensor.
     """
-    include = [include] if isinstance(include, str) else include
-    exclude = [exclude] if isinstance(exclude, str) else exclude
-    params = model_parameters(model, include, exclude)
-    series = Series(paths, model, include=include, exclude=exclude, key=key, skip_bad=skip_bad)
-    capacity = len(series) if capacity is None else capacity
-    if capacity < len(series):
-        raise ValueError(
-            f"capacity: expected at least {len(series)}, one for each checkpoint, got {capacity}"
-        )
+    options: dict[str, Any] = {"include": include, "exclude": exclude}
+    ranks = None if process_group is None else _ranks(process_group, model)
+    with nullcontext() if ranks is None else ranks.agreeing():
+        params, series = _opened(paths, model, key=key, skip_bad=skip_bad, **options)
+        capacity = len(series) if capacity is None else capacity
+        if capacity < len(series):
+            raise ValueError(
+                f"capacity: expected at least {len(series)}, one for each checkpoint, got "
+                f"{capacity}"
+            )
+        if resume and (storage != "disk" or path is None):
+            raise ValueError(
+                f"resume: expected storage='disk' and a path, got {storage!r}, {path!r}"
+            )
+        if ranks is not None:
+            ranks.agree({"checkpoints": series.indices, "capacity": capacity, "resume": resume})
     # Stand-ins without memory, on the CPU for a model on the meta device.
-    named = [(name, _stand_in(p)) for name, p in params.items()]
-    if not resume:
-        result = cls(named, capacity, dtype, storage, path)
-    elif storage != "disk" or path is None:
-        raise ValueError(f"resume: expected storage='disk' and a path, got {storage!r}, {path!r}")
-    elif (Path(path) / HEADER).exists():
-        result = cls.load(path, named)
+    named = [(name, p if hasattr(p, "device_mesh") else _stand_in(p)) for name, p in params.items()]
+    if resume and path is not None and _holds_one(path, ranks):
+        result = cls.load(path, named, process_group=process_group)
     else:
-        result = cls(named, capacity, dtype, storage, path)
+        result = cls(named, capacity, dtype, storage, path, process_group=process_group)
     result.params = list(params.values())
     try:
         with Pieces() as pieces:
-            if result.anchor is not None:
-                _check_same(result, series, pieces, dtype, capacity)
-            _record(result, series, pieces, skip_bad, progress)
+            if ranks is not None:
+                from ._shared import record_on_ranks
+
+                record_on_ranks(result, series, pieces, dtype, capacity, skip_bad, progress)
+            else:
+                if result.anchor is not None:
+                    check_same(result, series, pieces, dtype, capacity)
+                record(result, series, pieces, skip_bad, progress)
     except BaseException:
         result.close()
         raise
@@ -108,10 +123,41 @@ def from_checkpoints(
     return result
 
 
+def _opened(
+    paths: Any,
+    model: nn.Module,
+    *,
+    include: str | Sequence[str],
+    exclude: str | Sequence[str],
+    key: str | None,
+    skip_bad: bool,
+) -> tuple[dict[str, Tensor], Series]:
+    include = [include] if isinstance(include, str) else include
+    exclude = [exclude] if isinstance(exclude, str) else exclude
+    params = model_parameters(model, include, exclude)
+    if any(hasattr(p, "device_mesh") and p.device.type == "meta" for p in params.values()):
+        raise ValueError("model: expected DTensors with memory, got some on the meta device")
+    return params, Series(
+        paths, model, include=include, exclude=exclude, key=key, skip_bad=skip_bad
+    )
+
+
+class Rows(Protocol):
+    """What is read of a series: all columns, or those of a rank."""
+
+    numel: int
+
+    def __len__(self) -> int: ...
+    def row_bytes(self, t: int) -> int: ...
+    def read(self, pieces: Pieces, t: int, begin: int, out: Tensor) -> None: ...
+    def error(self, t: int, problem: str) -> CheckpointError: ...
+    def drop(self, error: CheckpointError) -> None: ...
+
+
 class _Row:
     """One checkpoint as the parts of its flat vector, each valid until the next one."""
 
-    def __init__(self, series: Series, pieces: Pieces, t: int, buffer: Tensor) -> None:
+    def __init__(self, series: Rows, pieces: Pieces, t: int, buffer: Tensor) -> None:
         self.series, self.t = series, t
         self._pieces, self._buffer = pieces, buffer
 
@@ -126,13 +172,18 @@ class _Row:
             yield columns, part
 
 
-def _record(
+def record(
     trajectory: Trajectory,
-    series: Series,
+    series: Rows,
     pieces: Pieces,
     skip_bad: bool,
     progress: Progress | None,
+    settle: Callable[[Exception | None, int], Exception | None] | None = None,
 ) -> None:
+    """Stores the checkpoints after those that the trajectory has.
+
+    ``settle`` makes an error of one rank that of all, and None that of none.
+    """
     store = trajectory._store
     if isinstance(store, DeferredStore):
         store.block = trajectory.capacity  # one pass over all rows, at the end
@@ -144,17 +195,22 @@ def _record(
     read = sum(map(series.row_bytes, range(t)))
     buffer = _buffer(series, anchor)
     while t < len(series):
-        row = _Row(series, pieces, t, buffer)
+        row, own = _Row(series, pieces, t, buffer), None
         try:
             if t == 0 and is_new:
                 for columns, part in row.parts():
                     anchor[columns] = part.to(anchor.device)
             if not _append(store, row, anchor, t):
                 raise series.error(t, f"a difference from the first one overflows {store.dtype}")
-        except CheckpointError as error:
-            if not skip_bad:
-                raise
-            series.drop(error)
+        except Exception as error:
+            own = error
+        failed = own if settle is None else settle(own, t)
+        if failed is not None:
+            if own is None:
+                _take_back(store)
+            if not skip_bad or not isinstance(failed, CheckpointError):
+                raise failed
+            series.drop(failed)
             continue
         read += series.row_bytes(t)
         t += 1
@@ -168,8 +224,8 @@ def _record(
     trajectory._anchor = anchor
 
 
-def _check_same(
-    trajectory: Trajectory, series: Series, pieces: Pieces, dtype: torch.dtype, capacity: int
+def check_same(
+    trajectory: Trajectory, series: Rows, pieces: Pieces, dtype: torch.dtype, capacity: int
 ) -> None:
     """That a folder was recorded from these checkpoints, as far as it goes."""
     anchor, last = trajectory.anchor, len(trajectory) - 1
@@ -191,7 +247,14 @@ def _check_same(
         )
 
 
-def _buffer(series: Series, anchor: Tensor) -> Tensor:
+def _take_back(store: Store) -> None:
+    if isinstance(store, MemoryStore):
+        store.restore(len(store.snapshots()) - 1)
+    else:
+        store.undo()
+
+
+def _buffer(series: Rows, anchor: Tensor) -> Tensor:
     return torch.empty(min(_PIECE, series.numel), dtype=anchor.dtype, device="cpu")
 
 
@@ -213,6 +276,19 @@ def _append(store: Store, row: _Row, anchor: Tensor, t: int) -> bool:
     for columns, part in row.parts():
         whole[columns] = part.to(anchor.device)
     return store.append([whole], anchor)
+
+
+def _ranks(process_group: Any, model: nn.Module) -> Ranks:
+    group, _ = members("Trajectory", process_group)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return Ranks("Trajectory", group, torch.device("cpu") if device.type == "meta" else device)
+
+
+def _holds_one(path: str | os.PathLike[str], ranks: Ranks | None) -> bool:
+    """Whether a folder has a trajectory, on any rank, to go on with."""
+    if ranks is None:
+        return (Path(path) / HEADER).exists()
+    return bool(ranks.most(any(Path(path).glob(f"{RANK_FOLDERS}/{HEADER}"))))
 
 
 def _stand_in(p: Tensor) -> Tensor:
