@@ -251,6 +251,22 @@ class LocalSubspace(_Cut):
             singular_values=found.values[:count].sqrt(),
         )  # fmt: skip
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], params: Iterable[Any]) -> LocalSubspace:
+        """The columns of these shards of a saved subspace; the others are not read.
+
+        Parameters
+        ----------
+        path : path
+            A file that `Subspace.save` wrote, or a folder that torch.distributed.checkpoint wrote,
+            with `dldr_ext.dcp.stateful` under the key "subspace".
+        params : iterable of DTensor
+            In the order that the subspace was made with.
+        """
+        from ._shared_subspace import load_local
+
+        return load_local(path, params)
+
     def addend(self, lists: Sequence[Sequence[Tensor]], size: int) -> Tensor:
         """Gradients of shards are means over the ranks already: only replicas count twice."""
         return self._products(lists).div_(self.replicas)
@@ -347,6 +363,19 @@ class ShardedSubspace(_Cut):
         ratio, values = (known.get(k) for k in ("explained_variance_ratio", "singular_values"))
         result.explained_variance_ratio, result.singular_values = ratio, values
         return result
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        process_group: Any,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> ShardedSubspace:
+        """The columns of each rank of a saved subspace: as `LocalSubspace.load`."""
+        from ._shared_subspace import load_sharded
+
+        return load_sharded(path, process_group, device)
 
     def whole(self) -> Subspace:
         """All columns, on every rank: d n numbers of memory."""

@@ -198,13 +198,17 @@ class Subspace(AffineSubspace):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Subspace:
-        """Loads a saved subspace onto ``device``.
+        """Loads a saved subspace onto ``device``: a file, or a folder that ranks have saved to.
 
         Raises
         ------
         ValueError
             The file is truncated, corrupt or something else: with the path and what was found.
         """
+        if os.path.isdir(path):
+            from .dcp import read_whole
+
+            return read_whole(path, device)
         with storage.Reader(path, KIND, VERSION) as file:
             tensors = {name: file.read(name, device) for name in file.names()}
             try:

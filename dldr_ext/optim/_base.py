@@ -44,6 +44,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     Keeps theta in float64 (it is d numbers) and the rules that its subclasses share.
     """
 
+    flat_state: tuple[str, ...] = ()  # entries of the state that have n numbers
+
     def __init__(
         self,
         params: Iterable[Any],

@@ -50,6 +50,7 @@ class QuasiNewton(SubspaceOptimizer):
     back (`GoodPoint`), random state and buffers (`Replay`), the scale of gradients (`ScaleKeeper`).
     """
 
+    flat_state = ("point", "residual", "moved_origin", "previous_direction")
     _walk: Walk
     _devices_ahead = ("cuda",)  # where numbers take long to reach the host
 
@@ -455,8 +456,8 @@ class QuasiNewton(SubspaceOptimizer):
             "finite_steps": int,
         }
         short = ("previous_step", "previous_coordinates", "previous_believed", "good")
-        flat = ("residual", "moved_origin", "previous_direction")
-        optional = dict.fromkeys(short, theta) | dict.fromkeys(flat, self._walk.point)
+        optional = dict.fromkeys(short, theta)
+        optional |= dict.fromkeys(self.flat_state[1:], self._walk.point)
         own = {key: kind(state[key]) for key, kind in numbers.items()}
         for key, like in optional.items():
             own[key] = None if state[key] is None else self._saved_tensor(state, key, like)
