@@ -6,7 +6,7 @@ import itertools
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,26 @@ from torch import Tensor
 from ._params import local_shard
 from .distributed import _replicas, cut, local_columns
 
-__all__ = ["Run", "Share", "runs_of", "stand_ins"]
+__all__ = ["Layout", "Run", "Share", "layout_of", "runs_of", "stand_ins"]
 
 Run = tuple[int, int]  # columns [begin, end) in flat order
+
+
+class Layout(NamedTuple):
+    """Where local shards are: their columns of all n, and the shapes of the whole parameters."""
+
+    runs: list[Run]
+    shapes: list[tuple[int, ...]]
+
+    @property
+    def numel(self) -> int:
+        """n."""
+        return sum(map(math.prod, self.shapes))
+
+
+def layout_of(params: Sequence[Any]) -> Layout:
+    """Of DTensors."""
+    return Layout(runs_of(params), [tuple(p.shape) for p in params])
 
 
 class Share:

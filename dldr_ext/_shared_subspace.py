@@ -11,7 +11,7 @@ import torch
 from . import ops
 from ._params import named_parameters
 from ._ranks import Ranks, members
-from ._share import Run, runs_of
+from ._share import Run, layout_of
 from ._shared_file import read_columns
 from .dcp import is_dcp, read_subspace, saved_shape
 from .distributed import LocalSubspace, ShardedSubspace, _replicas, cut, local_shards
@@ -47,26 +47,29 @@ def load_local(path: Path, params: Iterable[Any]) -> LocalSubspace:
     replicas, shards = _replicas(entries), local_shards(entries)
     group, _ = members("LocalSubspace", entries[0].device_mesh)
     ranks = Ranks("LocalSubspace", group, shards[0].device)
-    runs, count = runs_of(entries), sum(p.numel() for p in entries)
+    layout = layout_of(entries)
 
     def own(total: int) -> list[Run]:
-        if total != count:
-            raise ValueError(f"params: expected {total} elements in all, as in {path}, got {count}")
-        return runs
+        if total != layout.numel:
+            raise ValueError(
+                f"params: expected {total} elements in all, as in {path}, got {layout.numel}"
+            )
+        return layout.runs
 
     known, _ = _columns(path, ranks, own)
-    expected = [tuple(p.shape) for p in entries]
-    if known["shapes"] is not None and [*map(tuple, known["shapes"])] != expected:
+    if known["shapes"] is not None and [*map(tuple, known["shapes"])] != layout.shapes:
         raise ValueError(
-            f"params: expected the shapes {known['shapes']}, as in {path}, got {expected}"
+            f"params: expected the shapes {known['shapes']}, as in {path}, got {layout.shapes}"
         )
     if "scale" in known:
         raise ValueError(f"{path}: expected a basis that is not quantised, got one of 8 bits")
     saved = known.pop("names")
     known |= {"shapes": [tuple(p.shape) for p in shards], "names": saved or names}
-    return LocalSubspace(
+    result = LocalSubspace(
         known.pop("basis"), known.pop("origin"), entries[0].device_mesh, replicas=replicas, **known
     )
+    result.layout = layout
+    return result
 
 
 def _columns(

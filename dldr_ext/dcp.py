@@ -10,7 +10,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from . import ops
-from ._params import named_parameters
 from ._share import Run, runs_of
 from .distributed import LocalSubspace, ShardedSubspace, cut
 from .optim._base import SubspaceOptimizer
@@ -185,7 +184,7 @@ class _Subspace:
         )
 
 
-def stateful(what: Any, params: Iterable[Any] | None = None) -> Any:
+def stateful(what: Any) -> Any:
     """An optimizer or a subspace as `torch.distributed.checkpoint` saves it.
 
     ``dcp.save({"optimizer": stateful(optimizer), "subspace": stateful(subspace)},
@@ -196,28 +195,28 @@ def stateful(what: Any, params: Iterable[Any] | None = None) -> Any:
     Parameters
     ----------
     what : PBFGS, PSGD, Subspace, ShardedSubspace or LocalSubspace
-    params : iterable of DTensor, optional
-        Of a `LocalSubspace`: those that it is of.
 
     Raises
     ------
     TypeError, ValueError
-        Something else; a `LocalSubspace` without parameters, or with a basis of 8 bits (its blocks
-        are those of one cut: save it before `quantize`).
+        Something else; a `LocalSubspace` that was made of a basis of nobody knows which columns, or
+        with one of 8 bits (its blocks are those of one cut: save it before `quantize`).
     """
     if isinstance(what, SubspaceOptimizer):
         return _Optimizer(what)
     if isinstance(what, LocalSubspace):
-        if params is None:
-            raise ValueError("params: expected the DTensors of the LocalSubspace, got None")
+        if what.layout is None:
+            raise ValueError(
+                "LocalSubspace: expected one of a trajectory, of(), random() or load(), got one "
+                "whose columns among all are not known"
+            )
         if what.local is not None and what.local.scale is not None:
             raise ValueError("LocalSubspace: expected a basis that is not quantised, got 8 bits")
-        entries: list[Any] = list(named_parameters(params)[0])
-        shapes = [tuple(p.shape) for p in entries]
-        return _Subspace(what, runs_of(entries), sum(p.numel() for p in entries), shapes)
+        return _Subspace(what, what.layout.runs, what.layout.numel, what.layout.shapes)
     if isinstance(what, ShardedSubspace):
         begin, end = cut(what.numel, what.ranks.rank, what.ranks.size)
-        return _Subspace(what, [(begin, end)] if begin < end else [], what.numel, what.shapes)
+        runs = [(begin, end)] if begin < end else []
+        return _Subspace(what, runs, what.numel, what.shapes)
     if isinstance(what, Subspace):
         return _Subspace(what, [(0, what.numel)], what.numel, what.shapes)
     raise TypeError(

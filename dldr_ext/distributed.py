@@ -9,7 +9,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from ._rows import empty_rows
 from ._stored_rows import combined
 from .subspace import Subspace
 from .trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from ._share import Layout
 
 __all__ = ["LocalSubspace", "ShardedSubspace", "local_columns", "local_shards"]
 
@@ -135,6 +138,7 @@ class LocalSubspace(_Cut):
         if local is None:  # every rank starts from the same guess of the curvature
             self.singular_values = known.get("singular_values")
         self.replicas, self._basis = replicas, basis
+        self.layout: Layout | None = None  # where these columns are among all, if known
 
     @classmethod
     def of(cls, subspace: Subspace, params: Iterable[Any]) -> LocalSubspace:
@@ -155,7 +159,7 @@ class LocalSubspace(_Cut):
         """
         listed = _entries(params)[0]
         replicas, columns = _replicas(listed), local_columns(listed).to(subspace.device)
-        return cls(
+        result = cls(
             subspace.basis[:, columns],
             subspace.origin[columns],
             listed[0].device_mesh,
@@ -165,6 +169,7 @@ class LocalSubspace(_Cut):
             explained_variance_ratio=subspace.explained_variance_ratio,
             singular_values=subspace.singular_values,
         )
+        return result._laid_out(listed)
 
     @classmethod
     def random(cls, params: Iterable[Any], dim: int, *, seed: int = 0) -> LocalSubspace:
@@ -193,7 +198,8 @@ class LocalSubspace(_Cut):
                 basis = ops.form_basis(basis, inverse)
         shapes = [tuple(p.shape) for p in shards]
         mesh = listed[0].device_mesh
-        return cls(basis, origin, mesh, replicas=replicas, shapes=shapes, names=names)
+        result = cls(basis, origin, mesh, replicas=replicas, shapes=shapes, names=names)
+        return result._laid_out(listed)
 
     @classmethod
     def from_trajectory(
@@ -244,12 +250,13 @@ class LocalSubspace(_Cut):
             combine = _pca.coefficients(found, count).to(ranks.device)
             rows = trajectory.snapshots
             basis = combined(rows, combine, trajectory.dtype, _pca.column_step(rows))
-        return cls(
+        result = cls(
             basis, origin, listed[0].device_mesh, replicas=replicas,
             shapes=[tuple(p.shape) for p in shards], names=names,
             explained_variance_ratio=found.explained(count),
             singular_values=found.values[:count].sqrt(),
         )  # fmt: skip
+        return result._laid_out(listed)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: Iterable[Any]) -> LocalSubspace:
@@ -304,10 +311,18 @@ class LocalSubspace(_Cut):
         basis, origin = (self._basis, self.origin) if local is None else (local.basis, local.origin)
         known = {} if local is None else {"scale": local.scale}
         known["explained_variance_ratio"] = self.explained_variance_ratio
-        return LocalSubspace(
+        result = LocalSubspace(
             basis, origin, self.ranks.group, replicas=self.replicas, shapes=self.shapes,
             names=self.names, singular_values=self.singular_values, **known,
         )  # fmt: skip
+        result.layout = self.layout
+        return result
+
+    def _laid_out(self, params: Sequence[Any]) -> LocalSubspace:
+        from ._share import layout_of
+
+        self.layout = layout_of(params)
+        return self
 
 
 class ShardedSubspace(_Cut):

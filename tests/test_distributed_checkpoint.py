@@ -70,12 +70,10 @@ def steps(mode: str, how: str, path: Path, *, saved: Path | None = None, count: 
         optimizer.step(closure)
     if saved is not None:
         dcp.save(
-            {
-                "optimizer": stateful(optimizer),
-                "subspace": stateful(subspace, model.parameters() if "s" in mode else None),
-            },
-            checkpoint_id=saved,
+            {"optimizer": stateful(optimizer), "subspace": stateful(subspace)}, checkpoint_id=saved
         )
+    if mode == "sharded":
+        model.reshard()
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
     return {
         "before": before,
@@ -207,6 +205,7 @@ def refused(mode: str, path: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_what_is_no_subspace_is_refused_on_all_ranks(rank_groups: Any, tmp_path: Path) -> None:
     file = tmp_path / "s.safetensors"
     start(file)
@@ -223,3 +222,9 @@ def test_what_is_no_subspace_is_refused_on_all_ranks(rank_groups: Any, tmp_path:
         Subspace.load(tmp_path)
     with pytest.raises(TypeError, match="expected an optimizer or a subspace of one basis, got"):
         stateful(nn.Linear(2, 2))
+    with pytest.raises(
+        ValueError, match=r"expected subspace\.basis in the checkpoint, found \['other'\]"
+    ):
+        bad = tmp_path / "bad"
+        dcp.save({"other": torch.zeros(2)}, checkpoint_id=bad)
+        Subspace.load(bad)
