@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import distribute_tensor
 
 from . import _pca, ops
 from ._affine import AffineSubspace
-from ._params import flatten, local_shard, named_parameters
+from ._params import flatten, local_shard
+from ._placements import entries, local_columns, local_shards, replicas_of
 from ._principal import weights_at
 from ._ranks import Ranks, members
+from ._sharding import checked_whole, shard_if_needed
 from ._stored_rows import combined
 from .subspace import Subspace
 from .trajectory import Trajectory
 
-__all__ = ["LocalSubspace", "ShardedSubspace", "local_columns", "local_shards"]
+__all__ = ["LocalSubspace", "ShardedSubspace", "local_columns", "local_shards", "shard_if_needed"]
 
 # Pieces are cut at multiples of this, so that the blocks of an 8-bit basis stay whole.
 _BLOCK = ops.SCALE_BLOCK
@@ -152,8 +153,8 @@ class LocalSubspace(_Cut):
             Placements that have no part here, such as ``Partial``; weights of which some are held
             by more ranks than others.
         """
-        listed = _entries(params)[0]
-        replicas, columns = _replicas(listed), local_columns(listed).to(subspace.device)
+        listed = entries(params)[0]
+        replicas, columns = replicas_of(listed), local_columns(listed).to(subspace.device)
         return cls(
             subspace.basis[:, columns],
             subspace.origin[columns],
@@ -171,8 +172,8 @@ class LocalSubspace(_Cut):
 
         The same for one number of ranks; every rank passes the same ``seed``.
         """
-        listed, names = _entries(params)
-        replicas, shards = _replicas(listed), local_shards(listed)
+        listed, names = entries(params)
+        replicas, shards = replicas_of(listed), local_shards(listed)
         origin = flatten(shards, torch.float32)
         columns = local_columns(listed)
         # Ranks that hold the same shards draw the same numbers.
@@ -211,8 +212,8 @@ class LocalSubspace(_Cut):
         dim : int
             At most T - 1 directions; fewer where the trajectory has a smaller rank.
         """
-        listed, names = _entries(params)
-        replicas, shards = _replicas(listed), local_shards(listed)
+        listed, names = entries(params)
+        replicas, shards = replicas_of(listed), local_shards(listed)
         group, _ = members("LocalSubspace", listed[0].device_mesh)
         ranks = Ranks("LocalSubspace", group, shards[0].device)
         length = 0 if trajectory is None else len(trajectory)
@@ -250,7 +251,7 @@ class LocalSubspace(_Cut):
             singular_values=found.values[:count].sqrt(),
         )  # fmt: skip
 
-    def addend(self, lists: Sequence[Sequence[Tensor]], size: int) -> Tensor:
+    def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
         """Gradients of shards are means over the ranks already: only replicas count twice."""
         return self._products(lists).div_(self.replicas)
 
@@ -297,13 +298,17 @@ class ShardedSubspace(_Cut):
     """A basis cut over ranks that all hold the whole weights (plain data parallelism).
 
     Each rank keeps d n / size numbers. A gradient is reduced and scattered, a direction gathered:
-    n numbers each, half of what summing the gradient and the projected direction would move.
+    as many bytes as summing the gradient alone would move, half of what summing the gradient and
+    the direction would. Gradients move in their own dtype where all have the same 16-bit one.
 
     Parameters
     ----------
     subspace : Subspace
-        The whole one, on every rank (mapped from a file, say); its columns are copied.
+        The whole one, on every rank; its columns are copied.
     process_group : ProcessGroup, DeviceMesh, module or "world"
+    device : torch.device or str, optional
+        Where the columns go, None: where the subspace is. So a basis too large for a GPU comes
+        from the host's memory.
 
     Attributes
     ----------
@@ -313,27 +318,34 @@ class ShardedSubspace(_Cut):
         Whole, on every rank.
     """
 
-    def __init__(self, subspace: Subspace, process_group: Any) -> None:
+    def __init__(
+        self, subspace: Subspace, process_group: Any, *, device: torch.device | str | None = None
+    ) -> None:
+        subspace = checked_whole("ShardedSubspace", subspace)
         group, _ = members("ShardedSubspace", process_group)
-        ranks = Ranks("ShardedSubspace", group, subspace.device)
+        origin = subspace.origin.to(subspace.device if device is None else device)
+        ranks = Ranks("ShardedSubspace", group, origin.device)
         begin, end = cut(subspace.numel, ranks.rank, ranks.size)
         local = None
         if begin < end:
             scale = subspace.scale
-            local = Subspace(
-                subspace.basis[:, begin:end].clone(),
-                subspace.origin[begin:end],
-                scale=None if scale is None else scale[:, begin // _BLOCK : -(-end // _BLOCK)],
-            )
+            if scale is not None:
+                scale = scale[:, begin // _BLOCK : -(-end // _BLOCK)].to(origin.device)
+            columns = subspace.basis[:, begin:end].contiguous()
+            columns = columns.clone() if columns is subspace.basis else columns
+            local = Subspace(columns.to(origin.device), origin[begin:end], scale=scale)
         super().__init__(subspace.dim, local, ranks)
-        self.origin = subspace.origin
+        self.origin = origin
         self.shapes, self.names = subspace.shapes, subspace.names
         self.explained_variance_ratio = subspace.explained_variance_ratio
         self.singular_values = subspace.singular_values
 
-    def addend(self, lists: Sequence[Sequence[Tensor]], size: int) -> Tensor:
-        """This rank's columns of the mean: n numbers reduced and scattered for each list."""
-        return self._products([[self._own(one)] for one in lists])
+    def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
+        """This rank's columns of the mean: n numbers scattered for each list that differs."""
+        differ = len(lists) - same
+        own = [self._own(one) for one in lists[:differ]]
+        own += [self._flat(one)[self._columns] for one in lists[differ:]]
+        return self._products([[one] for one in own])
 
     def direction(self, index: int) -> Tensor:
         return self._whole(None if self.local is None else self.local.direction(index))
@@ -355,9 +367,9 @@ class ShardedSubspace(_Cut):
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
         piece = None
         if self.local is not None:
-            begin, end = cut(self.numel, self.ranks.rank, self.ranks.size)
-            piece = self.origin.new_empty(end - begin)
-            self.local._write([piece], theta, None if origin is None else origin[begin:end])
+            piece = self.origin.new_empty(self.local.numel)
+            own = None if origin is None else origin[self._columns]
+            self.local._write([piece], theta, own)
         full = self._whole(piece)
         with torch.no_grad():
             pieces = full.split([t.numel() for t in tensors])
@@ -366,11 +378,21 @@ class ShardedSubspace(_Cut):
 
     def _own(self, tensors: Sequence[Tensor]) -> Tensor:
         """This rank's piece of the mean of what the ranks hold."""
-        size, begin_end = self.ranks.size, cut(self.numel, self.ranks.rank, self.ranks.size)
-        full = self.origin.new_zeros(cut(self.numel, 0, size, pad=True)[1] * size)
+        piece = self.ranks.scatter_mean(self._flat(tensors), "gradients")
+        return piece[: 0 if self.local is None else self.local.numel]
+
+    def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A flat copy, with zeros after it; in 16 bits where all tensors have the same 16."""
+        first = tensors[0].dtype
+        short = first.itemsize == 2 and all(t.dtype == first for t in tensors)
+        size = cut(self.numel, 0, self.ranks.size, pad=True)[1] * self.ranks.size
+        full = self.origin.new_zeros(size, dtype=first if short else self.origin.dtype)
         torch.cat([t.reshape(-1).to(full.dtype) for t in tensors], out=full[: self.numel])
-        piece = self.ranks.scatter_sum(full, "gradients").div_(size)
-        return piece[: max(begin_end[1] - begin_end[0], 0)]
+        return full
+
+    @property
+    def _columns(self) -> slice:
+        return slice(*cut(self.numel, self.ranks.rank, self.ranks.size))
 
     def _whole(self, piece: Tensor | None) -> Tensor:
         """A flat vector (n,) from the pieces of all ranks."""
@@ -393,47 +415,3 @@ def cut(numel: int, rank: int, size: int, pad: bool = False) -> tuple[int, int]:
     length = -(-numel // (size * _BLOCK)) * _BLOCK
     begin, end = rank * length, (rank + 1) * length
     return (begin, end) if pad else (min(begin, numel), min(end, numel))
-
-
-def local_shards(params: Iterable[Any]) -> list[Tensor]:
-    """What this rank holds of each parameter: views, which follow what is written."""
-    return [local_shard(p) for p in named_parameters(params)[0]]
-
-
-def local_columns(params: Iterable[Any]) -> Tensor:
-    """Where the elements of `local_shards` are among all n elements in flat order, int64."""
-    found, start = [], 0
-    for p in _entries(params)[0]:
-        index: Any = torch.arange(start, start + p.numel()).view(p.shape)
-        if hasattr(p, "device_mesh"):
-            index = index.to(p.device)
-            index = distribute_tensor(index, p.device_mesh, p.placements, src_data_rank=None)
-        found.append(local_shard(index).reshape(-1))
-        start += p.numel()
-    return torch.cat(found)
-
-
-def _entries(params: Iterable[Any]) -> tuple[list[Any], list[str] | None]:
-    """`named_parameters`, of which some may be more than a Tensor."""
-    found, names = named_parameters(params)
-    return list(found), names
-
-
-def _replicas(params: Sequence[Any]) -> int:
-    counts = []
-    for i, p in enumerate(params):
-        if not hasattr(p, "device_mesh"):
-            raise ValueError(f"params[{i}]: expected a DTensor (fully_shard), got a plain tensor")
-        if any(place.is_partial() for place in p.placements):
-            raise ValueError(f"params[{i}]: expected shards or replicas, got {p.placements}")
-        sizes = zip(p.placements, p.device_mesh.shape, strict=True)
-        count = 1
-        for place, size in sizes:
-            count *= size if place.is_replicate() else 1
-        counts.append(count)
-        if p.device_mesh != params[0].device_mesh or count != counts[0]:
-            raise ValueError(
-                f"params[{i}]: expected the mesh and the number of replicas of params[0] "
-                f"({params[0].device_mesh}, {counts[0]}), got {p.device_mesh}, {count}"
-            )
-    return counts[0]

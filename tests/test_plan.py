@@ -97,7 +97,8 @@ def test_ranks():
         (n, 2 * share * n * 4),
         (41, 2 * share * 41 * 8),
         (1, 2 * share * 8),
-        (2 * n, share * 2 * n * 4),
+        (n, share * n * 4),
+        (n, share * n * 4),
         (41, 2 * share * 41 * 8),
     ]
     assert one.messages == []
