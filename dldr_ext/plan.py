@@ -336,6 +336,8 @@ def _messages(job: Job, device: Device) -> list[Message]:
         message("DDP: the gradient", "nothing", n, wide, 2),
         message("a gradient's coordinates and loss", "no DDP", c, _COORDINATE, 2),
         message("a trial's loss", "no DDP", 1, _COORDINATE, 2),
+        # Coordinates of the gradients before and after the last step, with default options.
+        message("a P-BFGS step", "no DDP, FSDP", c + job.dim + job.trials, _COORDINATE, 2),
         message("basis sharded: a gradient scattered", "no DDP", padded, wide, 1),
         message("basis sharded: u gathered", "no DDP", padded, job.wide, 1),
         message("all sharded: coordinates and loss", "FSDP", c, _COORDINATE, 2),

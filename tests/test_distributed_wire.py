@@ -163,6 +163,9 @@ def test_plan_says_what_is_counted(two: RankGroup, dtype: torch.dtype) -> None:
     for theirs, ours, trials in two.all(three_steps, "consecutive", False, dtype, SMALL):
         assert said["DDP: the gradient"] == 2 * share() * theirs["ddp"]
         assert ours["ring"] == 3 * sums + trials * said["a trial's loss"]
+    for _, ours, trials in two.all(three_steps, "default", False, dtype, SMALL):
+        more = (trials - 3) * said["a trial's loss"]
+        assert ours["ring"] == 3 * said["a P-BFGS step"] + more
     for _, ours, trials in two.all(three_steps, "consecutive", True, dtype, SMALL):
         cut_up = said["basis sharded: a gradient scattered"] + said["basis sharded: u gathered"]
         assert ours["ring"] == 3 * (sums + cut_up) + trials * said["a trial's loss"]
