@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests")]
 
-from measure import Spread, paired  # noqa: E402
+from measure import Spread, commit, paired, processor  # noqa: E402
 
 import dldr_ext  # noqa: E402
 
@@ -58,21 +56,6 @@ def note():
     return ROWS.append
 
 
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip()
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def pytest_terminal_summary(terminalreporter, config):
     if not ROWS:
         return
@@ -89,12 +72,12 @@ def pytest_terminal_summary(terminalreporter, config):
             json.dumps(
                 {
                     "machine": {
-                        "processor": _processor(),
+                        "processor": processor(),
                         "cores": os.cpu_count(),
                         "threads": config.getoption("--threads"),
                     },
                     "torch": torch.__version__,
-                    "commit": _commit(),
+                    "commit": commit(),
                     "build": dldr_ext.build_info(),
                     "results": ROWS,
                 },

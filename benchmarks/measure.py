@@ -1,13 +1,39 @@
-"""What the benchmarks share with the package, and a closure for whole steps."""
+"""What the benchmarks share with the package, where they ran, and a closure for whole steps."""
 
 from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
 
 import torch
 
 from dldr_ext._measure import Spread, paired, reader, seconds
 from dldr_ext.bench import resnet18_sizes
 
-__all__ = ["Objective", "Spread", "paired", "reader", "resnet18_sizes", "seconds"]
+__all__ = [
+    "Objective", "Spread", "commit", "paired", "processor", "reader", "resnet18_sizes", "seconds",
+]  # fmt: skip
+
+
+def commit() -> str:
+    """Of the sources."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()
+
+
+def processor() -> str:
+    """Its name."""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 class Objective:

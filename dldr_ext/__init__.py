@@ -25,7 +25,7 @@ from .trajectory import Trajectory  # noqa: E402
 
 if TYPE_CHECKING:
     from .averaging import greedy_soup, uniform_soup, weight_averaging_subspace
-    from .distributed import LocalSubspace, ShardedSubspace
+    from .distributed import LocalSubspace, ShardedSubspace, shard_if_needed
     from .grouped import GroupedSubspace, layer_groups
     from .optim import PBFGS, PSGD, InSubspace, Status, StepRecord, virtual_batch
 
@@ -46,6 +46,7 @@ __all__ = [
     "greedy_soup",
     "layer_groups",
     "ops",
+    "shard_if_needed",
     "uniform_soup",
     "virtual_batch",
     "weight_averaging_subspace",
@@ -57,7 +58,7 @@ _LATER = {
     "optim": ("PBFGS", "PSGD", "InSubspace", "Status", "StepRecord", "virtual_batch"),
     "averaging": ("greedy_soup", "uniform_soup", "weight_averaging_subspace"),
     "grouped": ("GroupedSubspace", "layer_groups"),
-    "distributed": ("LocalSubspace", "ShardedSubspace"),
+    "distributed": ("LocalSubspace", "ShardedSubspace", "shard_if_needed"),
     "callbacks": (),
 }
 

@@ -123,8 +123,11 @@ class AffineSubspace(ABC):
 
     spans_ranks = False  # `project_many` and the like are the same calls on every rank
 
-    def addend(self, lists: Sequence[Sequence[Tensor]], size: int) -> Tensor:
-        """This rank's term, (len(lists), d) float64: the mean's coordinates are the sum of all."""
+    def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
+        """This rank's term, (len(lists), d) float64: the mean's coordinates are the sum of all.
+
+        The last ``same`` lists are the same on every rank, as weights are.
+        """
         return self.project_many(lists).to(torch.float64) / size
 
     def digest(self) -> str:

@@ -194,7 +194,7 @@ def _message_table(found: Plan) -> Table:
         took = "-" if message.seconds is None else _seconds(message.seconds)
         if message.seconds is not None and message.seconds < _LATENCY:
             took = "latency"
-        numbers = f"{message.numbers:,}" if message.numbers < 1e6 else f"{message.numbers:.3g}"
+        numbers = f"{message.numbers:,g}" if message.numbers < 1e6 else f"{message.numbers:.3g}"
         table.add_row(message.name, numbers, _bytes(message.bytes), took, message.on_top_of)
     return table
 

@@ -47,6 +47,13 @@ class Ranks:
     ) -> None:
         self.owner, self.group, self.device = owner, group, device
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        try:
+            self._backend: str = group._get_backend(device).name()
+        except RuntimeError:  # none for this kind of device
+            raise ValueError(
+                f"{owner}: process_group: expected a group that carries tensors of the device "
+                f"{device}, got one of backend {dist.get_backend(group)}"
+            ) from None
         self._module = module
         self._agreed = False
 
@@ -109,11 +116,21 @@ class Ranks:
             dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 
-    def scatter_sum(self, full: Tensor, what: str) -> Tensor:
-        """This rank's piece, the rank-th of ``size`` equal ones, of the sum over the ranks."""
-        piece = full.new_empty(len(full) // self.size)
+    def scatter_mean(self, full: Tensor, what: str) -> Tensor:
+        """This rank's piece, the rank-th of ``size`` equal ones, of the mean over the ranks.
+
+        A rank sends (size - 1) / size of ``full``, in its dtype, and may find it overwritten. The
+        mean is float32 at least where gloo carries it; elsewhere 16 bits are summed in 16 bits, as
+        DDP does.
+        """
         with self._explained(f"the sum of {what}"):
-            _reduce_scatter(piece, full, group=self.group)
+            if self._backend == "gloo":  # whose reduce-scatter is an all-reduce, twice the bytes
+                pieces = torch.empty_like(full)
+                dist.all_to_all_single(pieces, full, group=self.group)
+                wide = torch.promote_types(full.dtype, torch.float32)
+                return pieces.view(self.size, -1).sum(0, dtype=wide).div_(self.size)
+            piece = full.new_empty(len(full) // self.size)
+            _reduce_scatter(piece, full.div_(self.size), group=self.group)
         return piece
 
     def gather(self, piece: Tensor, what: str) -> Tensor:
@@ -148,22 +165,13 @@ class Ranks:
             raise
 
     def exchange(self, claims: Claims, what: str) -> list[Claims]:
-        """What every rank says, by rank."""
+        """What every rank says of itself, in the order of the ranks."""
         text = json.dumps(claims).encode()
         length = torch.tensor([len(text)], dtype=torch.int64, device=self.device)
-        try:
-            with self._explained(f"what each rank is, for {what}"):
-                dist.all_reduce(length, op=dist.ReduceOp.MAX, group=self.group)
-        except RuntimeError as error:
-            if "No backend" not in str(error):
-                raise
-            raise ValueError(
-                f"{self.owner}: params: expected a device that the process group carries tensors "
-                f"of (backend {dist.get_backend(self.group)}), got {self.device}"
-            ) from error
-        own = torch.full((int(length),), ord(" "), dtype=torch.uint8, device=self.device)
-        own[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=self.device)
         with self._explained(f"what each rank is, for {what}"):
+            dist.all_reduce(length, op=dist.ReduceOp.MAX, group=self.group)
+            own = torch.full((int(length),), ord(" "), dtype=torch.uint8, device=self.device)
+            own[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=self.device)
             pieces = [torch.empty_like(own) for _ in range(self.size)]
             dist.all_gather(pieces, own, group=self.group)
         return [json.loads(bytes(piece.tolist())) for piece in pieces]
@@ -173,8 +181,6 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if "No backend" in str(error):
-                raise
             raise RuntimeError(
                 f"{self.owner}: {what} over {self.size} ranks failed on rank {self.rank}: "
                 f"{self._roll_call()} ({error})"

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import ops
 from ._params import local_shard
-from .distributed import _replicas, cut, local_columns
+from ._placements import local_columns, replicas_of
 
-__all__ = ["Layout", "Run", "Share", "layout_of", "runs_of", "stand_ins"]
+__all__ = ["Layout", "Run", "Share", "cut", "layout_of", "runs_of", "stand_ins"]
 
 Run = tuple[int, int]  # columns [begin, end) in flat order
 
@@ -69,7 +70,7 @@ class Share:
         self.mesh = next((p.device_mesh for p in params if hasattr(p, "device_mesh")), None)
         self._parts: list[tuple[int, int, int]] | None = None
         if self.mesh is not None:
-            self.replicas, self.runs = _replicas(params), runs_of(params)
+            self.replicas, self.runs = replicas_of(params), runs_of(params)
             self.shapes = [tuple(local_shard(p).shape) for p in params]
             self.names = None if names is None else list(names)
         else:
@@ -110,6 +111,16 @@ class Share:
             if low < high:
                 shift = self._places[i] - self.runs[i][0]
                 yield slice(low + shift, high + shift), (low, high)
+
+
+def cut(numel: int, rank: int, size: int, pad: bool = False) -> tuple[int, int]:
+    """The columns of one of ``size`` pieces, equal but for the last ones; ``pad``: as if equal.
+
+    They are cut so that the blocks of an 8-bit basis stay whole.
+    """
+    length = -(-numel // (size * ops.SCALE_BLOCK)) * ops.SCALE_BLOCK
+    begin, end = rank * length, (rank + 1) * length
+    return (begin, end) if pad else (min(begin, numel), min(end, numel))
 
 
 def runs_of(params: Sequence[Any]) -> list[Run]:

@@ -10,11 +10,12 @@ import torch
 
 from . import ops
 from ._params import named_parameters
+from ._placements import local_shards, replicas_of
 from ._ranks import Ranks, members
-from ._share import Run, layout_of
+from ._share import Run, cut, layout_of
 from ._shared_file import read_columns
 from .dcp import is_dcp, read_subspace, saved_shape
-from .distributed import LocalSubspace, ShardedSubspace, _replicas, cut, local_shards
+from .distributed import LocalSubspace, ShardedSubspace
 from .storage import Reader
 from .subspace import KIND, VERSION
 
@@ -44,7 +45,7 @@ def load_local(path: Path, params: Iterable[Any]) -> LocalSubspace:
     """See `LocalSubspace.load`."""
     listed, names = named_parameters(params)
     entries: list[Any] = list(listed)
-    replicas, shards = _replicas(entries), local_shards(entries)
+    replicas, shards = replicas_of(entries), local_shards(entries)
     group, _ = members("LocalSubspace", entries[0].device_mesh)
     ranks = Ranks("LocalSubspace", group, shards[0].device)
     layout = layout_of(entries)

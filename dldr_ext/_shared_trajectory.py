@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,16 +14,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from . import _pca
+from ._agreement import all_or_none
 from ._params import dtype_name, flatten
+from ._placements import entries
 from ._principal import kept_count
 from ._ranks import listed, together
 from ._recording import check_current, given_anchor, wide_dtype
-from ._saved import RANK_FOLDERS
 from ._share import Share, stand_ins
-from ._shared_file import read_file, write_file
+from ._shared_file import write_file
+from ._shared_parts import NoColumns, Piece, join_parts, open_file, open_folder, rank_folder
 from ._stored_rows import combined
 from .distributed import LocalSubspace, ShardedSubspace
-from .stores import DiskStore, MemoryStore, Store, check_storage
+from .stores import Store, check_storage
 from .trajectory import Trajectory
 
 __all__ = ["SharedTrajectory"]
@@ -44,7 +46,8 @@ class SharedTrajectory(Trajectory):
         The columns of this rank.
     """
 
-    _inner: _Piece | None
+    _inner: Piece | None
+    _rows: list[Tensor]  # of the lower half of the Gram matrix
 
     def __init__(
         self,
@@ -63,13 +66,14 @@ class SharedTrajectory(Trajectory):
             check_storage(storage, path)
             self.storage = storage
             self.share = Share(self.params, self.names, self.ranks.rank, self.ranks.size)
+            self._store = NoColumns(self)
             given = None if anchor is None else self._own_anchor(anchor)
             self.ranks.agree({**self._claims(), "anchor": anchor is not None})
         run = self.ranks.exchange({"run": secrets.token_hex(8)}, "construction")[0]["run"]
         with self.all_or_none("construction", self.close):
-            folder = None if path is None else self._folder(path)
-            self._inner = self._piece(folder, given, {"run": run, "ranks": self.ranks.size})
-            self._store = NoColumns(self) if self._inner is None else self._inner._store
+            folder = None if path is None else rank_folder(path, self.ranks)
+            self._inner = self.piece(folder, given, {"run": run, "ranks": self.ranks.size})
+            self._store = self._store if self._inner is None else self._inner._store
         self._anchor = given
 
     @classmethod
@@ -77,30 +81,31 @@ class SharedTrajectory(Trajectory):
         cls, path: str | os.PathLike[str], params: Iterable[Any], process_group: Any
     ) -> SharedTrajectory:
         """`Trajectory.load`: a file of any number of ranks, or a folder of as many as here."""
+        self = cls._of(params, process_group)
+        (open_folder if os.path.isdir(path) else open_file)(self, path)
+        return self
+
+    @classmethod
+    def of_parts(cls, part: Trajectory | None, params: Iterable[Any]) -> SharedTrajectory:
+        """Of trajectories that each rank recorded of its local shards; None where it has none."""
+        params = listed(params)
+        mesh = getattr(entries(params)[0][0], "device_mesh", None)
+        if mesh is None:
+            raise ValueError("params[0]: expected a DTensor (fully_shard), got a plain tensor")
+        self = cls._of(params, mesh)
+        join_parts(self, part)
+        return self
+
+    @classmethod
+    def _of(cls, params: Iterable[Any], process_group: Any) -> SharedTrajectory:
         self = object.__new__(cls)
         self._join(params, process_group)
         with self.ranks.agreeing():
-            self._describe(self._listed, 1, torch.float32)  # until the file has told
+            self._describe(self._listed, 1, torch.float32)  # until somebody has told
             self.share = Share(self.params, self.names, self.ranks.rank, self.ranks.size)
-            self.ranks.agree({"params": [str(shape) for shape in self.shapes], "names": self.names})
-        with self.all_or_none("load", self.close):
-            if os.path.isdir(path):
-                self._inner = self._resumed(path)
-                self.storage = "disk"
-            else:
-                found = read_file(path, self.params, self.names, self.share, self.ranks.rank == 0)
-                self.names, self.storage = found.names, "device"
-                self.capacity, self.dtype = found.capacity, found.dtype
-                self._inner = self._piece(None, found.anchor, {})
-        if os.path.isdir(path):
-            self._join_folders()
-        else:
-            self._store = NoColumns(self) if self._inner is None else self._inner._store
-            if isinstance(self._store, MemoryStore):
-                self._store.restore(len(found.gram))[0].copy_(found.rows)
-            self._store.length, self._anchor = len(found.gram), found.anchor
-            gram = found.gram.to(self.device)
-            self._rows = [gram[t, : t + 1] for t in range(len(gram))]
+            shapes = [str(shape) for shape in self.shapes]
+            self.ranks.agree({"params": shapes, "names": self.names}, "load")
+        self._store = NoColumns(self)
         return self
 
     @property
@@ -132,7 +137,7 @@ class SharedTrajectory(Trajectory):
                 self._inner._record(self.share.own(params))
             else:
                 self._store.length += 1
-                self._anchor = self._no_columns()
+                self._anchor = self.no_columns()
         self.take_over()
         return index
 
@@ -214,6 +219,21 @@ class SharedTrajectory(Trajectory):
         with self.all_or_none("save"):
             write_file(path, self, gram)
 
+    def take(self, inner: Piece | None, store: Store, anchor: Tensor | None) -> None:
+        """Records on in ``inner``, whose rows are in ``store``."""
+        self._inner, self._store, self._anchor = inner, store, anchor
+
+    def take_nothing(self, length: int) -> None:
+        """Counts on: this rank has no columns of the snapshots so far."""
+        self._store = NoColumns(self)
+        self._store.length = length
+        self._anchor = self.no_columns()
+
+    def take_gram(self, gram: Tensor) -> None:
+        """Of all columns and all snapshots so far."""
+        gram = gram.to(self.device)
+        self._rows = [gram[t, : t + 1] for t in range(len(gram))]
+
     def close(self) -> None:
         """Gives the folder of this rank back."""
         if self._inner is not None:
@@ -235,7 +255,7 @@ class SharedTrajectory(Trajectory):
         ranks = together("Trajectory", process_group, self._listed)
         assert ranks is not None
         self.ranks = ranks
-        self._rows: list[Tensor] = []  # of the lower half of the Gram matrix
+        self._rows = []
         self._inner = None
         self._anchor: Tensor | None = None
 
@@ -255,82 +275,26 @@ class SharedTrajectory(Trajectory):
             raise ValueError("anchor: expected a list of DTensors, as params, got one tensor")
         return flatten(self.share.own(list(anchor)), wide)
 
-    def _piece(
+    def piece(
         self, folder: Path | None, anchor: Tensor | None, part: dict[str, Any]
-    ) -> _Piece | None:
+    ) -> Piece | None:
         """What this rank records; None where it has no columns."""
         if not self.share.numel:
             return None
         storage = "disk" if folder is not None else self.storage
-        return _Piece(self._own_params(), self.capacity, self.dtype, storage, folder, anchor, part)
+        return Piece(self.own_params(), self.capacity, self.dtype, storage, folder, anchor, part)
 
-    def _own_params(self) -> list[Any]:
+    def own_params(self) -> list[Any]:
         tensors = stand_ins(self.share.shapes, self.params[0].dtype, self.device)
         names = self.share.names
         return tensors if names is None else list(zip(names, tensors, strict=True))
-
-    def _folder(self, path: str | os.PathLike[str]) -> Path:
-        """The one of this rank in the folder of all."""
-        size = self.ranks.size
-        others = [found for found in Path(path).glob(RANK_FOLDERS)]
-        wrong = [found.name for found in others if not found.name.endswith(f"-of-{size:05}")]
-        if wrong:
-            raise ValueError(
-                f"path: expected a folder of {size} ranks, as there are, got {path} with "
-                f"{sorted(wrong)[0]}; a file (save) can be loaded on any number of ranks"
-            )
-        return Path(path, f"rank-{self.ranks.rank + 1:05}-of-{size:05}")
-
-    def _resumed(self, path: str | os.PathLike[str]) -> _Piece | None:
-        if not any(Path(path).glob(RANK_FOLDERS)):
-            raise ValueError(
-                f"path: expected a folder that {self.ranks.size} ranks recorded to, got {path} "
-                "without one for each rank"
-            )
-        folder = self._folder(path)
-        if not self.share.numel:
-            return None
-        found = _Piece.load(folder, self._own_params())
-        assert isinstance(found, _Piece)
-        return found
-
-    def _join_folders(self) -> None:
-        """Goes on from the snapshots that all ranks have."""
-        inner = self._inner
-        claims: dict[str, Any] = {}
-        if inner is not None:
-            store = inner._store
-            assert isinstance(store, DiskStore)
-            claims = {
-                "capacity": inner.capacity,
-                "dtype": dtype_name(inner.dtype),
-                "part": store.metadata.get("part"),
-                "numbers": store.numbers,
-            }
-        found = [one for one in self.ranks.exchange(claims, "load") if one]
-        with self.all_or_none("load", self.close):
-            for key in ("capacity", "dtype", "part"):
-                if any(one[key] != found[0][key] for one in found):
-                    told = [one[key] for one in found]
-                    raise ValueError(f"path: expected folders of one recording, got {key}: {told}")
-        self.capacity = found[0]["capacity"]
-        self.dtype = getattr(torch, found[0]["dtype"])
-        common = set.intersection(*(set(one["numbers"]) for one in found))
-        after = max((n + 1 for one in found for n in one["numbers"]), default=0)
-        if inner is not None:
-            inner._store.keep(common, after)  # type: ignore[attr-defined]
-            self._store, self._anchor = inner._store, inner._anchor
-        else:
-            self._store = NoColumns(self)
-            self._store.length = len(common)
-            self._anchor = self._no_columns()
 
     @property
     def _at_once(self) -> bool:
         """Whether the Gram matrix grows with each snapshot, on every rank."""
         return self.storage == "device" or (self.storage == "host" and self.device.type == "cpu")
 
-    def _no_columns(self) -> Tensor:
+    def no_columns(self) -> Tensor:
         return torch.empty(0, dtype=wide_dtype(self.dtype), device=self.device)
 
     def _complete_gram(self) -> None:
@@ -359,88 +323,8 @@ class SharedTrajectory(Trajectory):
             self._inner._anchor = self._inner.given
             self._anchor = self._inner.given
 
-    @contextmanager
     def all_or_none(
         self, what: str, undo: Callable[[], None] | None = None, mark: int = 0
-    ) -> Iterator[None]:
-        """An error on one rank is raised on every one; ``undo`` where there was none.
-
-        The number of snapshots, and the mark, must be the same on every rank.
-        """
-        failed: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            failed = error
-        length = -1 if failed is not None or not hasattr(self, "_store") else len(self)
-        state = torch.tensor([failed is not None, length, mark], device=self.ranks.device)
-        told = torch.stack(self.ranks.gathered(state, what)).cpu()
-        if not bool(told[:, 0].any()) and bool((told == told[0]).all()):
-            return
-        if failed is None and undo is not None:
-            undo()
-        self._raise(failed, length, what)
-
-    def _raise(self, failed: Exception | None, length: int, what: str) -> NoReturn:
-        own: dict[str, Any] = {"length": length}
-        if failed is not None:
-            own = {"error": str(failed), "disk": isinstance(failed, OSError)}
-        told = self.ranks.exchange(own, what)
-        for rank, one in enumerate(told):
-            if "error" in one:
-                kind = OSError if one["disk"] else ValueError
-                raise kind(f"Trajectory: {what}: rank {rank}: {one['error']}") from failed
-        if all(one["length"] == length for one in told):
-            raise ValueError(
-                f"Trajectory: {what}: expected the same weights on every rank, got others on some: "
-                "record where ranks have the same, or pass DTensors"
-            )
-        raise ValueError(
-            f"Trajectory: {what}: expected the same calls on every rank, got "
-            f"{[one['length'] for one in told]} snapshots"
-        )
-
-
-class _Piece(Trajectory):
-    """The columns of one rank.
-
-    Attributes
-    ----------
-    given : Tensor or None
-        The anchor before the first snapshot.
-    """
-
-    given: Tensor | None = None
-
-    def __init__(
-        self,
-        params: list[Any],
-        capacity: int,
-        dtype: torch.dtype,
-        storage: str,
-        path: Path | None,
-        anchor: Tensor | None,
-        part: dict[str, Any],
-    ) -> None:
-        self._part, self.given = part, anchor
-        super().__init__(params, capacity, dtype, storage, path, anchor=anchor)
-
-    def _metadata(self) -> dict[str, Any]:
-        return {**super()._metadata(), "part": self._part}
-
-
-class NoColumns(Store):
-    """The store of a rank that has no columns: it counts."""
-
-    def __init__(self, trajectory: Trajectory) -> None:
-        super().__init__(0, trajectory.capacity, trajectory.dtype, trajectory.device)
-
-    def snapshots(self) -> Tensor:
-        return torch.empty((self.length, 0), dtype=self.dtype, device=self.device)
-
-    def _append(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
-        return True
-
-    def gram(self) -> Tensor:
-        self._make_room(self.length)
-        return super().gram()
+    ) -> AbstractContextManager[None]:
+        """An error on one rank is raised on every one: see `_agreement.all_or_none`."""
+        return all_or_none(self.ranks, what, lambda: len(self), undo, mark)

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from . import ops
-from ._share import Run, runs_of
-from .distributed import LocalSubspace, ShardedSubspace, cut
+from ._share import Run, cut, runs_of
+from .distributed import LocalSubspace, ShardedSubspace
 from .optim._base import SubspaceOptimizer
 from .subspace import Subspace
 

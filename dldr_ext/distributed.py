@@ -9,28 +9,31 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import distribute_tensor
 
-from . import _pca, ops
+from . import ops
 from ._affine import AffineSubspace
-from ._params import flatten, local_shard, named_parameters
-from ._principal import weights_at
+from ._params import flatten, local_shard
+from ._placements import entries, local_columns, local_shards, replicas_of
 from ._ranks import Ranks, members
 from ._rows import empty_rows
-from ._stored_rows import combined
+from ._sharding import checked_whole, shard_if_needed
+from ._share import Layout, cut, layout_of
 from .subspace import Subspace
 from .trajectory import Trajectory
 
-if TYPE_CHECKING:
-    from ._share import Layout
+__all__ = [
+    "LocalSubspace",
+    "ShardedSubspace",
+    "cut",
+    "local_columns",
+    "local_shards",
+    "shard_if_needed",
+]
 
-__all__ = ["LocalSubspace", "ShardedSubspace", "local_columns", "local_shards"]
-
-# Pieces are cut at multiples of this, so that the blocks of an 8-bit basis stay whole.
 _BLOCK = ops.SCALE_BLOCK
 
 
@@ -157,8 +160,8 @@ class LocalSubspace(_Cut):
             Placements that have no part here, such as ``Partial``; weights of which some are held
             by more ranks than others.
         """
-        listed = _entries(params)[0]
-        replicas, columns = _replicas(listed), local_columns(listed).to(subspace.device)
+        listed = entries(params)[0]
+        replicas, columns = replicas_of(listed), local_columns(listed).to(subspace.device)
         result = cls(
             subspace.basis[:, columns],
             subspace.origin[columns],
@@ -177,8 +180,8 @@ class LocalSubspace(_Cut):
 
         The same for one number of ranks; every rank passes the same ``seed``.
         """
-        listed, names = _entries(params)
-        replicas, shards = _replicas(listed), local_shards(listed)
+        listed, names = entries(params)
+        replicas, shards = replicas_of(listed), local_shards(listed)
         origin = flatten(shards, torch.float32)
         columns = local_columns(listed)
         # Ranks that hold the same shards draw the same numbers.
@@ -218,45 +221,13 @@ class LocalSubspace(_Cut):
         dim : int
             At most T - 1 directions; fewer where the trajectory has a smaller rank.
         """
-        listed, names = _entries(params)
-        replicas, shards = _replicas(listed), local_shards(listed)
-        group, _ = members("LocalSubspace", listed[0].device_mesh)
-        ranks = Ranks("LocalSubspace", group, shards[0].device)
-        length = 0 if trajectory is None else len(trajectory)
-        most = ranks.most(length)
-        with ranks.agreeing():
-            if trajectory is not None and (length < 2 or length != most):
-                raise ValueError(
-                    "trajectory: expected at least two snapshots, as many on every rank, got "
-                    f"{length} where another rank has {most}"
-                )
-            ranks.agree({"dim": dim}, "from_trajectory")
-        gram = torch.zeros(most, most, dtype=torch.float64, device=ranks.device)
-        origin = torch.empty(0, device=ranks.device)
-        if trajectory is not None:
-            assert trajectory.anchor is not None
-            gram += _pca.exact_gram(trajectory.snapshots)
-            origin = weights_at(trajectory.snapshots, trajectory.anchor, "first")
-        square = torch.linalg.vector_norm(origin, dtype=torch.float64).square().reshape(1)
-        ranks.sum_(gram.div_(replicas), "the Gram matrix")
-        ranks.sum_(square.div_(replicas), "the size of the weights")
-        double = origin.dtype == torch.float64
-        found = _pca.exact_spectrum(gram, double, square.sqrt(), center=True)
-        if found.rank == 0:
-            raise ValueError("trajectory: the snapshots do not differ: there is no direction")
-        count = min(_pca.checked_dim(dim, most - 1, f"{most} centred snapshots"), found.rank)
-        basis = origin.new_empty(count, 0)
-        if trajectory is not None:
-            combine = _pca.coefficients(found, count).to(ranks.device)
-            rows = trajectory.snapshots
-            basis = combined(rows, combine, trajectory.dtype, _pca.column_step(rows))
-        result = cls(
-            basis, origin, listed[0].device_mesh, replicas=replicas,
-            shapes=[tuple(p.shape) for p in shards], names=names,
-            explained_variance_ratio=found.explained(count),
-            singular_values=found.values[:count].sqrt(),
-        )  # fmt: skip
-        return result._laid_out(listed)
+        from ._shared_trajectory import SharedTrajectory
+
+        if not isinstance(trajectory, SharedTrajectory):
+            trajectory = SharedTrajectory.of_parts(trajectory, params)
+        found = trajectory.subspace(dim)
+        assert isinstance(found, LocalSubspace)
+        return found
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: Iterable[Any]) -> LocalSubspace:
@@ -274,7 +245,7 @@ class LocalSubspace(_Cut):
 
         return load_local(path, params)
 
-    def addend(self, lists: Sequence[Sequence[Tensor]], size: int) -> Tensor:
+    def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
         """Gradients of shards are means over the ranks already: only replicas count twice."""
         return self._products(lists).div_(self.replicas)
 
@@ -319,8 +290,6 @@ class LocalSubspace(_Cut):
         return result
 
     def _laid_out(self, params: Sequence[Any]) -> LocalSubspace:
-        from ._share import layout_of
-
         self.layout = layout_of(params)
         return self
 
@@ -329,13 +298,17 @@ class ShardedSubspace(_Cut):
     """A basis cut over ranks that all hold the whole weights (plain data parallelism).
 
     Each rank keeps d n / size numbers. A gradient is reduced and scattered, a direction gathered:
-    n numbers each, half of what summing the gradient and the projected direction would move.
+    as many bytes as summing the gradient alone would move, half of what summing the gradient and
+    the direction would. Gradients move in their own dtype where all have the same 16-bit one.
 
     Parameters
     ----------
     subspace : Subspace
-        The whole one, on every rank (mapped from a file, say); its columns are copied.
+        The whole one, on every rank; its columns are copied.
     process_group : ProcessGroup, DeviceMesh, module or "world"
+    device : torch.device or str, optional
+        Where the columns go, None: where the subspace is. So a basis too large for a GPU comes
+        from the host's memory.
 
     Attributes
     ----------
@@ -345,20 +318,24 @@ class ShardedSubspace(_Cut):
         Whole, on every rank.
     """
 
-    def __init__(self, subspace: Subspace, process_group: Any) -> None:
+    def __init__(
+        self, subspace: Subspace, process_group: Any, *, device: torch.device | str | None = None
+    ) -> None:
+        subspace = checked_whole("ShardedSubspace", subspace)
         group, _ = members("ShardedSubspace", process_group)
-        ranks = Ranks("ShardedSubspace", group, subspace.device)
+        origin = subspace.origin.to(subspace.device if device is None else device)
+        ranks = Ranks("ShardedSubspace", group, origin.device)
         begin, end = cut(subspace.numel, ranks.rank, ranks.size)
         local = None
         if begin < end:
             scale = subspace.scale
-            local = Subspace(
-                subspace.basis[:, begin:end].clone(),
-                subspace.origin[begin:end],
-                scale=None if scale is None else scale[:, begin // _BLOCK : -(-end // _BLOCK)],
-            )
+            if scale is not None:
+                scale = scale[:, begin // _BLOCK : -(-end // _BLOCK)].to(origin.device)
+            columns = subspace.basis[:, begin:end].contiguous()
+            columns = columns.clone() if columns is subspace.basis else columns
+            local = Subspace(columns.to(origin.device), origin[begin:end], scale=scale)
         super().__init__(subspace.dim, local, ranks)
-        self.origin = subspace.origin
+        self.origin = origin
         self.shapes, self.names = subspace.shapes, subspace.names
         self.explained_variance_ratio = subspace.explained_variance_ratio
         self.singular_values = subspace.singular_values
@@ -410,9 +387,12 @@ class ShardedSubspace(_Cut):
             singular_values=self.singular_values,
         )  # fmt: skip
 
-    def addend(self, lists: Sequence[Sequence[Tensor]], size: int) -> Tensor:
-        """This rank's columns of the mean: n numbers reduced and scattered for each list."""
-        return self._products([[self._own(one)] for one in lists])
+    def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
+        """This rank's columns of the mean: n numbers scattered for each list that differs."""
+        differ = len(lists) - same
+        own = [self._own(one) for one in lists[:differ]]
+        own += [self._flat(one)[self._columns] for one in lists[differ:]]
+        return self._products([[one] for one in own])
 
     def direction(self, index: int) -> Tensor:
         return self._whole(None if self.local is None else self.local.direction(index))
@@ -434,9 +414,9 @@ class ShardedSubspace(_Cut):
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
         piece = None
         if self.local is not None:
-            begin, end = cut(self.numel, self.ranks.rank, self.ranks.size)
-            piece = self.origin.new_empty(end - begin)
-            self.local._write([piece], theta, None if origin is None else origin[begin:end])
+            piece = self.origin.new_empty(self.local.numel)
+            own = None if origin is None else origin[self._columns]
+            self.local._write([piece], theta, own)
         full = self._whole(piece)
         with torch.no_grad():
             pieces = full.split([t.numel() for t in tensors])
@@ -445,11 +425,21 @@ class ShardedSubspace(_Cut):
 
     def _own(self, tensors: Sequence[Tensor]) -> Tensor:
         """This rank's piece of the mean of what the ranks hold."""
-        size, begin_end = self.ranks.size, cut(self.numel, self.ranks.rank, self.ranks.size)
-        full = self.origin.new_zeros(cut(self.numel, 0, size, pad=True)[1] * size)
+        piece = self.ranks.scatter_mean(self._flat(tensors), "gradients")
+        return piece[: 0 if self.local is None else self.local.numel]
+
+    def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A flat copy, with zeros after it; in 16 bits where all tensors have the same 16."""
+        first = tensors[0].dtype
+        short = first.itemsize == 2 and all(t.dtype == first for t in tensors)
+        size = cut(self.numel, 0, self.ranks.size, pad=True)[1] * self.ranks.size
+        full = self.origin.new_zeros(size, dtype=first if short else self.origin.dtype)
         torch.cat([t.reshape(-1).to(full.dtype) for t in tensors], out=full[: self.numel])
-        piece = self.ranks.scatter_sum(full, "gradients").div_(size)
-        return piece[: max(begin_end[1] - begin_end[0], 0)]
+        return full
+
+    @property
+    def _columns(self) -> slice:
+        return slice(*cut(self.numel, self.ranks.rank, self.ranks.size))
 
     def _whole(self, piece: Tensor | None) -> Tensor:
         """A flat vector (n,) from the pieces of all ranks."""
@@ -465,54 +455,3 @@ class ShardedSubspace(_Cut):
         if local is not None:
             result.origin = self.origin.to(local.origin.dtype)
         return result
-
-
-def cut(numel: int, rank: int, size: int, pad: bool = False) -> tuple[int, int]:
-    """The columns of one of ``size`` pieces, equal but for the last ones; ``pad``: as if equal."""
-    length = -(-numel // (size * _BLOCK)) * _BLOCK
-    begin, end = rank * length, (rank + 1) * length
-    return (begin, end) if pad else (min(begin, numel), min(end, numel))
-
-
-def local_shards(params: Iterable[Any]) -> list[Tensor]:
-    """What this rank holds of each parameter: views, which follow what is written."""
-    return [local_shard(p) for p in named_parameters(params)[0]]
-
-
-def local_columns(params: Iterable[Any]) -> Tensor:
-    """Where the elements of `local_shards` are among all n elements in flat order, int64."""
-    found, start = [], 0
-    for p in _entries(params)[0]:
-        index: Any = torch.arange(start, start + p.numel()).view(p.shape)
-        if hasattr(p, "device_mesh"):
-            index = index.to(p.device)
-            index = distribute_tensor(index, p.device_mesh, p.placements, src_data_rank=None)
-        found.append(local_shard(index).reshape(-1))
-        start += p.numel()
-    return torch.cat(found)
-
-
-def _entries(params: Iterable[Any]) -> tuple[list[Any], list[str] | None]:
-    """`named_parameters`, of which some may be more than a Tensor."""
-    found, names = named_parameters(params)
-    return list(found), names
-
-
-def _replicas(params: Sequence[Any]) -> int:
-    counts = []
-    for i, p in enumerate(params):
-        if not hasattr(p, "device_mesh"):
-            raise ValueError(f"params[{i}]: expected a DTensor (fully_shard), got a plain tensor")
-        if any(place.is_partial() for place in p.placements):
-            raise ValueError(f"params[{i}]: expected shards or replicas, got {p.placements}")
-        sizes = zip(p.placements, p.device_mesh.shape, strict=True)
-        count = 1
-        for place, size in sizes:
-            count *= size if place.is_replicate() else 1
-        counts.append(count)
-        if p.device_mesh != params[0].device_mesh or count != counts[0]:
-            raise ValueError(
-                f"params[{i}]: expected the mesh and the number of replicas of params[0] "
-                f"({params[0].device_mesh}, {counts[0]}), got {p.device_mesh}, {count}"
-            )
-    return counts[0]

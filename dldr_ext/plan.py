@@ -65,6 +65,8 @@ _CHECKS = 7
 _ANCHOR_EVERY = 32
 # Bytes of a coordinate on its way to other ranks: float64.
 _COORDINATE = 8
+# Columns of a basis are cut at multiples of this.
+_PIECE = 256
 
 
 @dataclass(frozen=True)
@@ -317,23 +319,27 @@ def _from_storage(job: Job, device: Device, steps: list[Step]) -> list[Step]:
 
 
 def _messages(job: Job, device: Device) -> list[Message]:
-    ranks, wide = job.ranks, ITEMSIZE[job.param_dtype]
+    ranks, wide, n = job.ranks, ITEMSIZE[job.param_dtype], job.numel
     if ranks == 1:
         return []
     share = (ranks - 1) / ranks
+
+    padded = -(-n // (ranks * _PIECE)) * ranks * _PIECE  # so that all pieces are equal
 
     def message(name: str, on_top_of: str, numbers: float, size: float, passes: int) -> Message:
         sent = passes * share * numbers * size
         seconds = None if device.interconnect is None else sent / device.interconnect
         return Message(name, on_top_of, numbers, sent, seconds)
 
-    n, c = job.numel, job.dim + 1
-    gradient = message("DDP: the gradient", "nothing", n, wide, 2)
+    c = job.dim + 1
     return [
-        gradient,
+        message("DDP: the gradient", "nothing", n, wide, 2),
         message("a gradient's coordinates and loss", "no DDP", c, _COORDINATE, 2),
         message("a trial's loss", "no DDP", 1, _COORDINATE, 2),
-        message("basis sharded: gradient scattered, u gathered", "no DDP", 2 * n, wide, 1),
+        # Coordinates of the gradients before and after the last step, with default options.
+        message("a P-BFGS step", "no DDP, FSDP", c + job.dim + job.trials, _COORDINATE, 2),
+        message("basis sharded: a gradient scattered", "no DDP", padded, wide, 1),
+        message("basis sharded: u gathered", "no DDP", padded, job.wide, 1),
         message("all sharded: coordinates and loss", "FSDP", c, _COORDINATE, 2),
     ]
 

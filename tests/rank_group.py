@@ -1,4 +1,4 @@
-"""Processes that run the same function together, over gloo on the loopback interface."""
+"""Processes that run the same function together: over gloo, or each with a GPU of its own."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def _serve(pipe: Any, rank: int, size: int, file: str, seconds: float) -> None:
+def _serve(pipe: Any, rank: int, size: int, file: str, seconds: float, backend: str) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{file}",
         rank=rank,
         world_size=size,
@@ -41,13 +43,14 @@ def _serve(pipe: Any, rank: int, size: int, file: str, seconds: float) -> None:
 class RankGroup:
     """Ranks 0 .. size - 1; `run` gives what a function returns, or raised, on each of them."""
 
-    def __init__(self, size: int, seconds: float = 30.0) -> None:
+    def __init__(self, size: int, seconds: float = 30.0, backend: str = "gloo") -> None:
         self._folder = tempfile.TemporaryDirectory()
         file = str(Path(self._folder.name, "store"))
         self.processes, self._pipes = [], []
         for rank in range(size):
             here, there = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(there, rank, size, file, seconds))
+            known = (there, rank, size, file, seconds, backend)
+            process = _CONTEXT.Process(target=_serve, args=known)
             process.start()
             there.close()
             self.processes.append(process)

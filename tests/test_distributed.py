@@ -13,53 +13,12 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_group import RankGroup
-from torch import nn
-from torch.nn.functional import cross_entropy
+from rank_problem import MAKE, D, closure_of, part, problem
 from torch.nn.parallel import DistributedDataParallel
 
-from dldr_ext import PBFGS, PSGD, Subspace
+from dldr_ext import PBFGS, PSGD, InSubspace, Subspace
 from dldr_ext._claims import difference, digest
-
-D = 6
-
-
-def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Subspace, Any]:
-    """The same on every rank: a network, a subspace and 32 samples of which each takes a part."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-    subspace = Subspace.random(model.named_parameters(), D, dtype=dtype)
-    inputs = torch.randn(32, 6, dtype=torch.float64)
-    targets = (inputs @ torch.randn(6, 3, dtype=torch.float64)).argmax(1)
-    return model, subspace, (inputs.to(dtype), targets)
-
-
-def part(data: Any, rank: int, size: int) -> Any:
-    return tuple(x.chunk(size)[rank] for x in data)
-
-
-def closure_of(model: nn.Module, data: Any, usual: bool = False) -> Any:
-    def closure() -> torch.Tensor:
-        loss = cross_entropy(model(data[0]).double(), data[1])
-        if usual and torch.is_grad_enabled():
-            model.zero_grad()
-            loss.backward()
-        return loss
-
-    return closure
-
-
-MAKE = {
-    "default": lambda p, s, **k: PBFGS(p, s, **k),
-    "consecutive": lambda p, s, **k: PBFGS(p, s, curvature="consecutive", damping=None, **k),
-    "overlap": lambda p, s, **k: PBFGS(p, s, curvature="overlap", **k),
-    "wolfe": lambda p, s, **k: PBFGS(p, s, line_search_fn="strong_wolfe", max_iter=3, **k),
-    "sr1": lambda p, s, **k: PBFGS(p, s, update="sr1", weight_decay=1e-2, **k),
-    "lbfgs": lambda p, s, **k: PBFGS(p, s, update="lbfgs", interpolate=True, **k),
-    "no search": lambda p, s, **k: PBFGS(p, s, lr=0.1, line_search_fn=None, **k),
-    "residual": lambda p, s, **k: PBFGS(p, s, residual_lr=0.01, **k),
-    "maximize": lambda p, s, **k: PBFGS(p, s, lr=0.01, maximize=True, **k),
-    "psgd": lambda p, s, **k: PSGD(p, s, lr=0.3, weight_decay=1e-2, **k),
-}
+from dldr_ext.optim._quasi_newton import QuasiNewton
 
 
 def train(how: str, wrap: str = "plain", steps: int = 6) -> dict[str, Any]:
@@ -93,6 +52,23 @@ def test_as_one_process_on_the_whole_batch(ranks: RankGroup, how: str) -> None:
     assert found[0]["status"] == alone["status"] and found[0]["trials"] == alone["trials"]
     for key in ("losses", "theta", "weights"):
         torch.testing.assert_close(found[0][key], alone[key], rtol=1e-8, atol=1e-9)
+
+
+def train_ahead(how: str) -> dict[str, Any]:
+    """As on GPUs, whose numbers the host reads once a trial."""
+    before, QuasiNewton._devices_ahead = QuasiNewton._devices_ahead, ("cpu",)
+    try:
+        return train(how, "plain usual")
+    finally:
+        QuasiNewton._devices_ahead = before
+
+
+@pytest.mark.parametrize("how", ["default", "overlap", "residual"])
+def test_steps_that_run_ahead_of_the_host(ranks: RankGroup, how: str) -> None:
+    plain, found = ranks.all(train, how, "plain usual"), ranks.all(train_ahead, how)
+    assert all(one == found[0] for one in found)
+    assert found[0]["trials"] == plain[0]["trials"]
+    torch.testing.assert_close(found[0]["weights"], plain[0]["weights"], rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "ddp usual", "plain usual", "ddp averaged"])
@@ -210,6 +186,19 @@ def test_ranks_that_differ_are_refused_on_all(ranks: RankGroup, what: str, messa
     assert all(isinstance(error, ValueError) for error in found)
     with pytest.raises(ValueError, match=message):
         raise found[0]
+
+
+def other_optimizers() -> None:
+    model, subspace, _ = problem()
+    make = torch.optim.Adam if dist.get_rank() != 1 else torch.optim.AdamW
+    options = {"lr": 0.1, "weight_decay": 0.0}
+    InSubspace(model.parameters(), subspace, make, process_group="world", **options)
+
+
+def test_other_optimizers_of_theta_are_refused(ranks: RankGroup) -> None:
+    found = ranks.run(other_optimizers)
+    message = "optimizer: expected InSubspace of Adam, as on rank 0, got InSubspace of AdamW on"
+    assert all(isinstance(error, ValueError) and message in str(error) for error in found)
 
 
 def groups() -> list[str]:

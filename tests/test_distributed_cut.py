@@ -10,13 +10,14 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from rank_group import RankGroup
-from test_distributed import MAKE, closure_of, part, problem, train
+from rank_problem import MAKE, closure_of, part, problem
+from test_distributed import train
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh
 
 from dldr_ext.distributed import LocalSubspace, ShardedSubspace, cut
 
-HOWS = ["default", "wolfe", "sr1", "residual", "psgd"]
+HOWS = ["default", "wolfe", "sr1", "residual", "psgd", "adam"]
 
 
 def sharded(how: str, mode: str) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def test_ranks():
         (n, 2 * share * n * 4),
         (41, 2 * share * 41 * 8),
         (1, 2 * share * 8),
-        (2 * n, share * 2 * n * 4),
+        (82, 2 * share * 82 * 8),
+        (n, share * n * 4),
+        (n, share * n * 4),
         (41, 2 * share * 41 * 8),
     ]
     assert one.messages == []
@@ -152,11 +154,11 @@ def test_measured_device_is_this_machine(monkeypatch):
     assert min(found.read, found.copy, found.float32, found.float64) > 1e6
 
 
-def plan_check():
-    path = ROOT / "benchmarks" / "plan_check.py"
+def benchmark(name):
+    path = ROOT / "benchmarks" / f"{name}.py"
     if not path.exists():
         pytest.skip("needs the folder benchmarks/ of a source checkout")
-    spec = importlib.util.spec_from_file_location("plan_check", path)
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -167,8 +169,16 @@ def plan_check():
     "job", [Job(4_000_000, 20, 41)] + EVERY * [Job(4_000_000, 24, 30, "float32")]
 )
 def test_peak_memory_of_a_run_is_as_planned(job):
-    for phase, found in plan_check().memory(job)["phases"].items():
+    for phase, found in benchmark("plan_check").memory(job)["phases"].items():
         assert found["within"], (phase, found)
+
+
+def test_projection_in_the_documentation_is_what_plan_says():
+    projection = benchmark("projection")
+    rows = projection.rows()
+    assert json.loads(projection.RESULTS.read_text())["rows"] == json.loads(json.dumps(rows))
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    assert "\n".join(projection.table(rows)) in page
 
 
 def test_shares_are_those_of_the_results():

@@ -322,16 +322,21 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """What the last evaluation left, on this rank."""
         return gradients(self._leaves)
 
-    def _projected(self, *lists: list[Tensor]) -> Tensor:
-        """c = P^T g of each list, (len(lists), d) float64. One pass over the basis."""
-        return self._measured(None, *lists)[0]
+    def _projected(self, *lists: list[Tensor], same: int = 0) -> Tensor:
+        """c = P^T g of each list, (len(lists), d) float64. One pass over the basis.
 
-    def _measured(self, loss: Loss | None, *lists: list[Tensor]) -> tuple[Tensor, Loss | None]:
+        Of several ranks the mean's, where the last ``same`` lists are the same on all.
+        """
+        return self._measured(None, *lists, same=same)[0]
+
+    def _measured(
+        self, loss: Loss | None, *lists: list[Tensor], same: int = 0
+    ) -> tuple[Tensor, Loss | None]:
         """`_projected` and a loss; of several ranks their means, in one sum of d + 1 numbers."""
         if self._ranks is None:
             c = self._subspace.project_many(lists)
         else:
-            c = self._subspace.addend(lists, self._ranks.size)
+            c = self._subspace.addend(lists, self._ranks.size, same)
             parts = [c.reshape(-1)]
             if loss is not None:
                 own = torch.as_tensor(loss, dtype=torch.float64, device=c.device).detach()

@@ -13,7 +13,7 @@ from ._objective import Objective
 __all__ = ["Pairs"]
 
 Pair = tuple[Tensor, Tensor, Tensor]  # s, y, B^-1 s
-Project = Callable[..., Tensor]  # lists of tensors -> (len(lists), d) float64
+Project = Callable[..., Tensor]  # lists of tensors -> (len(lists), d) float64; see `_projected`
 
 
 class Pairs:
@@ -118,5 +118,5 @@ def _of_objective(
     """Coordinates of gradients of the objective; the weights are projected in the same pass."""
     if objective.decay == 0.0:
         return [f * row for f, row in zip(factors, project(*lists), strict=True)]
-    *rows, weights = project(*lists, [point])
+    *rows, weights = project(*lists, [point], same=1)
     return [f * row + objective.decay * weights for f, row in zip(factors, rows, strict=True)]

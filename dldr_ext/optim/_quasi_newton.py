@@ -38,8 +38,8 @@ class _Project:
         self._measured, self._own = measured, loss
         self.loss: Loss | None = None
 
-    def __call__(self, *lists: list[Tensor]) -> Tensor:
-        c, self.loss = self._measured(self._own, *lists)
+    def __call__(self, *lists: list[Tensor], same: int = 0) -> Tensor:
+        c, self.loss = self._measured(self._own, *lists, same=same)
         return c
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .._affine import AffineSubspace
+from .._claims import Claims
+from .._ranks import listed, together
 from ._closure import Closure, Loss
 from ._first_order import FirstOrder
 from .status import Status
@@ -36,6 +39,9 @@ class InSubspace(FirstOrder):
         step (``torch.optim.LBFGS``) costs two passes for each evaluation.
     theta0 : Tensor of shape (d,), "current" or None
         Where to start; None is 0, "current" the projection of the current weights.
+    process_group : ProcessGroup, DeviceMesh, module, "world" or None
+        Steps together with other ranks: see `PBFGS`. Every rank steps theta itself, so that the
+        optimizer must do the same everywhere (one that draws random numbers needs the same seed).
     **options
         Of the optimizer, such as ``lr``; in ``param_groups``, so that schedulers work. They act on
         theta: weight decay pulls towards the origin of the subspace.
@@ -54,18 +60,26 @@ class InSubspace(FirstOrder):
         optimizer: type[torch.optim.Optimizer],
         *,
         theta0: Tensor | Literal["current"] | None = None,
+        process_group: Any = None,
         **options: Any,
     ) -> None:
-        if not isinstance(optimizer, type) or not issubclass(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                "InSubspace: optimizer: expected a class such as torch.optim.Adam, got "
-                f"{optimizer!r}"
-            )
-        nothing = torch.zeros(1, device="cpu", requires_grad=True)
-        probe = optimizer([nothing], **options)  # checks the options
-        super().__init__(params, subspace, probe.defaults, theta0)
-        self._make, self._options = optimizer, options
+        params = listed(params)
+        ranks = together("InSubspace", process_group, params)
+        with nullcontext() if ranks is None else ranks.agreeing():
+            if not isinstance(optimizer, type) or not issubclass(optimizer, torch.optim.Optimizer):
+                raise TypeError(
+                    "InSubspace: optimizer: expected a class such as torch.optim.Adam, got "
+                    f"{optimizer!r}"
+                )
+            nothing = torch.zeros(1, device="cpu", requires_grad=True)
+            probe = optimizer([nothing], **options)  # checks the options
+            self._make, self._options = optimizer, options
+            super().__init__(params, subspace, probe.defaults, theta0, ranks)
         self._renew()
+
+    def _claims(self, theta0: Tensor | str | None) -> Claims:
+        claims = super()._claims(theta0)
+        return claims | {"optimizer": f"{claims['optimizer']} of {self._make.__name__}"}
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's LBFGS, for one, cannot be copied or pickled: it is made anew from its state.

@@ -86,8 +86,8 @@ class PSGD(FirstOrder):
     def _slope(self, loss: Loss | None) -> tuple[Tensor, Loss | None]:
         group = self.param_groups[0]
         objective = Objective(-1.0 if group["maximize"] else 1.0, float(group["weight_decay"]))
-        lists = [self._gradients(), *([self._params] if objective.decay else [])]
-        rows, loss = self._measured(loss, *lists)
+        weights = [self._params] if objective.decay else []
+        rows, loss = self._measured(loss, self._gradients(), *weights, same=len(weights))
         c = objective.factor * rows[0]
         if objective.decay:
             c.add_(rows[1], alpha=objective.decay)
