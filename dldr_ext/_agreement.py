@@ -21,7 +21,7 @@ def all_or_none(
     undo: Callable[[], None] | None = None,
     mark: int = 0,
 ) -> Iterator[None]:
-    """What is done inside counts only if no rank failed; one sum of three numbers.
+    """What is done inside counts only if no rank failed; ranks tell each other three numbers.
 
     Parameters
     ----------

@@ -79,6 +79,10 @@ class Share:
             self._parts = list(_overlaps(params, run))
             self.shapes = [(end - begin,) for _, begin, end in self._parts]
             self.names = None if names is None else [names[i] for i, _, _ in self._parts]
+        self.index()
+
+    def index(self) -> None:
+        """Finds where each run is kept."""
         self._firsts = [begin for begin, _ in self.runs]
         self._places = [0, *itertools.accumulate(end - begin for begin, end in self.runs)]
         self.numel = self._places[-1]

@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import _pca
 from ._agreement import all_or_none
-from ._params import dtype_name, flatten
+from ._params import check_matches, dtype_name, flatten
 from ._placements import entries
 from ._principal import kept_count
 from ._ranks import listed, together
 from ._recording import check_current, given_anchor, wide_dtype
-from ._share import Share, stand_ins
+from ._share import Layout, Share, stand_ins
 from ._shared_file import write_file
 from ._shared_parts import NoColumns, Piece, join_parts, open_file, open_folder, rank_folder
 from ._stored_rows import combined
@@ -164,7 +164,8 @@ class SharedTrajectory(Trajectory):
         asked = {"dim": dim, "explained": explained, "start": start, "center": center}
         with self.all_or_none("subspace"):
             count, dtype, origin = self._asked(dim, explained, start, center, dtype)
-        self.ranks.agree({**asked, "dtype": dtype_name(dtype)}, "subspace")
+        told = {key: str(value) for key, value in asked.items()}
+        self.ranks.agree({**told, "dtype": dtype_name(dtype)}, "subspace")
         found = self._spectrum(origin, center)
         count = kept_count(found, len(self), count, dim, explained)
         basis = torch.empty((count, 0), dtype=dtype, device=self.device)
@@ -179,7 +180,10 @@ class SharedTrajectory(Trajectory):
             known |= {"shapes": self.shapes, "names": self.names}
             return ShardedSubspace.of_columns(basis, origin, self.share.total, self.ranks, **known)
         known |= {"shapes": self.share.shapes, "names": self.share.names}
-        return LocalSubspace(basis, origin, self.ranks.group, replicas=self.share.replicas, **known)
+        group, replicas = self.ranks.group, self.share.replicas
+        result = LocalSubspace(basis, origin, group, replicas=replicas, **known)
+        result.layout = Layout(self.share.runs, self.shapes)
+        return result
 
     def _spectrum(self, origin: Tensor, center: bool) -> _pca.Spectrum:
         """Of all columns; the same bits on every rank."""
@@ -265,15 +269,14 @@ class SharedTrajectory(Trajectory):
         return {**known, "storage": self.storage, "parameters": sharded}
 
     def _own_anchor(self, anchor: Tensor | Sequence[Tensor]) -> Tensor:
-        wide = wide_dtype(self.dtype)
         if self.share.mesh is None:
-            flat = [given_anchor(self, anchor)]
-            return torch.cat(
-                [flat[0][begin:end] for begin, end in self.share.runs] or [flat[0][:0]]
-            )
+            flat = given_anchor(self, anchor)
+            return torch.cat([flat[:0], *(flat[begin:end] for begin, end in self.share.runs)])
         if isinstance(anchor, Tensor):
             raise ValueError("anchor: expected a list of DTensors, as params, got one tensor")
-        return flatten(self.share.own(list(anchor)), wide)
+        own = self.share.own(list(anchor))
+        check_matches(own, self.share.shapes, self.share.names, "local shards", "anchor")
+        return flatten(own, wide_dtype(self.dtype))
 
     def piece(
         self, folder: Path | None, anchor: Tensor | None, part: dict[str, Any]
@@ -310,11 +313,14 @@ class SharedTrajectory(Trajectory):
         """Of whole weights a few bits, by which ranks notice that theirs are not the same."""
         if self.share.mesh is not None:
             return 0
+        step = -(-len(params) // _MARKS)
         some = [
-            p.detach().reshape(-1)[:: max(1, p.numel() - 1)]
-            for p in params[:: -(-len(params) // _MARKS)]
+            p.detach()[(i,) * p.ndim].to(torch.float64)
+            for p in params[::step]
+            for i in (0, -1)
+            if p.numel()
         ]
-        return int(torch.cat(some).to(torch.float64).view(torch.int64).sum())
+        return int(torch.stack(some).view(torch.int64).sum()) if some else 0
 
     def _undo(self) -> None:
         """Forgets the snapshot that another rank could not record."""

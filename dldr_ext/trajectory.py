@@ -55,7 +55,7 @@ class Trajectory:
     """
 
     def __new__(cls, *_: Any, process_group: Any = None, **__: Any) -> Trajectory:
-        if process_group is None:
+        if process_group is None or cls is not Trajectory:
             return object.__new__(cls)
         from ._shared_trajectory import SharedTrajectory
 
@@ -72,6 +72,8 @@ class Trajectory:
         anchor: Tensor | Sequence[Tensor] | None = None,
         process_group: Any = None,
     ) -> None:
+        if process_group is not None:
+            raise TypeError(f"process_group: expected None for a {type(self).__name__}")
         self._describe(params, capacity, dtype)
         check_storage(storage, path)
         self.storage = storage

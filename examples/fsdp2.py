@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 examples/fsdp2.py
 
-Each rank records its own shards; the Gram matrices (T x T) are summed. A step of P-BFGS sums d + 1
+Each rank records its own shards; the ranks sum the Gram matrix (T x T). A step of P-BFGS sums d + 1
 numbers, beside what FSDP2 itself gathers to run the model.
 """
 
@@ -15,8 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss
 
-from dldr_ext import PBFGS, LocalSubspace, Trajectory
-from dldr_ext.distributed import local_shards
+from dldr_ext import PBFGS, Trajectory
 
 
 def main(recorded=30, steps=20, dim=10):
@@ -30,7 +29,7 @@ def main(recorded=30, steps=20, dim=10):
         fully_shard(layer)
     fully_shard(model)
 
-    trajectory = Trajectory(local_shards(model.parameters()), capacity=recorded)
+    trajectory = Trajectory(model.named_parameters(), capacity=recorded, process_group=model)
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(recorded):
         trajectory.record()
@@ -38,8 +37,7 @@ def main(recorded=30, steps=20, dim=10):
         mse_loss(model(inputs), targets).backward()
         sgd.step()
 
-    subspace = LocalSubspace.from_trajectory(trajectory, model.named_parameters(), dim)
-    optimizer = PBFGS(model.parameters(), subspace, process_group=model)
+    optimizer = PBFGS(model.parameters(), trajectory.subspace(dim), process_group=model)
     losses = [optimizer.step(lambda: mse_loss(model(inputs), targets)) for _ in range(steps)]
     return float(losses[0]), float(losses[-1])
 

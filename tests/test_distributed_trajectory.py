@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import errno
+import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from rank_group import RankGroup
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DeviceMesh
+from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
 
 from dldr_ext import LocalSubspace, ShardedSubspace, Trajectory, storage
+from dldr_ext._share import Share, runs_of
+from dldr_ext.checkpoints.pieces import Pieces
+from dldr_ext.distributed import local_columns, local_shards
 
 STEPS, D = 6, 3
 
@@ -43,8 +51,6 @@ def walk(model: nn.Module, first: int = 0, last: int = STEPS) -> Any:
                 q += 0.1 * torch.randn(q.shape, generator=generator)
                 full = q
                 if hasattr(p, "device_mesh"):
-                    from torch.distributed.tensor import distribute_tensor
-
                     full = distribute_tensor(q.detach(), p.device_mesh, p.placements).to_local()
                     p = p.to_local()
                 p.copy_(full)
@@ -75,8 +81,6 @@ def whole_basis(subspace: Any, params: Any) -> torch.Tensor:
     if isinstance(subspace, ShardedSubspace):
         return subspace.whole().basis
     assert isinstance(subspace, LocalSubspace)
-    from dldr_ext.distributed import local_columns
-
     full = torch.zeros(subspace.dim, sum(p.numel() for p in params))
     if subspace.local is not None:
         full[:, local_columns(params)] = subspace.local.basis / subspace.replicas
@@ -117,6 +121,64 @@ def test_as_one_process(ranks: RankGroup, mode: str, tier: str, small: bool, tmp
     torch.testing.assert_close(found[0]["ratio"], expected.explained_variance_ratio(), **close)
     torch.testing.assert_close(found[0]["basis"], subspace.basis, **close)
     torch.testing.assert_close(found[0]["values"], subspace.singular_values, **close)
+
+
+def two_ways(small: bool) -> None:
+    """Recorded together, and by each rank for itself: to the bit the same subspace."""
+    model = network("sharded", small)
+    together = Trajectory(model.named_parameters(), 9, torch.float32, process_group=model)
+    shards = local_shards(model.parameters())
+    alone = None
+    if sum(shard.numel() for shard in shards):
+        alone = Trajectory(shards, 9, torch.float32)
+    for _ in walk(model):
+        together.record()
+        if alone is not None:
+            alone.record()
+    other = LocalSubspace.from_trajectory(alone, model.named_parameters(), D)
+    subspace = together.subspace(D)
+    assert (other.local is None) == (subspace.local is None) == (alone is None)
+    if subspace.local is not None:
+        assert torch.equal(other.local.basis, subspace.local.basis)
+        assert torch.equal(other.origin, subspace.origin)
+    assert other.names == subspace.names and other.layout == subspace.layout
+    assert torch.equal(other.singular_values, subspace.singular_values)
+    if not small:
+        lost = None if dist.get_rank() == 1 else alone
+        with pytest.raises(ValueError, match="rank 1: trajectory: expected one, for this rank"):
+            LocalSubspace.from_trajectory(lost, model.named_parameters(), D)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_trajectories_of_local_shards_are_put_together(ranks: RankGroup, small: bool) -> None:
+    ranks.all(two_ways, small)
+
+
+def anchored(mode: str) -> torch.Tensor:
+    model = network(mode)
+    anchor = [p.detach().clone() for p in model.parameters()]
+    group = model if mode != "whole" else "world"
+    options = {"anchor": anchor, "process_group": group}
+    trajectory = Trajectory(model.parameters(), 9, torch.float32, **options)
+    for _ in walk(model):
+        trajectory.record()
+    with pytest.raises(ValueError, match="anchor: expected finite values"):
+        bad = [p * float("nan") for p in anchor]
+        Trajectory(model.parameters(), process_group=group, anchor=bad)
+    with pytest.raises(ValueError, match="a GroupedSubspace"):
+        trajectory.grouped_subspace([2, 2])
+    return trajectory.gram
+
+
+@pytest.mark.parametrize("mode", ["whole", "sharded"])
+def test_an_anchor_is_cut_like_the_weights(rank_groups: Any, mode: str) -> None:
+    model = network()
+    anchor = [p.detach().clone() for p in model.parameters()]
+    one = Trajectory(model.parameters(), 9, torch.float32, anchor=anchor)
+    for _ in walk(model):
+        one.record()
+    for gram in rank_groups(2).all(anchored, mode):
+        torch.testing.assert_close(gram, one.gram, rtol=1e-5, atol=1e-5)
 
 
 def on_the_wire() -> list[int]:
@@ -250,7 +312,7 @@ def gone_on(path: Path, mode: str) -> list[torch.Tensor]:
     if dist.get_rank() == 1:
         (folder / "000001.safetensors").write_bytes(b"nothing")
     dist.barrier()
-    with pytest.warns(UserWarning, match="left out") if dist.get_rank() == 1 else _nothing():
+    with pytest.warns(UserWarning, match="left out") if dist.get_rank() == 1 else nullcontext():
         again = Trajectory.load(path, model.parameters(), process_group=group)
     assert len(again) == 3
     for _ in walk(model, first=4):
@@ -262,12 +324,6 @@ def gone_on(path: Path, mode: str) -> list[torch.Tensor]:
     third.save(path.with_suffix(".safetensors"))
     third.close()
     return [third.gram]
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 @pytest.mark.filterwarnings("ignore:a snapshot was left out")
@@ -347,8 +403,6 @@ def test_a_file_of_one_process_loads_on_ranks(ranks: RankGroup, mode: str, tmp_p
 
 def read_in_parts(folder: Path, mode: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """From checkpoints, and how many numbers this rank read."""
-    from dldr_ext.checkpoints.pieces import Pieces
-
     model = network(mode) if kind != "meta" else network().to("meta")
     group, count, before = (model if mode != "whole" else "world"), [0], Pieces.read
     Pieces.read = lambda self, entry, begin, out: (  # type: ignore[method-assign]
@@ -373,8 +427,6 @@ def read_in_parts(folder: Path, mode: str, kind: str, options: dict[str, Any]) -
 
 
 def written(folder: Path) -> list[Path]:
-    from safetensors.torch import save_file
-
     folder.mkdir()
     model, paths = network(), []
     for t in walk(model):
@@ -411,8 +463,6 @@ def test_checkpoints_are_read_once_by_all_together(
 
 
 def test_a_bad_checkpoint_is_left_out_on_all_ranks(ranks: RankGroup, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     path = written(tmp_path / "run")[2]
     tensors = load_file(path)
     tensors["2.bias"][-1] = float("nan")  # only the last rank reads it
@@ -425,3 +475,47 @@ def test_a_bad_checkpoint_is_left_out_on_all_ranks(ranks: RankGroup, tmp_path: P
     path.write_bytes(b"nothing")
     for r in ranks.all(read_in_parts, tmp_path / "run", "whole", "", {}):
         assert "error" in r and "step2" in r["error"]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1), st.data())
+def test_a_share_knows_its_columns(pairs: Any, data: Any) -> None:
+    """Runs with gaps; `stretches` and `within` against plain indices."""
+    share, at, mine = object.__new__(Share), 0, []
+    share.runs = []
+    for gap, length in pairs:
+        share.runs.append((at + gap, at + gap + length))
+        at += gap + length
+        mine += range(at - length, at)
+    share.index()
+    assert share.numel == len(mine)
+    begin = data.draw(st.integers(0, len(mine)))
+    end = data.draw(st.integers(begin, len(mine)))
+    found = [-1] * (end - begin)
+    for place, (low, high) in share.stretches(begin, end):
+        found[place] = range(low, high)
+    assert found == mine[begin:end]
+    first = data.draw(st.integers(0, at))
+    last = data.draw(st.integers(first, at))
+    pieces = [(list(range(len(mine))[own]), run) for own, run in share.within(first, last)]
+    assert [mine[i] for own, _ in pieces for i in own] == [i for i in mine if first <= i < last]
+    assert [i for _, run in pieces for i in range(*run)] == [i for i in mine if first <= i < last]
+
+
+def runs_as_columns() -> None:
+    """Of every placement of a mesh of two dimensions, and of FSDP2."""
+    size = dist.get_world_size()
+    mesh = DeviceMesh("cpu", torch.arange(size).view(2, size // 2))
+    placements = [Replicate(), Shard(0), Shard(1), Shard(2)]
+    for pair in itertools.product(placements, repeat=2):
+        tensors = [torch.zeros(5, 3, 4), torch.zeros(2, 2, 2), torch.zeros(1, 7, 3)]
+        cut = [distribute_tensor(t, mesh, pair, src_data_rank=None) for t in tensors]
+        found = [i for begin, end in runs_of(cut) for i in range(begin, end)]
+        assert found == local_columns(cut).tolist(), pair
+    for params in (network("sharded").parameters(), network("sharded", True).parameters()):
+        listed = list(params)
+        found = [i for begin, end in runs_of(listed) for i in range(begin, end)]
+        assert found == local_columns(listed).tolist()
+
+
+def test_runs_are_the_columns_of_local_shards(ranks: RankGroup) -> None:
+    ranks.all(runs_as_columns)
