@@ -141,7 +141,8 @@ def two_ways(small: bool) -> None:
     if subspace.local is not None:
         assert torch.equal(other.local.basis, subspace.local.basis)
         assert torch.equal(other.origin, subspace.origin)
-    assert other.names == subspace.names and other.layout == subspace.layout
+    assert subspace.layout is not None and other.layout == subspace.layout
+    assert other.names == subspace.names
     assert torch.equal(other.singular_values, subspace.singular_values)
     if not small:
         lost = None if dist.get_rank() == 1 else alone
