@@ -412,12 +412,11 @@ class ShardedSubspace(_Cut):
         return result
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
-        piece = None
+        piece = self._piece()
         if self.local is not None:
-            piece = self.origin.new_empty(self.local.numel)
             own = None if origin is None else origin[self._columns]
-            self.local._write([piece], theta, own)
-        full = self._whole(piece)
+            self.local._write([piece[: self.local.numel]], theta, own)
+        full = self.ranks.gather(piece, "a direction")[: self.numel]
         with torch.no_grad():
             pieces = full.split([t.numel() for t in tensors])
             for tensor, part in zip(tensors, pieces, strict=True):
@@ -433,7 +432,8 @@ class ShardedSubspace(_Cut):
         first = tensors[0].dtype
         short = first.itemsize == 2 and all(t.dtype == first for t in tensors)
         size = cut(self.numel, 0, self.ranks.size, pad=True)[1] * self.ranks.size
-        full = self.origin.new_zeros(size, dtype=first if short else self.origin.dtype)
+        full = self.origin.new_empty(size, dtype=first if short else self.origin.dtype)
+        full[self.numel :] = 0
         torch.cat([t.reshape(-1).to(full.dtype) for t in tensors], out=full[: self.numel])
         return full
 
@@ -443,10 +443,16 @@ class ShardedSubspace(_Cut):
 
     def _whole(self, piece: Tensor | None) -> Tensor:
         """A flat vector (n,) from the pieces of all ranks."""
-        padded = self.origin.new_zeros(cut(self.numel, 0, self.ranks.size, pad=True)[1])
+        padded = self._piece()
         if piece is not None:
             padded[: len(piece)] = piece
         return self.ranks.gather(padded, "a direction")[: self.numel]
+
+    def _piece(self) -> Tensor:
+        """Memory for this rank's columns, of equal length on all ranks; zeros after the columns."""
+        piece = self.origin.new_empty(cut(self.numel, 0, self.ranks.size, pad=True)[1])
+        piece[0 if self.local is None else self.local.numel :] = 0
+        return piece
 
     def _like(self, local: Subspace | None) -> ShardedSubspace:
         result = object.__new__(ShardedSubspace)
