@@ -35,7 +35,7 @@ def quantize(basis: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, 
     scales = torch.empty((rows, blocks(columns)), dtype=torch.float32, device=basis.device)
     step = _pca.column_step(basis)
     for begin in range(0, columns, step):
-        chunk = _chunk(basis, scale, begin, step)
+        chunk = values(basis, scale, begin, step, torch.float32)
         width = chunk.shape[1]
         chunk = functional.pad(chunk, (0, -width % ops.SCALE_BLOCK))
         chunk = chunk.view(rows, -1, ops.SCALE_BLOCK)
@@ -45,11 +45,11 @@ def quantize(basis: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, 
         peak = torch.where(peak < _SMALLEST, 0, peak)
         inverse = torch.where(peak > 0, LARGEST[dtype] / peak, 0)
         # A rounding error of the product may pass the largest value by an ulp.
-        values = (chunk * inverse).clamp_(-LARGEST[dtype], LARGEST[dtype])
+        rounded = (chunk * inverse).clamp_(-LARGEST[dtype], LARGEST[dtype])
         if dtype == torch.int8:
-            values.round_()
+            rounded.round_()
         block = begin // ops.SCALE_BLOCK
-        result[:, begin : begin + width] = values.view(rows, -1)[:, :width].to(dtype)
+        result[:, begin : begin + width] = rounded.view(rows, -1)[:, :width].to(dtype)
         scales[:, block : block + peak.shape[1]] = peak[:, :, 0] / LARGEST[dtype]
     return result, scales
 
@@ -59,7 +59,7 @@ def dequantize(basis: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     result = empty_rows(*basis.shape, dtype=dtype, device=basis.device)
     step = _pca.column_step(basis)
     for begin in range(0, basis.shape[1], step):
-        result[:, begin : begin + step] = _chunk(basis, scale, begin, step)
+        result[:, begin : begin + step] = values(basis, scale, begin, step, torch.float32)
     return result
 
 
@@ -128,9 +128,11 @@ def checked_origin(origin: Any, basis: Tensor) -> Tensor:
     return origin
 
 
-def _chunk(basis: Tensor, scale: Tensor | None, begin: int, step: int) -> Tensor:
-    """Columns [begin, begin + step) in float32; ``begin`` is a multiple of the block size."""
-    chunk = basis[:, begin : begin + step].to(torch.float32)
+def values(
+    basis: Tensor, scale: Tensor | None, begin: int, step: int, dtype: torch.dtype
+) -> Tensor:
+    """Columns [begin, begin + step) as numbers; ``begin`` is a multiple of the block size."""
+    chunk = basis[:, begin : begin + step].to(dtype)
     if scale is not None:
         block = begin // ops.SCALE_BLOCK
         factors = scale[:, block : block + blocks(chunk.shape[1])]

@@ -136,8 +136,13 @@ def exact_gram(snapshots: Tensor | StoredRows, *, relative: bool = False) -> Ten
 
 def column_step(matrix: Tensor | StoredRows) -> int:
     """Columns of a chunk: a multiple of 4096 set by the number of rows and the kind of device."""
-    size = _CHUNK_BYTES.get(matrix.device.type, _CHUNK_BYTES["cpu"])
-    return max(4096, size // (8 * len(matrix)) // 4096 * 4096)
+    return columns_together(len(matrix), matrix.device)
+
+
+def columns_together(rows: int, device: torch.device) -> int:
+    """The same for so many rows."""
+    size = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cpu"])
+    return max(4096, size // (8 * rows) // 4096 * 4096)
 
 
 def orthonormalize_(basis: Tensor) -> None:

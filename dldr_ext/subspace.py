@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _basis, _pca, _snapshots, ops, storage
 from ._affine import AffineSubspace
+from ._exact import Directions, QuantizationError, compared, deviation, exact_gram_of, solved
 from ._params import (
     DTYPES,
     dtype_name,
@@ -49,6 +50,8 @@ class Subspace(AffineSubspace):
     TypeError, ValueError
         Naming the argument, what was expected and what came.
     """
+
+    _gram: Tensor | None = None  # see `_stored_gram`
 
     def __init__(
         self,
@@ -131,6 +134,26 @@ class Subspace(AffineSubspace):
         """
         return self._with(self.basis, flatten(self._weights(params), self.origin.dtype), self.scale)
 
+    def nearest(self, params: Iterable[Any]) -> Tensor:
+        """Coordinates of the point nearest to the weights: exact ones in 8 bits, (d,)."""
+        return self.coordinates(params, exact=self.scale is not None)
+
+    def quantization_error(self, reference: Directions | None = None) -> QuantizationError:
+        """How far rounding has taken the basis from an orthonormal one, and what it has lost.
+
+        Parameters
+        ----------
+        reference : Subspace or ImplicitSubspace, optional
+            The one before rounding, to compare the captured variance with; on the same device.
+
+        Returns
+        -------
+        QuantizationError
+            In float64, from the basis as it is stored: one pass of n (d + d')^2 products, chunk
+            by chunk.
+        """
+        return deviation(self._stored_gram()) if reference is None else compared(self, reference)
+
     def quantize(self, format: str) -> Subspace:
         """The same subspace with the basis in 8 bits.
 
@@ -189,7 +212,10 @@ class Subspace(AffineSubspace):
         scale = None if scale is None else scale.to(device)
         if basis is self.basis:
             return self
-        return self._with(basis, origin, scale)
+        result = self._with(basis, origin, scale)
+        if dtype == self.dtype:
+            result._gram = self._gram
+        return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves as a safetensors file; an earlier file is replaced once all is written."""
@@ -292,6 +318,19 @@ class Subspace(AffineSubspace):
     def _project(self, tensors: Sequence[Any]) -> Tensor:
         return ops.project(self.basis, tensors, scale=self.scale)
 
+    def _solve(self, coordinates: Tensor) -> Tensor:
+        return solved(self._stored_gram(), coordinates)
+
+    def _stored_gram(self) -> Tensor:
+        """Of the values of the stored rows, (d, d) float64 on the CPU; made once."""
+        if self._gram is None:
+            self._gram = exact_gram_of(self)
+        return self._gram
+
+    def _values(self, begin: int, step: int) -> Tensor:
+        """Columns of the basis, as `_exact.exact_gram_of` asks for them."""
+        return _basis.values(self.basis, self.scale, begin, step, torch.float64)
+
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
         ops.reconstruct_(tensors, origin, self.basis, theta, scale=self.scale)
 
@@ -302,7 +341,7 @@ class Subspace(AffineSubspace):
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _with(self, basis: Tensor, origin: Tensor, scale: Tensor | None) -> Subspace:
-        return Subspace(
+        result = Subspace(
             basis,
             origin,
             scale=scale,
@@ -311,6 +350,9 @@ class Subspace(AffineSubspace):
             shapes=self.shapes,
             names=self.names,
         )
+        if basis is self.basis:
+            result._gram = self._gram
+        return result
 
     def _per_direction(self, argument: str, value: Any) -> Tensor | None:
         if value is None:
