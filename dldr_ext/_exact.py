@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from abc import abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _pca, ops
+from ._affine import AffineSubspace
 from ._params import type_name
 
 # Eigenvalues of a Gram matrix below this share of the largest are not told from zero: its sums are
 # float64, of n terms.
 _INDEPENDENT = 2.0**-44
-
-
-class Directions(Protocol):
-    """What `exact_gram_of` reads."""
-
-    singular_values: Tensor | None
-    explained_variance_ratio: Tensor | None
-
-    @property
-    def dim(self) -> int: ...
-
-    @property
-    def numel(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def _values(self, begin: int, step: int) -> Tensor:
-        """Columns [begin, begin + step) of the basis, (d, step) float64; begin % 4096 == 0."""
 
 
 class QuantizationError(NamedTuple):
@@ -62,7 +45,49 @@ class QuantizationError(NamedTuple):
         return text + f"; lost of the reference's variance: {1 - self.captured_variance:.2g}"
 
 
-def exact_gram_of(*spaces: Directions) -> Tensor:
+class ReadableSubspace(AffineSubspace):
+    """A subspace of one basis whose columns can be read as plain numbers, some at a time."""
+
+    _gram: Tensor | None = None
+
+    @abstractmethod
+    def _values(self, begin: int, step: int) -> Tensor:
+        """Columns [begin, begin + step) of the basis, (d, step) float64; begin % 4096 == 0."""
+
+    def quantization_error(self, reference: AffineSubspace | None = None) -> QuantizationError:
+        """How far rounding has taken the basis from an orthonormal one, and what it has lost.
+
+        Parameters
+        ----------
+        reference : Subspace or ImplicitSubspace, optional
+            The one before rounding, to compare the captured variance with; on the same device.
+
+        Returns
+        -------
+        QuantizationError
+            In float64, from the basis as it is stored: one pass, chunk by chunk, of n d^2
+            products (n (d + d')^2 with a reference of d' directions).
+
+        Raises
+        ------
+        TypeError, ValueError
+            The reference is of another kind or of other parameters.
+        """
+        if reference is None:
+            return _deviation(self._stored_gram())
+        return _compared(self, _checked_reference(self, reference))
+
+    def _stored_gram(self) -> Tensor:
+        """Of the values of the stored rows, (d, d) float64 on the CPU; made once."""
+        if self._gram is None:
+            self._gram = _gram_of(self)
+        return self._gram
+
+    def _solve(self, coordinates: Tensor) -> Tensor:
+        return _solved(self._stored_gram(), coordinates)
+
+
+def _gram_of(*spaces: ReadableSubspace) -> Tensor:
     """Gram matrix of the rows of all ``spaces``, in float64; on the CPU."""
     rows, device = sum(one.dim for one in spaces), spaces[0].device
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=device)
@@ -72,7 +97,7 @@ def exact_gram_of(*spaces: Directions) -> Tensor:
     return gram.cpu()
 
 
-def solved(gram: Tensor, coordinates: Tensor) -> Tensor:
+def _solved(gram: Tensor, coordinates: Tensor) -> Tensor:
     """The solution x of G x = c, in the dtype of c and where c is; differentiable in c."""
     values = torch.linalg.eigvalsh(gram)
     if not float(values[0]) > _INDEPENDENT * float(values[-1]):
@@ -85,17 +110,16 @@ def solved(gram: Tensor, coordinates: Tensor) -> Tensor:
     return solution[:, 0].to(coordinates.dtype)
 
 
-def deviation(gram: Tensor) -> QuantizationError:
+def _deviation(gram: Tensor) -> QuantizationError:
     """The error of a basis of which nothing but the Gram matrix is known."""
     difference = gram - torch.eye(len(gram), dtype=gram.dtype, device="cpu")
     spectral = torch.linalg.eigvalsh(difference).abs().max()
     return QuantizationError(float(difference.abs().max()), float(spectral))
 
 
-def compared(space: Directions, reference: Directions) -> QuantizationError:
+def _compared(space: ReadableSubspace, reference: ReadableSubspace) -> QuantizationError:
     """The error of ``space`` beside the directions before rounding."""
-    _check_reference(space, reference)
-    joint, d = exact_gram_of(space, reference), space.dim
+    joint, d = _gram_of(space, reference), space.dim
     gram, mixed = joint[:d, :d], joint[:d, d:]
     captured = None
     variances = _variances(reference)
@@ -103,11 +127,11 @@ def compared(space: Directions, reference: Directions) -> QuantizationError:
         kept = torch.linalg.pinv(gram, rtol=_INDEPENDENT, hermitian=True)
         squares = (mixed * (kept @ mixed)).sum(0)
         captured = float(variances @ squares / (variances @ joint.diagonal()[d:]))
-    return deviation(gram)._replace(captured_variance=captured)
+    return _deviation(gram)._replace(captured_variance=captured)
 
 
-def _check_reference(space: Directions, reference: Any) -> None:
-    if not hasattr(reference, "_values"):
+def _checked_reference(space: ReadableSubspace, reference: Any) -> ReadableSubspace:
+    if not isinstance(reference, ReadableSubspace):
         raise TypeError(
             f"reference: expected a Subspace or ImplicitSubspace, got {type_name(reference)}"
         )
@@ -116,9 +140,10 @@ def _check_reference(space: Directions, reference: Any) -> None:
             f"reference: expected {space.numel} weights on {space.device}, as the subspace, got "
             f"{reference.numel} on {reference.device}"
         )
+    return reference
 
 
-def _variances(space: Directions) -> Tensor | None:
+def _variances(space: AffineSubspace) -> Tensor | None:
     if space.singular_values is not None:
         return space.singular_values**2
     return space.explained_variance_ratio

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,11 @@ from . import _pca
 from ._stored_rows import StoredRows, combined
 from .subspace import Subspace
 
+if TYPE_CHECKING:
+    from .trajectory import Trajectory
+
 _DEFAULT_DIM = 40
+_Kind = TypeVar("_Kind")
 
 
 def principal_subspace(
@@ -21,6 +26,7 @@ def principal_subspace(
     gram: Tensor | None,
     origin: Tensor,
     dtype: torch.dtype,
+    form: Callable[..., _Kind],
     *,
     double: bool,
     center: bool,
@@ -28,7 +34,7 @@ def principal_subspace(
     dim: int | None = None,
     explained: float | None = None,
     **known: Any,
-) -> Subspace:
+) -> _Kind:
     """The subspace that principal component analysis finds.
 
     Parameters
@@ -40,6 +46,8 @@ def principal_subspace(
         A point of the trajectory: w0.
     dtype : torch.dtype
         Of the basis.
+    form : callable
+        Makes the subspace of the coefficients, as `dense` does.
     double : bool
         Snapshots and weights are float64.
     center : bool
@@ -50,7 +58,7 @@ def principal_subspace(
     explained : float, optional
         As few directions as explain this share of the variance.
     **known
-        Further arguments of `Subspace`.
+        Further arguments of ``form``.
 
     Raises
     ------
@@ -73,17 +81,58 @@ def principal_subspace(
             f"dim = {dim} is above the numerical rank of the trajectory: kept "
             f"{found.rank} directions",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     count = min(most, found.rank)
     coefficients = _pca.coefficients(found, count, center=center).to(snapshots.device)
-    return Subspace(
-        combined(snapshots, coefficients, dtype, _pca.column_step(snapshots)),
+    return form(
+        snapshots,
+        coefficients,
         origin,
+        dtype,
         explained_variance_ratio=found.explained(count),
         singular_values=found.values[:count].sqrt(),
         **known,
     )
+
+
+def principal_of(
+    trajectory: Trajectory,
+    form: Callable[..., _Kind],
+    dim: int | None,
+    explained: float | None,
+    start: str | int,
+    center: bool,
+    dtype: torch.dtype | None,
+) -> _Kind:
+    """`principal_subspace` of a trajectory; arguments as of `Trajectory.subspace`."""
+    count, dtype, origin = trajectory._asked(dim, explained, start, center, dtype)
+    return principal_subspace(
+        trajectory.snapshots,
+        trajectory.gram if trajectory.dtype == torch.float64 else None,
+        origin,
+        dtype,
+        form,
+        double=trajectory._double(),
+        center=center,
+        most=count,
+        dim=dim,
+        explained=explained,
+        shapes=trajectory.shapes,
+        names=trajectory.names,
+    )
+
+
+def dense(
+    snapshots: Tensor | StoredRows,
+    coefficients: Tensor,
+    origin: Tensor,
+    dtype: torch.dtype,
+    **known: Any,
+) -> Subspace:
+    """The subspace with the basis coefficients @ snapshots, formed chunk by chunk."""
+    basis = combined(snapshots, coefficients, dtype, _pca.column_step(snapshots))
+    return Subspace(basis, origin, **known)
 
 
 def asked_count(length: int, dim: int | None, explained: float | None, center: bool) -> int:

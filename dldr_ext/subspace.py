@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _basis, _pca, _snapshots, ops, storage
-from ._affine import AffineSubspace
-from ._exact import Directions, QuantizationError, compared, deviation, exact_gram_of, solved
+from ._exact import ReadableSubspace
 from ._params import (
     DTYPES,
     dtype_name,
@@ -25,7 +24,7 @@ from ._rows import empty_rows
 KIND, VERSION = "subspace", 1
 
 
-class Subspace(AffineSubspace):
+class Subspace(ReadableSubspace):
     """The weights w = w0 + P theta: a basis, and the point that theta = 0 stands for.
 
     Parameters
@@ -50,8 +49,6 @@ class Subspace(AffineSubspace):
     TypeError, ValueError
         Naming the argument, what was expected and what came.
     """
-
-    _gram: Tensor | None = None  # see `_stored_gram`
 
     def __init__(
         self,
@@ -137,22 +134,6 @@ class Subspace(AffineSubspace):
     def nearest(self, params: Iterable[Any]) -> Tensor:
         """Coordinates of the point nearest to the weights: exact ones in 8 bits, (d,)."""
         return self.coordinates(params, exact=self.scale is not None)
-
-    def quantization_error(self, reference: Directions | None = None) -> QuantizationError:
-        """How far rounding has taken the basis from an orthonormal one, and what it has lost.
-
-        Parameters
-        ----------
-        reference : Subspace or ImplicitSubspace, optional
-            The one before rounding, to compare the captured variance with; on the same device.
-
-        Returns
-        -------
-        QuantizationError
-            In float64, from the basis as it is stored: one pass of n (d + d')^2 products, chunk
-            by chunk.
-        """
-        return deviation(self._stored_gram()) if reference is None else compared(self, reference)
 
     def quantize(self, format: str) -> Subspace:
         """The same subspace with the basis in 8 bits.
@@ -318,17 +299,7 @@ class Subspace(AffineSubspace):
     def _project(self, tensors: Sequence[Any]) -> Tensor:
         return ops.project(self.basis, tensors, scale=self.scale)
 
-    def _solve(self, coordinates: Tensor) -> Tensor:
-        return solved(self._stored_gram(), coordinates)
-
-    def _stored_gram(self) -> Tensor:
-        """Of the values of the stored rows, (d, d) float64 on the CPU; made once."""
-        if self._gram is None:
-            self._gram = exact_gram_of(self)
-        return self._gram
-
     def _values(self, begin: int, step: int) -> Tensor:
-        """Columns of the basis, as `_exact.exact_gram_of` asks for them."""
         return _basis.values(self.basis, self.scale, begin, step, torch.float64)
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:

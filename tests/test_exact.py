@@ -107,8 +107,8 @@ def test_a_basis_cut_over_ranks_refuses():
 
 def test_gram_is_made_once_and_goes_where_the_basis_goes(monkeypatch):
     space, made = subspace().quantize("int8"), []
-    real = _exact.exact_gram_of
-    monkeypatch.setattr("dldr_ext.subspace.exact_gram_of", lambda s: made.append(s) or real(s))
+    real = _exact._gram_of
+    monkeypatch.setattr(_exact, "_gram_of", lambda s: made.append(s) or real(s))
     for _ in range(3):
         space.project([torch.randn(N)], exact=True)
     moved = space.with_origin([torch.randn(N)])
