@@ -35,6 +35,7 @@ _WEIGHTS, _WEIGHTS_OF_FLOAT64 = 2.0**-48, 2.0**-104
 
 # Of a float64 chunk: near a CPU's caches; on a GPU enough to be worth its launches.
 _CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
+_PIECE = 1 << 22  # elements of a flat vector
 
 
 class Spectrum(NamedTuple):
@@ -76,7 +77,9 @@ def exact_spectrum(gram: Tensor, double: bool, weights: Tensor, *, center: bool)
         One point of the trajectory: how large the weights are.
     center : bool
     """
-    square = float(torch.linalg.vector_norm(weights, dtype=torch.float64)) ** 2
+    # Piece by piece: each is copied to float64.
+    norms = [torch.linalg.vector_norm(w, dtype=torch.float64) for w in weights.split(_PIECE)]
+    square = float(torch.stack(norms).square().sum())
     if double:
         return _spectrum(gram, center, _FLOAT64_SUMS, _WEIGHTS_OF_FLOAT64 * square)
     return _spectrum(gram, center, _FLOAT64_SUMS_OF_FLOAT32, _WEIGHTS * square)

@@ -60,7 +60,7 @@ def test_exact_coordinates_solve_with_the_gram_of_the_stored_rows(any_subspace):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_coordinates_of_a_point_give_theta_back(name):
+def test_coordinates_of_a_point_give_theta_back(name, device):
     space, theta = subspace().quantize(name), torch.randn(D)
     weights = space.reconstruct(theta)
     plain = (space.coordinates(weights) - theta).abs().max()
@@ -150,8 +150,8 @@ def test_theta0_current_finds_a_point_of_an_8_bit_subspace(optimizer, grouped, c
 
 def captured(space, before):
     """Through a QR decomposition of the stored rows, float64."""
-    q = torch.linalg.qr(reference.decode(space.basis, space.scale).T).Q
-    rows, weights = reference.decode(before.basis, before.scale), before.singular_values**2
+    q = torch.linalg.qr(reference.decode(space.basis, space.scale).T.cpu()).Q
+    rows, weights = reference.decode(before.basis, before.scale).cpu(), before.singular_values**2
     return float(weights @ (rows @ q).square().sum(1) / (weights @ rows.square().sum(1)))
 
 
@@ -166,7 +166,7 @@ def test_quantization_error_is_that_of_the_stored_rows(any_subspace):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_captured_variance_against_the_basis_before_rounding(name):
+def test_captured_variance_against_the_basis_before_rounding(name, device):
     before = subspace()
     space = before.quantize(name)
     found = space.quantization_error(before)

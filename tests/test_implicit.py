@@ -71,7 +71,7 @@ def test_it_is_the_subspace_that_would_be_formed(options):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_every_pass(dtype):
+def test_every_pass(dtype, device):
     implicit, formed, params = pair(dtype)
     g, other = gradients(params), gradients(params)
     theta = torch.randn(5, dtype=formed.coordinate_dtype)
@@ -262,7 +262,7 @@ def test_what_is_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_in_place_is_to_the_bit_what_is_formed_elsewhere(dtype, options, monkeypatch):
+def test_in_place_is_to_the_bit_what_is_formed_elsewhere(dtype, options, monkeypatch, device):
     monkeypatch.setattr(_pca, "column_step", lambda matrix: 4096)  # several chunks
     trajectory, _ = recorded(dtype)
     address, gram = trajectory.snapshots.data_ptr(), trajectory.gram
