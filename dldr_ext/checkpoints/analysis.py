@@ -176,17 +176,20 @@ class Analysis:
         coefficients = _pca.coefficients(found, count)
         series, numel = self.series, self.series.numel
         known = {
-            "basis": torch.empty((count, numel), dtype=self.dtype, device="meta"),
-            "origin": torch.empty(numel, dtype=self._columns.wide, device="meta"),
-            "scale": empty_scale(count, numel, self.dtype, "meta"),
             "explained_variance_ratio": found.explained(count),
             "singular_values": found.values[:count].sqrt(),
         }
+        large = {
+            "basis": torch.empty((count, numel), dtype=self.dtype, device="meta"),
+            "origin": torch.empty(numel, dtype=self._columns.wide, device="meta"),
+            "scale": empty_scale(count, numel, self.dtype, "meta"),
+        }
+        tensors = {name: tensor for name, tensor in large.items() if tensor is not None}
         with PartialFile(
             self.folder / SUBSPACE,
             subspace.KIND,
             subspace.VERSION,
-            {name: tensor for name, tensor in known.items() if tensor is not None},
+            tensors | known,
             {"shapes": series.shapes, "names": series.names},
             resume=self._done.basis_column > 0,
         ) as file:
@@ -208,8 +211,8 @@ class Analysis:
                     self._save_now_and_then(file)
             finally:
                 file.sync()
-            for name in ("explained_variance_ratio", "singular_values"):
-                file.write(name, 0, known[name])
+            for name, tensor in known.items():
+                file.write(name, 0, tensor)
             file.finish()
 
     def _spectrum(self, gram: Tensor) -> _pca.Spectrum:
