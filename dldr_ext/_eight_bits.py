@@ -107,6 +107,5 @@ def decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     rows, columns = codes.shape
     result = torch.empty((rows, scale.shape[1] * ops.SCALE_BLOCK), dtype=dtype, device=codes.device)
     result[:, :columns] = codes
-    result[:, columns:] = 0
     result.view(*scale.shape, ops.SCALE_BLOCK).mul_(scale[:, :, None])
     return result[:, :columns]

@@ -318,9 +318,10 @@ def test_the_programs_of_the_page(tmp_path, monkeypatch, capsys):
     if not page.exists():
         pytest.skip("needs the folder docs/ of a source checkout")
     text = page.read_text()
-    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
     names = {}
-    exec(first + second, names)
+    exec("".join(programs), names)
     assert names["subspace"].dim == 10 and len(names["trajectory"]) == 31
+    assert names["small"].dtype == torch.int8 and names["exact"].dtype == torch.float32
     assert "RecordingCost(snapshots=30" in capsys.readouterr().out
