@@ -123,7 +123,9 @@ class ScaledRows:
 
     dtype = torch.float32
 
-    def __init__(self, codes: Tensor | StoredRows, scale: Tensor | StoredRows, skip: int = 0):
+    def __init__(
+        self, codes: Tensor | StoredRows, scale: Tensor | StoredRows, skip: int = 0
+    ) -> None:
         self.codes, self.scale, self.skip = codes, scale, skip
         self.shape = torch.Size((len(codes), codes.shape[1] - skip))
         self.device = codes.device
