@@ -20,7 +20,8 @@ def quantize(basis: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, 
     if format not in _FORMATS:
         raise ValueError(f"format: expected one of {sorted(_FORMATS)}, got {format!r}")
     step = _pca.column_step(basis)
-    pieces = ((b, _chunk(basis, scale, b, step)) for b in range(0, basis.shape[1], step))
+    places = range(0, basis.shape[1], step)
+    pieces = ((begin, values(basis, scale, begin, step, torch.float32)) for begin in places)
     return rounded(pieces, basis.shape, _FORMATS[format], basis.device)
 
 
@@ -29,7 +30,7 @@ def dequantize(basis: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     result = empty_rows(*basis.shape, dtype=dtype, device=basis.device)
     step = _pca.column_step(basis)
     for begin in range(0, basis.shape[1], step):
-        result[:, begin : begin + step] = _chunk(basis, scale, begin, step)
+        result[:, begin : begin + step] = values(basis, scale, begin, step, torch.float32)
     return result
 
 
@@ -98,10 +99,10 @@ def checked_origin(origin: Any, basis: Tensor) -> Tensor:
     return origin
 
 
-def _chunk(basis: Tensor, scale: Tensor | None, begin: int, step: int) -> Tensor:
-    """Columns [begin, begin + step) in float32; ``begin`` is a multiple of the block size."""
+def values(
+    basis: Tensor, scale: Tensor | None, begin: int, step: int, dtype: torch.dtype
+) -> Tensor:
+    """Columns [begin, begin + step) as numbers; ``begin`` is a multiple of the block size."""
     chunk = basis[:, begin : begin + step]
     factors = scale_of(scale, begin, begin + chunk.shape[1])
-    if factors is None:
-        return chunk.to(torch.float32)
-    return decoded(chunk, factors, torch.float32)
+    return chunk.to(dtype) if factors is None else decoded(chunk, factors, dtype)
