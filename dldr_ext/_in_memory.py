@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from . import _pca, ops
+from ._eight_bits import blocks
 from ._params import dtype_name
 from ._principal import principal_of
+from ._stored_rows import Matrix, as_stored, formed, scaled, stored_pieces
 from .implicit import ImplicitSubspace
 from .stores import MemoryStore, SpentStore
 from .subspace import Subspace
@@ -29,11 +31,12 @@ def implicit(trajectory: Trajectory, dtype: torch.dtype | None) -> Callable[...,
         )
 
     def form(
-        snapshots: Tensor, coefficients: Tensor, origin: Tensor, _: torch.dtype, **known: Any
+        snapshots: Matrix, coefficients: Tensor, origin: Tensor, _: torch.dtype, **known: Any
     ) -> ImplicitSubspace:
+        matrix, scale = _stored(snapshots)
         lent = [rows for rows in trajectory._lent if rows() is not None]
-        trajectory._lent = [*lent, weakref.ref(snapshots)]
-        return ImplicitSubspace(snapshots, coefficients, origin, **known)
+        trajectory._lent = [*lent, weakref.ref(matrix)]
+        return ImplicitSubspace(matrix, coefficients, origin, scale=scale, **known)
 
     return form
 
@@ -75,16 +78,29 @@ def into_subspace(
         )
 
     def form(
-        snapshots: Tensor, coefficients: Tensor, origin: Tensor, _: torch.dtype, **known: Any
+        snapshots: Matrix, coefficients: Tensor, origin: Tensor, _: torch.dtype, **known: Any
     ) -> Subspace:
+        matrix, scale = _stored(snapshots)
+        basis, step = matrix[: len(coefficients)], _pca.column_step(snapshots)
+        scale = None if scale is None else scale[: len(coefficients)]
         self._store, self._anchor = SpentStore(), None  # before anything is overwritten
-        basis, step = snapshots[: len(coefficients)], _pca.column_step(snapshots)
-        for begin in range(0, snapshots.shape[1], step):
-            chunk = snapshots[:, begin : begin + step].contiguous()
-            basis[:, begin : begin + step] = ops.form_basis(chunk, coefficients)
-        return Subspace(basis, origin, **known)
+        for begin, piece, part in stored_pieces(snapshots, step):
+            chunk = scaled(piece.contiguous(), part)
+            new, factors = formed(chunk, coefficients, self.dtype, step)
+            end = begin + new.shape[1]
+            basis[:, begin:end] = new
+            if scale is not None and factors is not None:
+                scale[:, begin // ops.SCALE_BLOCK : blocks(end)] = factors
+        return Subspace(basis, origin, scale=scale, **known)
 
     return principal_of(self, form, dim, explained, start, center, dtype)
+
+
+def _stored(snapshots: Matrix) -> tuple[Tensor, Tensor | None]:
+    """The rows of a `MemoryStore`, and their scale in 8 bits."""
+    matrix, scale = as_stored(snapshots)
+    assert isinstance(matrix, Tensor) and (scale is None or isinstance(scale, Tensor))
+    return matrix, scale
 
 
 def _check(trajectory: Trajectory, dtype: torch.dtype | None, what: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _pca
-from ._stored_rows import StoredRows, combined
+from ._stored_rows import Matrix, combined, formed
 from .subspace import Subspace
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _Kind = TypeVar("_Kind")
 
 
 def principal_subspace(
-    snapshots: Tensor | StoredRows,
+    snapshots: Matrix,
     gram: Tensor | None,
     origin: Tensor,
     dtype: torch.dtype,
@@ -39,7 +39,7 @@ def principal_subspace(
 
     Parameters
     ----------
-    snapshots : Tensor or StoredRows, shape (T, n)
+    snapshots : Tensor, StoredRows or ScaledRows, shape (T, n)
     gram : Tensor, shape (T, T), float64, or None
         Their Gram matrix, if it is known to all digits.
     origin : Tensor, shape (n,)
@@ -124,15 +124,15 @@ def principal_of(
 
 
 def dense(
-    snapshots: Tensor | StoredRows,
+    snapshots: Matrix,
     coefficients: Tensor,
     origin: Tensor,
     dtype: torch.dtype,
     **known: Any,
 ) -> Subspace:
     """The subspace with the basis coefficients @ snapshots, formed chunk by chunk."""
-    basis = combined(snapshots, coefficients, dtype, _pca.column_step(snapshots))
-    return Subspace(basis, origin, **known)
+    basis, scale = formed(snapshots, coefficients, dtype, _pca.column_step(snapshots))
+    return Subspace(basis, origin, scale=scale, **known)
 
 
 def asked_count(length: int, dim: int | None, explained: float | None, center: bool) -> int:
@@ -147,7 +147,7 @@ def asked_count(length: int, dim: int | None, explained: float | None, center: b
     return _pca.checked_dim(dim, limit, f"{length} {'centred ' * center}snapshots")
 
 
-def weights_at(snapshots: Tensor | StoredRows, anchor: Tensor, start: str | int) -> Tensor:
+def weights_at(snapshots: Matrix, anchor: Tensor, start: str | int) -> Tensor:
     """The weights (n,) of one snapshot, or their mean, in the dtype of the anchor."""
     count = len(snapshots)
     if start == "mean":

@@ -14,6 +14,7 @@ from torch import nn
 from dldr_ext import PBFGS, PSGD, GroupedSubspace, ImplicitSubspace, Subspace, Trajectory, _pca
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+STORED = [*FLOATS, torch.int8, torch.float8_e4m3fn]
 OPTIONS = [
     {"dim": 5},
     {"explained": 0.9, "start": "last"},
@@ -213,17 +214,18 @@ def test_other_dtypes_are_dense():
     assert torch.equal(quantized.basis, formed.quantize("int8").basis)
 
 
-@pytest.mark.parametrize("name", ["int8", "float8_e4m3fn"])
-def test_8_bit_snapshots(name, tmp_path):
-    implicit, _, params = pair()
-    rows = Subspace(implicit.snapshots.clone(), implicit.origin).quantize(name)
-    c = implicit.coefficients
-    space = ImplicitSubspace(rows.basis, c, rows.origin, scale=rows.scale)
-    values = c @ reference.decode(rows.basis, rows.scale)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_8_bit_snapshots(dtype, tmp_path):
+    trajectory, params = recorded(dtype)
+    space = trajectory.subspace(dim=5, materialize=False)
+    values = space.coefficients @ reference.decode(space.snapshots, space.scale)
+    assert space.dtype == dtype and space.quantization_error().spectral < 1e-9
     g = torch.cat([g.reshape(-1) for g in gradients(params)])
     torch.testing.assert_close(space.project(g).double(), values @ g.double(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(space._stored_gram(), values @ values.T, rtol=0, atol=1e-12)
     close(space.to_dense().basis, values.float(), torch.float32)
+    with pytest.raises(ValueError, match="into_subspace: expected snapshots that nothing else"):
+        trajectory.into_subspace(dim=5)
     space.save(tmp_path / "saved")
     assert torch.equal(Subspace.load(tmp_path / "saved").basis, space.to_dense().basis)
 
@@ -260,15 +262,19 @@ def test_what_is_refused(tmp_path):
 # In place
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", STORED, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_in_place_is_to_the_bit_what_is_formed_elsewhere(dtype, options, monkeypatch, device):
     monkeypatch.setattr(_pca, "column_step", lambda matrix: 4096)  # several chunks
     trajectory, _ = recorded(dtype)
-    address, gram = trajectory.snapshots.data_ptr(), trajectory.gram
+    stored = getattr(trajectory.snapshots, "codes", trajectory.snapshots)  # in 8 bits
+    address, gram = stored.data_ptr(), trajectory.gram
     formed = trajectory.subspace(**options)
     spent = trajectory.into_subspace(**options)
-    assert torch.equal(spent.basis, formed.basis) and spent.basis.data_ptr() == address
+    assert spent.dtype == dtype and spent.basis.data_ptr() == address
+    assert torch.equal(spent.basis.double(), formed.basis.double())
+    assert (spent.scale is None) == (dtype in FLOATS)
+    assert spent.scale is None or torch.equal(spent.scale, formed.scale)
     assert torch.equal(spent.origin, formed.origin) and len(gram) == 9
     assert torch.equal(spent.singular_values, formed.singular_values)
     assert (spent.shapes, spent.names) == (formed.shapes, formed.names)
