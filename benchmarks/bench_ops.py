@@ -10,44 +10,10 @@ import torch
 from measure import reader, resnet18_sizes
 
 from dldr_ext import ops
+from dldr_ext.bench import Problem
 
 D = 40
 CASES = {"resnet18": resnet18_sizes(11_200_000), "25M": resnet18_sizes(25_000_000)}
-
-
-def random_rows(rows: int, n: int, dtype: torch.dtype) -> torch.Tensor:
-    data = torch.empty(rows, n, dtype=dtype)
-    for row in data:
-        row.copy_(torch.randn(n))
-    return data
-
-
-class Problem:
-    """A basis in float32 (the peers read that one), gradients, parameters and a flat origin."""
-
-    def __init__(self, sizes: list[int]) -> None:
-        self.sizes, self.n = sizes, sum(sizes)
-        self.basis = random_rows(D, self.n, torch.float32)
-        self.gradients = [torch.randn(size) for size in sizes]
-        self.params = [torch.zeros(size) for size in sizes]
-        self.origin = torch.randn(self.n)
-        self.theta = torch.randn(D)
-
-    def stored(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if dtype == torch.float32:
-            return self.basis, None
-        if not dtype.is_floating_point or dtype == torch.float8_e4m3fn:
-            rows = torch.randint(-127, 128, self.basis.shape, dtype=torch.int8)
-            return rows.to(dtype), torch.rand(D, -(-self.n // 256))
-        return self.basis.to(dtype), None
-
-    def torch_project(self):
-        return torch.mv(self.basis, torch.cat(self.gradients))
-
-    def torch_reconstruct(self):
-        flat = torch.addmv(self.origin, self.basis.t(), self.theta)
-        for param, part in zip(self.params, flat.split(self.sizes), strict=True):
-            param.copy_(part)
 
 
 @pytest.fixture(scope="module", params=CASES)

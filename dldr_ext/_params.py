@@ -82,14 +82,26 @@ def gradients(params: Sequence[Tensor]) -> list[Tensor]:
     for i, p in enumerate(params):
         grad = p.grad
         if grad is None:
-            grad = torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
+            own = local_shard(p)
+            grad = torch.zeros((), dtype=p.dtype, device=p.device).expand(own.shape)
         elif grad.layout is not torch.strided:
             raise TypeError(
                 f"params[{i}]: expected a dense gradient, got {grad.layout} for shape "
                 f"{tuple(p.shape)}; build the layer with sparse=False"
             )
-        result.append(grad)
+        result.append(local_shard(grad, p))
     return result
+
+
+def local_shard(tensor: Any, like: Any = None) -> Tensor:
+    """What this rank holds of a ``DTensor``, cut as ``like`` is; any other tensor as it is."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    with torch.no_grad():
+        placements = getattr(like, "placements", tensor.placements)
+        if tensor.placements != placements:
+            tensor = tensor.redistribute(placements=placements)
+        return tensor.to_local()
 
 
 def check_matches(

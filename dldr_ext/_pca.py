@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._stored_rows import StoredRows, column_pieces
 
 MAX_DIM = 1024
 
@@ -109,7 +110,7 @@ def coefficients(found: Spectrum, dim: int, *, center: bool = True) -> Tensor:
     return result - result.mean(1, keepdim=True) if center else result
 
 
-def exact_gram(snapshots: Tensor, *, relative: bool = False) -> Tensor:
+def exact_gram(snapshots: Tensor | StoredRows, *, relative: bool = False) -> Tensor:
     """Gram matrix summed in float64 throughout, chunk by chunk; shape (T, T), float64.
 
     The float32 sums of `ops.gram` are off by up to 1e-7 of the largest eigenvalue, which a
@@ -118,23 +119,22 @@ def exact_gram(snapshots: Tensor, *, relative: bool = False) -> Tensor:
 
     Parameters
     ----------
-    snapshots : Tensor, shape (T, n)
+    snapshots : Tensor or StoredRows, shape (T, n)
     relative : bool
         Of the differences from the first row. Raw weights differ by little, so that the Gram
         matrix of the weights themselves would lose these differences.
     """
-    rows, numel = snapshots.shape
+    rows = len(snapshots)
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=snapshots.device)
-    step = column_step(snapshots)
-    for begin in range(0, numel, step):
-        chunk = snapshots[:, begin : begin + step].to(torch.float64)
+    for _, piece in column_pieces(snapshots, column_step(snapshots)):
+        chunk = piece.to(torch.float64)
         if relative:
             chunk = chunk - chunk[:1]
         gram += ops.gram(chunk.contiguous())
     return gram
 
 
-def column_step(matrix: Tensor) -> int:
+def column_step(matrix: Tensor | StoredRows) -> int:
     """Columns of a chunk: a multiple of 4096 set by the number of rows and the kind of device."""
     size = _CHUNK_BYTES.get(matrix.device.type, _CHUNK_BYTES["cpu"])
     return max(4096, size // (8 * len(matrix)) // 4096 * 4096)

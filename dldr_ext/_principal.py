@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _pca, ops
+from . import _pca
+from ._stored_rows import StoredRows, combined
 from .subspace import Subspace
 
 _DEFAULT_DIM = 40
 
 
 def principal_subspace(
-    snapshots: Tensor,
+    snapshots: Tensor | StoredRows,
     gram: Tensor | None,
     origin: Tensor,
     dtype: torch.dtype,
@@ -32,7 +33,7 @@ def principal_subspace(
 
     Parameters
     ----------
-    snapshots : Tensor, shape (T, n)
+    snapshots : Tensor or StoredRows, shape (T, n)
     gram : Tensor, shape (T, T), float64, or None
         Their Gram matrix, if it is known to all digits.
     origin : Tensor, shape (n,)
@@ -77,7 +78,7 @@ def principal_subspace(
     count = min(most, found.rank)
     coefficients = _pca.coefficients(found, count, center=center).to(snapshots.device)
     return Subspace(
-        ops.form_basis(snapshots, coefficients, dtype=dtype),
+        combined(snapshots, coefficients, dtype, _pca.column_step(snapshots)),
         origin,
         explained_variance_ratio=found.explained(count),
         singular_values=found.values[:count].sqrt(),
@@ -97,12 +98,13 @@ def asked_count(length: int, dim: int | None, explained: float | None, center: b
     return _pca.checked_dim(dim, limit, f"{length} {'centred ' * center}snapshots")
 
 
-def weights_at(snapshots: Tensor, anchor: Tensor, start: str | int) -> Tensor:
+def weights_at(snapshots: Tensor | StoredRows, anchor: Tensor, start: str | int) -> Tensor:
     """The weights (n,) of one snapshot, or their mean, in the dtype of the anchor."""
     count = len(snapshots)
     if start == "mean":
         mean = torch.full((1, count), 1 / count, dtype=torch.float64, device=snapshots.device)
-        return ops.form_basis(snapshots, mean, dtype=anchor.dtype)[0].add_(anchor)
+        step = _pca.column_step(snapshots)
+        return combined(snapshots, mean, anchor.dtype, step)[0].add_(anchor)
     if isinstance(start, str):
         if start not in ("first", "last"):
             raise ValueError(f"start: expected 'first', 'last', 'mean' or an index, got {start!r}")

@@ -67,7 +67,7 @@ def greedy_soup(
     Parameters
     ----------
     checkpoints : sequence of state dicts, or Trajectory
-        As for `uniform_soup`.
+        As for `uniform_soup`. A sequence may read a checkpoint each time it is asked for it.
     score : callable
         Of a state dict, higher is better, on data held out from training: say, loads it into a
         model, re-estimates batch-norm statistics (`update_bn`) and returns the accuracy. Called
@@ -83,7 +83,8 @@ def greedy_soup(
     ValueError
         As for `uniform_soup`; a score that is NaN.
     """
-    states = list(_states(checkpoints)) if not isinstance(checkpoints, Trajectory) else checkpoints
+    many = isinstance(checkpoints, (Trajectory, Sequence))
+    states = checkpoints if many else list(_states(checkpoints))
     alone = [_scored(score, dict(state)) for state in _states(states)]
     if not alone:
         raise ValueError("checkpoints: expected at least one, got none")

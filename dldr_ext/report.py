@@ -12,13 +12,8 @@ from typing import Any
 from .demo.methods import NAMES
 from .demo.run import Row, summary
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
+#: How the reports look.
+STYLE = """\
 :root { --ink: #1d2430; --soft: #5b6675; --line: #e2e6eb; --mark: #0072b2; --paper: #fff; }
 * { box-sizing: border-box; }
 body { margin: 0; background: #f5f6f8; color: var(--ink);
@@ -53,7 +48,16 @@ summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 30rem) { th, td { padding: .45rem .5rem; font-size: .88rem; } }
 .plain td, .plain th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 small { color: var(--soft); }
-</style>
+"""
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+$style</style>
 </head>
 <body>
 <main>
@@ -195,15 +199,16 @@ def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path
     numel = results["runs"][0]["numel"]
     rows = summary(results)
     page = _PAGE.substitute(
+        style=STYLE,
         title="Training in a tiny subspace",
         lead=escape(verdict(results)),
         cards="\n".join(_card(row) for row in rows if row.method in ("sgd", "pbfgs", "random")),
         rows="\n".join(
-            f"<tr{_best(row)}><td>{escape(NAMES[row.method])}</td>{_tds(cells(row, numel))}</tr>"
+            f"<tr{_best(row)}><td>{escape(NAMES[row.method])}</td>{tds(cells(row, numel))}</tr>"
             for row in rows
         ),
         footnote=escape(footnote(results)),
-        figures="\n".join(_figure(image) for image in images),
+        figures="\n".join(figure(image, *_CAPTIONS[image.name]) for image in images),
         method=_METHOD.substitute(
             description=escape(config["description"]),
             epochs=config["epochs"],
@@ -217,7 +222,7 @@ def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path
         ),
         runs="\n".join(
             "<tr>"
-            + _tds(
+            + tds(
                 [
                     NAMES[run["method"]],
                     str(run["seed"]),
@@ -230,8 +235,8 @@ def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path
             + "</tr>"
             for run in results["runs"]
         ),
-        config=_pairs(config),
-        versions=_pairs(results["versions"]),
+        config=pairs(config),
+        versions=pairs(results["versions"]),
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -267,12 +272,13 @@ def _card(row: Row) -> str:
     )
 
 
-def _tds(texts: Iterable[str]) -> str:
+def tds(texts: Iterable[str]) -> str:
+    """The cells of a row."""
     return "".join(f"<td>{escape(text)}</td>" for text in texts)
 
 
-def _figure(image: Path) -> str:
-    heading, caption = _CAPTIONS[image.name]
+def figure(image: Path, heading: str, caption: str) -> str:
+    """A PNG file as part of the page."""
     data = base64.b64encode(image.read_bytes()).decode("ascii")
     return (
         f'<h2>{heading}</h2>\n<figure class="card"><img alt="{heading}" '
@@ -280,5 +286,6 @@ def _figure(image: Path) -> str:
     )
 
 
-def _pairs(table: dict[str, Any]) -> str:
-    return "\n".join(f"<tr>{_tds([key, str(value)])}</tr>" for key, value in table.items())
+def pairs(table: dict[str, Any]) -> str:
+    """Rows of a name and a value."""
+    return "\n".join(f"<tr>{tds([key, str(value)])}</tr>" for key, value in table.items())

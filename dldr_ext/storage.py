@@ -11,12 +11,14 @@ second copy of a large one is made.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ _FORMAT_NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -42,11 +46,19 @@ _NO_CHECKSUM = "0" * 8  # what the checksum field holds while the checksum is co
 _PIECE = 1 << 24  # bytes handled at a time
 
 
+class Stream(NamedTuple):
+    """A tensor that is made while it is written: its pieces, in logical order."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Iterator[Tensor]
+
+
 def save(
     path: str | os.PathLike[str],
     kind: str,
     version: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Stream],
     metadata: Mapping[str, Any],
 ) -> None:
     """Saves an artefact; an earlier file at ``path`` stays in place unless all went well.
@@ -59,7 +71,7 @@ def save(
         What it is ("trajectory", "subspace", ...); `Reader` refuses another kind.
     version : int
         Version of the kind's format; `Reader` refuses a newer one.
-    tensors : mapping of str to Tensor
+    tensors : mapping of str to Tensor or Stream
         On any device, with any strides.
     metadata : mapping
         Anything that JSON can hold.
@@ -80,7 +92,7 @@ def save(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 class Reader:
@@ -122,7 +134,7 @@ class Reader:
         self._check_kind(found, kind, version)
         self._check_sum(found)
         self.version = int(found[_PREFIX + "version"])
-        self.metadata: dict[str, Any] = json.loads(found[_PREFIX + "metadata"])
+        self.metadata: dict[str, Any] = self._parsed(found[_PREFIX + "metadata"])
 
     def __enter__(self) -> Reader:
         self._file.__enter__()
@@ -153,18 +165,31 @@ class Reader:
 
     def read_into(self, name: str, out: Tensor) -> None:
         """One tensor, straight into ``out``, which must have its shape and dtype."""
+        self.check(name, tuple(out.shape), out.dtype)
+        out.copy_(self._get(name))
+
+    def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Checks the shape and the dtype of a tensor."""
         source = self._get(name)
-        if source.shape != out.shape or source.dtype != out.dtype:
+        if source.shape != shape or source.dtype != dtype:
             raise self.error(
-                f"expected '{name}' of shape {tuple(out.shape)} and dtype {dtype_name(out.dtype)}, "
+                f"expected '{name}' of shape {shape} and dtype {dtype_name(dtype)}, "
                 f"found {tuple(source.shape)} and {dtype_name(source.dtype)}"
             )
-        out.copy_(source)
 
     def _get(self, name: str) -> Tensor:
         if name not in self.names():
             raise self.error(f"expected a tensor '{name}', found {sorted(self.names())}")
         return self._file.get_tensor(name)
+
+    def _parsed(self, text: str) -> dict[str, Any]:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"expected metadata as JSON, found {error}") from error
+        if not isinstance(found, dict):
+            raise self.error(f"expected metadata as a JSON object, found {text[:40]}")
+        return found
 
     def _check_kind(self, found: Mapping[str, str], kind: str, version: int) -> None:
         fields = {key: found.get(_PREFIX + key) for key in ("kind", "version", "metadata")}
@@ -175,7 +200,8 @@ class Reader:
             )
         if fields["kind"] != kind:
             raise self.error(f"expected a {kind}, found a {fields['kind']}")
-        if not str(fields["version"]).isdecimal() or int(str(fields["version"])) > version:
+        found_version = str(fields["version"])
+        if not re.fullmatch("[0-9]{1,9}", found_version) or int(found_version) > version:
             raise self.error(
                 f"expected a {kind} of format version {version} or older, found version "
                 f"{fields['version']}; a newer dldr_ext can read it"
@@ -197,10 +223,28 @@ def _write(
     file: BinaryIO,
     kind: str,
     version: int,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Stream],
     metadata: Mapping[str, Any],
 ) -> None:
-    header: dict[str, Any] = {
+    text = header(kind, version, tensors, metadata)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    crc = zlib.crc32(text)
+    for tensor in tensors.values():
+        for piece in _pieces(tensor):
+            file.write(piece)
+            crc = zlib.crc32(piece, crc)
+    write_checksum(file, text, crc)
+
+
+def header(
+    kind: str,
+    version: int,
+    tensors: Mapping[str, Tensor | Stream],
+    metadata: Mapping[str, Any],
+) -> bytes:
+    """The header of a file, its checksum still to come: after 8 bytes that say its size."""
+    fields: dict[str, Any] = {
         "__metadata__": {
             _CHECKSUM: _NO_CHECKSUM,
             _PREFIX + "kind": kind,
@@ -212,22 +256,20 @@ def _write(
     for name, tensor in tensors.items():
         if tensor.dtype not in _FORMAT_NAMES:
             raise TypeError(f"{name}: cannot save a tensor of dtype {dtype_name(tensor.dtype)}")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
+        begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        fields[name] = {
             "dtype": _FORMAT_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(fields, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 64)  # the format allows it, and the tensors start aligned
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    crc = zlib.crc32(text)
-    for tensor in tensors.values():
-        for piece in _pieces(tensor):
-            file.write(piece)
-            crc = zlib.crc32(piece, crc)
-    place = text.index(_field(_NO_CHECKSUM)) + len(_field(""))
+    return text
+
+
+def write_checksum(file: BinaryIO, header: bytes, crc: int) -> None:
+    """Writes the CRC-32 of the header and all that follows it."""
+    place = header.index(_field(_NO_CHECKSUM)) + len(_field(""))
     file.seek(8 + place - 1)
     file.write(f"{crc:08x}".encode())
 
@@ -236,8 +278,12 @@ def _field(checksum: str) -> bytes:
     return f'"{_CHECKSUM}":"{checksum}"'.encode()
 
 
-def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+def _pieces(tensor: Tensor | Stream) -> Iterator[memoryview]:
     """The bytes of a tensor in logical order, some at a time."""
+    if isinstance(tensor, Stream):
+        for part in tensor.pieces:
+            yield from _pieces(part)
+        return
     tensor = tensor.detach()
     if tensor.numel() == 0:
         return
@@ -252,7 +298,7 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
         yield memoryview(piece.cpu().numpy())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename last through a power cut, where the system can."""
     try:
         handle = os.open(folder, os.O_RDONLY)

@@ -21,7 +21,7 @@ from ._params import (
 )
 from ._rows import empty_rows
 
-_KIND, _VERSION = "subspace", 1
+KIND, VERSION = "subspace", 1
 
 
 class Subspace(AffineSubspace):
@@ -194,7 +194,7 @@ class Subspace(AffineSubspace):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves as a safetensors file; an earlier file is replaced once all is written."""
         metadata = {"shapes": self.shapes, "names": self.names}
-        storage.save(path, _KIND, _VERSION, self._tensors(), metadata)
+        storage.save(path, KIND, VERSION, self._tensors(), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Subspace:
@@ -205,7 +205,7 @@ class Subspace(AffineSubspace):
         ValueError
             The file is truncated, corrupt or something else: with the path and what was found.
         """
-        with storage.Reader(path, _KIND, _VERSION) as file:
+        with storage.Reader(path, KIND, VERSION) as file:
             tensors = {name: file.read(name, device) for name in file.names()}
             try:
                 return cls(**tensors, **file.metadata)

@@ -10,24 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _pca, ops
-from ._params import (
-    DTYPES,
-    check_matches,
-    dtype_name,
-    flatten,
-    named_parameters,
-    numel,
-    type_name,
-)
+from . import _pca
+from ._params import DTYPES, dtype_name, flatten, named_parameters, numel
 from ._principal import asked_count, principal_subspace, weights_at
-from ._rows import empty_rows
+from ._recording import check_current, given_anchor, why_not_finite, wide_dtype
+from ._saved import load_trajectory, save_trajectory
+from ._stored_rows import StoredRows
+from .checkpoints.record import from_checkpoints
 from .grouped import GroupedSubspace, group_slices
-from .storage import Reader, save
+from .stores import RecordingCost, check_storage, new_store
 from .subspace import Subspace
-
-_STORAGES = ("device",)
-_KIND, _VERSION = "trajectory", 1
 
 
 class Trajectory:
@@ -42,8 +34,13 @@ class Trajectory:
         Most snapshots. Memory is touched only as snapshots come in.
     dtype : torch.dtype
         Of the stored deltas: float32, bfloat16, float16 or float64.
-    storage : str
-        "device": where the parameters are.
+    storage : "device", "host" or "disk"
+        Where the snapshots are kept: with the parameters; in (pinned) memory of the host; in files
+        of the folder ``path``, where they outlive the process. All give the same numbers to the
+        bit: see docs/trajectories.md.
+    path : path, optional
+        For "disk": a folder, made if it is not there; this trajectory alone records to it until
+        `close`. `load` goes on with one that holds a trajectory.
     anchor : Tensor of shape (n,) or list of tensors like ``params``, optional
         What the deltas are taken from. Default: the first snapshot.
 
@@ -60,17 +57,24 @@ class Trajectory:
         capacity: int = 81,
         dtype: torch.dtype = torch.bfloat16,
         storage: str = "device",
+        path: str | os.PathLike[str] | None = None,
         *,
         anchor: Tensor | Sequence[Tensor] | None = None,
     ) -> None:
+        self._describe(params, capacity, dtype)
+        check_storage(storage, path)
+        self.storage = storage
+        self._anchor = None if anchor is None else given_anchor(self, anchor)
+        sizes = self.numel, self.capacity, self.dtype, self.device
+        self._store = new_store(storage, path, sizes, self._metadata())
+
+    def _describe(self, params: Iterable[Any], capacity: int, dtype: torch.dtype) -> None:
+        """What the trajectory is of."""
         self.params, self.names = named_parameters(params)
         self.shapes = [tuple(p.shape) for p in self.params]
         self.numel = numel(self.params)
         self.device = self.params[0].device
         self.capacity = _capacity(capacity)
-        if storage not in _STORAGES:
-            raise ValueError(f"storage: expected one of {list(_STORAGES)}, got {storage!r}")
-        self.storage = storage
         if dtype not in DTYPES:
             expected = ", ".join(map(dtype_name, DTYPES))
             found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
@@ -78,21 +82,24 @@ class Trajectory:
         if self.numel == 0:
             raise ValueError("params: expected at least one element, got tensors of size 0")
         self.dtype = dtype
-        self._length = 0
-        self._anchor = None if anchor is None else self._given_anchor(anchor)
-        self._snapshots = empty_rows(self.capacity, self.numel, dtype=dtype, device=self.device)
-        self._gram = torch.zeros(
-            (self.capacity, self.capacity), dtype=torch.float64, device=self.device
-        )
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "shapes": self.shapes,
+            "names": self.names,
+            "dtype": dtype_name(self.dtype),
+            "capacity": self.capacity,
+        }
 
     def __len__(self) -> int:
         """Number of snapshots, T."""
-        return self._length
+        return self._store.length
 
     def __repr__(self) -> str:
         return (
             f"Trajectory({len(self)} of {self.capacity} snapshots, numel={self.numel}, "
-            f"dtype={dtype_name(self.dtype)}, device={self.device})"
+            f"dtype={dtype_name(self.dtype)}, device={self.device}"
+            f"{'' if self.storage == 'device' else f', storage={self.storage}'})"
         )
 
     @property
@@ -101,14 +108,28 @@ class Trajectory:
         return self._anchor
 
     @property
-    def snapshots(self) -> Tensor:
-        """The stored deltas X, shape (T, n): a view."""
-        return self._snapshots[: self._length]
+    def snapshots(self) -> Tensor | StoredRows:
+        """The stored deltas X, shape (T, n): a view.
+
+        On disk, and for parameters on CUDA in host memory, an array that reads what it is asked
+        for: ``snapshots[t]`` is a row, ``snapshots[:, a:b]`` some columns, each a copy on the
+        parameters' device.
+        """
+        return self._store.snapshots()
 
     @property
     def gram(self) -> Tensor:
         """K = X X^T of the stored rows, shape (T, T), float64: a copy."""
-        return self._gram[: self._length, : self._length].clone()
+        return self._store.gram().clone()
+
+    @property
+    def cost(self) -> RecordingCost:
+        """Snapshots, seconds, bytes read and bytes written of the recording so far."""
+        return self._store.cost
+
+    def close(self) -> None:
+        """Gives a folder back, so that it can be loaded again. Nothing is lost."""
+        self._store.close()
 
     def record(self) -> int:
         """Stores the current parameters as one more snapshot.
@@ -124,21 +145,27 @@ class Trajectory:
             The trajectory is full; a parameter changed its shape or device since the trajectory
             was made; a delta is NaN or Inf. The trajectory is then as it was before.
         """
-        index = self._length
+        return self._record(self.params)
+
+    def _record(self, params: Sequence[Tensor]) -> int:
+        """`record` of other tensors of the same shapes."""
+        index = len(self)
         if index == self.capacity:
             raise ValueError(
                 f"the trajectory is full: it holds {self.capacity} snapshots, its capacity; a "
                 "larger capacity takes more"
             )
-        self._check_params()
-        anchor = self._anchor if self._anchor is not None else flatten(self.params, self._wide())
-        ops.gram_append_(self._snapshots, self._gram, index, self.params, anchor)
-        if not bool(self._gram[index, : index + 1].isfinite().all()):
-            self._gram[index, : index + 1] = 0
-            self._gram[: index + 1, index] = 0
-            raise ValueError(self._why_not_finite(anchor))
-        self._anchor = anchor
-        self._length += 1
+        check_current(self, params)
+        anchor = (
+            self._anchor if self._anchor is not None else flatten(params, wide_dtype(self.dtype))
+        )
+        before, self._anchor = self._anchor, anchor
+        try:
+            if not self._store.append(params, anchor):
+                raise ValueError(why_not_finite(self, params, anchor))
+        finally:
+            if len(self) == 0:
+                self._anchor = before
         return index
 
     def explained_variance_ratio(self) -> Tensor:
@@ -248,7 +275,7 @@ class Trajectory:
             begin = columns.stop
             try:
                 one = principal_subspace(
-                    self.snapshots[:, columns],
+                    self._columns(columns),
                     None,
                     origin[columns],
                     dtype,
@@ -274,15 +301,7 @@ class Trajectory:
         """
         if self._anchor is None or len(self) == 0:
             raise ValueError("the trajectory is empty: nothing to save")
-        tensors = {"snapshots": self.snapshots, "gram": self.gram, "anchor": self._anchor}
-        metadata = {
-            "shapes": self.shapes,
-            "names": self.names,
-            "dtype": dtype_name(self.dtype),
-            "capacity": self.capacity,
-            "length": len(self),
-        }
-        save(path, _KIND, _VERSION, tensors, metadata)
+        save_trajectory(path, self._metadata(), self.snapshots, self.gram, self._anchor)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: Iterable[Any]) -> Trajectory:
@@ -291,6 +310,8 @@ class Trajectory:
         Parameters
         ----------
         path : path
+            A file that `save` has written, or the folder of a trajectory that was recorded with
+            ``storage="disk"``: every snapshot in it is read and checked once.
         params : iterable of Tensor
             As in the constructor: the same shapes (and names, where both are known) in the same
             order. Their values do not matter.
@@ -298,75 +319,22 @@ class Trajectory:
         Raises
         ------
         ValueError
-            The file is truncated, corrupt or something else; the parameters do not match.
+            The file is truncated, corrupt or something else; the parameters do not match; another
+            trajectory has the folder open.
+
+        Warns
+        -----
+        UserWarning
+            A snapshot in the folder is not whole: it is left out.
         """
-        with Reader(path, _KIND, _VERSION) as file:
-            params, names = named_parameters(params)
-            saved = file.metadata
-            check_matches(params, saved["shapes"], saved["names"], f"trajectory {path}")
-            if names is not None and saved["names"] is not None and names != saved["names"]:
-                i, name = next(
-                    (i, name) for i, name in enumerate(names) if name != saved["names"][i]
-                )
-                raise ValueError(
-                    f"params[{i}]: expected the name {saved['names'][i]}, as in the trajectory "
-                    f"{path}, got {name}"
-                )
-            result = cls(params, saved["capacity"], getattr(torch, saved["dtype"]))
-            length = saved["length"]
-            result.names = saved["names"] if names is None else names
-            result._anchor = torch.empty(result.numel, dtype=result._wide(), device=result.device)
-            file.read_into("anchor", result._anchor)
-            file.read_into("snapshots", result._snapshots[:length])
-            file.read_into("gram", result._gram[:length, :length])
-            result._length = length
+        found = load_trajectory(path, params)
+        result = cls.__new__(cls)
+        result._describe(found.params, found.capacity, found.dtype)
+        result.names, result.storage = found.names, found.storage
+        result._anchor, result._store = found.anchor, found.store
         return result
 
-    def _wide(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    def _given_anchor(self, anchor: Tensor | Sequence[Tensor]) -> Tensor:
-        tensors = [anchor] if isinstance(anchor, Tensor) else list(anchor)
-        for i, tensor in enumerate(tensors):
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                found = tensor.dtype if isinstance(tensor, Tensor) else type_name(tensor)
-                raise TypeError(f"anchor[{i}]: expected a floating-point tensor, got {found}")
-            if tensor.device != self.device:
-                raise ValueError(f"anchor[{i}]: expected device {self.device}, got {tensor.device}")
-        if isinstance(anchor, Tensor):
-            check_matches(tensors, [(self.numel,)], what="parameters (flat)", argument="anchor")
-        else:
-            check_matches(tensors, self.shapes, self.names, "parameters", "anchor")
-        flat = flatten(tensors, self._wide())
-        if not bool(flat.isfinite().all()):
-            raise ValueError("anchor: expected finite values, got NaN or Inf")
-        return flat
-
-    def _check_params(self) -> None:
-        check_matches(self.params, self.shapes, self.names, "trajectory when it was made")
-        for i, p in enumerate(self.params):
-            if p.device != self.device:
-                raise ValueError(
-                    f"params[{i}]: expected device {self.device}, as when the trajectory was "
-                    f"made, got {p.device}"
-                )
-
-    def _why_not_finite(self, anchor: Tensor) -> str:
-        for i, p in enumerate(self.params):
-            if not bool(p.detach().isfinite().all()):
-                name = f" ({self.names[i]})" if self.names else ""
-                return f"params[{i}]{name}: expected finite values, got NaN or Inf; not recorded"
-        pieces = anchor.split([p.numel() for p in self.params])
-        largest = max(
-            float((p.detach().reshape(-1) - piece).abs().max())
-            for p, piece in zip(self.params, pieces, strict=True)
-            if p.numel()
-        )
-        return (
-            f"a difference from the anchor of {largest:.3g} overflows: {dtype_name(self.dtype)} "
-            f"holds {torch.finfo(self.dtype).max:.3g} at most, and its square must stay below "
-            f"{torch.finfo(self._wide()).max:.3g}; not recorded"
-        )
+    from_checkpoints = classmethod(from_checkpoints)
 
     def _check_length(self) -> None:
         if len(self) < 2:
@@ -393,12 +361,19 @@ class Trajectory:
         self._check_length()
         count = asked_count(len(self), dim, explained, center)
         assert self._anchor is not None
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return count, dtype, weights_at(self.snapshots, self._anchor, start).to(wide)
+        return count, dtype, weights_at(self.snapshots, self._anchor, start).to(wide_dtype(dtype))
 
     def _double(self) -> bool:
         """Whether neither the weights nor the snapshots were ever rounded to less than float64."""
-        return all(tensor.dtype == torch.float64 for tensor in (self._snapshots, *self.params))
+        return all(
+            dtype == torch.float64 for dtype in (self.dtype, *(p.dtype for p in self.params))
+        )
+
+    def _columns(self, columns: slice) -> Tensor | StoredRows:
+        rows = self.snapshots
+        if isinstance(rows, StoredRows):
+            return rows.narrow(columns.start, columns.stop)
+        return rows[:, columns]
 
 
 def _capacity(capacity: int) -> int:

@@ -42,6 +42,8 @@ LEFT_OUT = (
     "test_experiments.py",
     "test_demo.py",
     "test_cli.py",
+    "test_cli_info.py",
+    "test_checkpoint_commands.py",
     "matrix.py",
     "small_ops.py",
 )
@@ -73,7 +75,10 @@ def main() -> None:
             venv.create(folder, with_pip=True)
             _run(python, "-m", "pip", "install", "-q", f"torch=={release}", *NEEDS)
         _run(python, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", str(wheel))
-        print(f"torch {release}", flush=True)
+        found = _torch_version(python)
+        print(f"torch {found}", flush=True)
+        if found.split("+")[0] != release:
+            sys.exit(f"{folder}: expected torch {release}, found {found}; remove the folder")
         done = subprocess.run(
             [python, "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider", *options.pytest],
             cwd=options.work,
@@ -84,6 +89,11 @@ def main() -> None:
     if failed:
         sys.exit(f"failed under torch {', '.join(failed)}")
     print(f"passed under torch {', '.join(options.torch)}")
+
+
+def _torch_version(python: Path) -> str:
+    command = [python, "-c", "import torch; print(torch.__version__)"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _run(*command: object) -> None:

@@ -35,11 +35,11 @@ def words(text: str) -> str:
     return " ".join(text.replace("│", " ").split())
 
 
-def test_info_as_json_is_build_info(capsys):
+def test_info_as_json_holds_build_info(capsys):
     needs("typer", "rich")
     code, out, _ = call(capsys, "info", "--json")
     assert code == 0
-    assert json.loads(out) == json.loads(json.dumps(dldr_ext.build_info()))
+    assert json.loads(out).items() >= json.loads(json.dumps(dldr_ext.build_info())).items()
 
 
 def test_info_as_table_names_everything(capsys):

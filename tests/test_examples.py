@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from optim_problems import one_thread  # noqa: F401  (a fixture)
+from rank_group import RankGroup
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 
@@ -56,6 +60,45 @@ def test_weight_averaging() -> None:
 def test_refreshed_basis() -> None:
     losses = run("refreshed_basis")
     assert losses["refreshed twice"] < 0.95 * losses["first subspace"]
+
+
+def torchrun(name: str, *options: str) -> str:
+    """What a program prints on two ranks of this machine."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program = [option for option in options if not option.startswith("--max-restarts")]
+    ours = [option for option in options if option.startswith("--max-restarts")]
+    done = subprocess.run(
+        [sys.executable, *command, *ours, str(FOLDER / f"{name}.py"), *program],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_ddp(tmp_path: Path) -> None:
+    """A rank dies after step 4: all go on from the checkpoint, as if nothing had happened."""
+    options = ("--steps", "8", "--folder")
+    printed = torchrun("ddp", "--max-restarts=1", *options, str(tmp_path), "--die-at", "4")
+    group = RankGroup(2)
+    (tmp_path / "again").mkdir()
+    found = group.all(ddp_example, tmp_path / "again", 8)
+    group.close()
+    resumed = torch.load(tmp_path / "checkpoint.pt")["subspace"]["theta"]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], resumed.to(found[0].dtype))
+    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step")]
+    assert len(losses) >= 8 and losses[-1] < losses[0]
+
+
+def ddp_example(folder: Path, steps: int) -> torch.Tensor:
+    return run("ddp", folder=folder, steps=steps)
+
+
+def test_fsdp2() -> None:
+    losses = [float(word) for word in torchrun("fsdp2").split()[-2:]]
+    assert losses[1] < 0.9 * losses[0]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""The programs of docs/guide.md run as written, one after the other."""
+"""The programs of docs/guide.md and docs/checkpoints.md run as written."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def test_every_program_runs_and_trains() -> None:
         if "optimizer.step" in program:
             assert names["optimizer"].status.moved, program
             assert len(names["optimizer"].history) >= 10, program
+
+
+def test_checkpoints() -> None:
+    text = (ROOT / "docs" / "checkpoints.md").read_text()
+    names: dict[str, Any] = {}
+    for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(program, names)
+    assert names["subspace"].dim == 5 and len(names["trajectory"]) == 12
 
 
 def test_links_lead_somewhere() -> None:

@@ -440,7 +440,7 @@ def problem() -> tuple[list[nn.Parameter], Subspace]:
         ({"residual_momentum": 1.0}, ValueError, "residual_momentum"),
         ({"buffers": 3}, TypeError, "buffers: expected a module"),
         ({"buffers": [1]}, TypeError, r"buffers\[0\]: expected a tensor, got int"),
-        ({"process_group": object()}, ValueError, "process_group: expected None"),
+        ({"process_group": object()}, ValueError, "process_group: expected an initialised group"),
         ({"theta0": torch.zeros(4)}, ValueError, r"theta0: .*shape \(3,\), got shape \(4,\)"),
         ({"theta0": torch.zeros(3, dtype=torch.int64)}, ValueError, "theta0"),
         ({"theta0": torch.full((3,), math.inf)}, ValueError, "theta0: expected finite"),

@@ -29,7 +29,7 @@ COLOURS = {
     "pbfgs": "#0072B2",
     "random": "#CC79A7",
 }
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -58,7 +58,7 @@ def draw(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list
         The files written, in the order of `FILES`.
     """
     written = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, figure in (
             ("accuracy.png", _accuracy(results)),
             ("spectrum.png", _spectrum(results)),

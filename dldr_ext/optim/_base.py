@@ -6,6 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from .. import ops
 from .._affine import AffineSubspace
-from .._params import check_matches, numel
-from ._closure import Evaluator
+from .._claims import Claims, described, digest, samples
+from .._params import check_matches, dtype_name, gradients, local_shard, numel
+from .._ranks import Ranks
+from ._closure import Evaluator, Loss
 from ._guard import Guard
 from ._options import check_choice, check_number, trainable
 from .carry import overlap
@@ -31,6 +34,8 @@ _MOVED = 1e-5
 _FOREIGN = 1e-2
 # Entries of `history`.
 _HISTORY = 1000
+# Steps after which ranks compare theta and options: what each would do alone might differ.
+_COMPARE_EVERY = 32
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
@@ -45,18 +50,26 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         subspace: AffineSubspace,
         defaults: dict[str, Any],
         theta0: Tensor | Literal["current"] | None,
+        ranks: Ranks | None = None,
     ) -> None:
         name = type(self).__name__
-        self._params = trainable(name, params)
+        # Leaves hold the gradients. What is written is the same but for DTensors: their shards.
+        self._leaves = trainable(name, params)
+        self._params = [local_shard(p) for p in self._leaves]
+        self._ranks = ranks
         self._check_subspace(name, subspace)
         self._subspace = subspace
-        super().__init__(self._params, defaults)
+        super().__init__(self._leaves, defaults)
         self._status = Status.INITIAL
-        self._evaluator = Evaluator(self._params)
+        self._evaluator = Evaluator(self._leaves)
+        if ranks is not None:
+            self._evaluator.inside = ranks.evaluation
         self._history: deque[StepRecord] = deque(maxlen=_HISTORY)
         self._steps = 0
         self._guard = Guard(self._params)
         self._incoming: dict[str, Any] | None = None  # a state that is being loaded
+        if ranks is not None:
+            ranks.agree(self._claims(theta0))
         self._theta = self._first_theta(name, theta0)
         given = "origin + P theta0" if theta0 is not None else None
         self._place(name, given)
@@ -106,6 +119,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Beside torch's ``state`` (empty) and ``param_groups`` (all options) there is the key
         ``subspace``, which holds tensors, numbers and strings only. Not included, because they
         are not the optimizer's: the model, its buffers, torch's random state, the subspace.
+
+        With a process group every rank must call it; one of them may write it to a file.
         """
         handle = self.register_state_dict_post_hook(_give_out, prepend=True)
         try:  # hooks see the whole
@@ -127,7 +142,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         # After hooks of the user's, which may change it; what torch checks comes next.
         handle = self.register_load_state_dict_pre_hook(_take_in)
         try:
-            super().load_state_dict(state_dict)
+            with self._agreeing():
+                super().load_state_dict(state_dict)
+                self._compare("load_state_dict")
         finally:
             handle.remove()
             self._incoming = None
@@ -153,6 +170,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """
         name = type(self).__name__
         self._set_theta(self._first_theta(name, "current"))
+        self._compare("resync")
         self._place(name, "their projection on the subspace")
 
     @torch.no_grad()
@@ -178,11 +196,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             As for the constructor's. Nothing has changed then.
         """
         name = type(self).__name__
-        self._check_subspace(name, subspace)
+        with self._agreeing():
+            self._check_subspace(name, subspace)
+            if self._ranks is not None:
+                self._ranks.agree(_claims_of(subspace), "change_subspace")
         theta = subspace.coordinates(self._params)
         m = overlap(subspace, self._subspace)
         self._subspace = subspace
         self._theta = theta.to(device=self._vector_device, dtype=torch.float64)
+        self._compare("change_subspace")
         self._carry(m)
         self._place(name, "their projection on the new subspace")
 
@@ -193,6 +215,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _give_out(self, state_dict: dict[str, Any]) -> None:
         """Adds what is saved."""
+        self._before_saving()
         state_dict["subspace"] = {
             "theta": self._theta.detach().clone(),
             "status": self._status.name,
@@ -227,6 +250,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._incoming |= {count: int(state[count]) for count in counts}
 
     # What subclasses add.
+
+    def _before_saving(self) -> None:
+        """What the next step would do first anyway."""
 
     def _own_state(self) -> dict[str, Any]:
         """Further entries of the state dict."""
@@ -278,6 +304,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _check_untouched(self) -> None:
         """Refuses weights that something else wrote since the last step."""
+        if self._ranks is not None:
+            # In place: others hold the list. A module may have moved its shards.
+            self._params[:] = [local_shard(p) for p in self._leaves]
+            if self._steps and self._steps % _COMPARE_EVERY == 0:
+                self._compare(f"step {self._steps}")
         self._guard.check(type(self).__name__, self._expected_weights)
 
     def _to_basis(self, vector: Tensor, copy: bool = False) -> Tensor:
@@ -285,10 +316,62 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         subspace = self._subspace
         return vector.to(device=subspace.device, dtype=subspace.coordinate_dtype, copy=copy)
 
+    def _gradients(self) -> list[Tensor]:
+        """What the last evaluation left, on this rank."""
+        return gradients(self._leaves)
+
     def _projected(self, *lists: list[Tensor]) -> Tensor:
         """c = P^T g of each list, (len(lists), d) float64. One pass over the basis."""
-        c = self._subspace.project_many(lists)
-        return c.to(device=self._vector_device, dtype=torch.float64)
+        return self._measured(None, *lists)[0]
+
+    def _measured(self, loss: Loss | None, *lists: list[Tensor]) -> tuple[Tensor, Loss | None]:
+        """`_projected` and a loss; of several ranks their means, in one sum of d + 1 numbers."""
+        if self._ranks is None:
+            c = self._subspace.project_many(lists)
+        else:
+            c = self._subspace.addend(lists, self._ranks.size)
+            parts = [c.reshape(-1)]
+            if loss is not None:
+                own = torch.as_tensor(loss, dtype=torch.float64, device=c.device).detach()
+                parts.append(own.reshape(1) / self._ranks.size)
+            sums = self._ranks.sum_(torch.cat(parts), "coordinates and loss")
+            c = sums[: c.numel()].view(c.shape)
+            loss = loss if loss is None else sums[-1]
+        return c.to(device=self._vector_device, dtype=torch.float64), loss
+
+    def _mean(self, loss: Loss) -> Loss:
+        """The mean of the ranks' losses, as a tensor; alone the loss itself."""
+        if self._ranks is None:
+            return loss
+        own = torch.as_tensor(loss, dtype=torch.float64, device=self._ranks.device).detach()
+        return self._ranks.sum_(own.reshape(1) / self._ranks.size, "the loss")[0]
+
+    def _agreeing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._ranks is None else self._ranks.agreeing()
+
+    def _compare(self, what: str) -> None:
+        """Refuses to go on where ranks have come apart."""
+        if self._ranks is not None:
+            claims = {"options": _options(self.param_groups[0]), "steps": self._steps}
+            self._ranks.agree(claims | {"theta": digest(self._theta)}, what)
+
+    def _claims(self, theta0: Tensor | str | None) -> Claims:
+        """What must be the same on every rank. Reads basis and origin once."""
+        told = theta0 if isinstance(theta0, str) or theta0 is None else "a tensor"
+        claims: Claims = {
+            "optimizer": type(self).__name__,
+            "torch": torch.__version__,
+            "cpu_capability": torch.ops.dldr_ext._cpu_capability(),
+            "params": described(self._leaves),
+            "options": _options(self.defaults),
+            **_claims_of(self._subspace),
+            "theta0": told,
+        }
+        theta = theta0 if isinstance(theta0, Tensor) else None
+        if not self._subspace.spans_ranks:
+            claims["samples"] = samples(self._params)
+            theta = self._first_theta(claims["optimizer"], theta0)
+        return claims | {"theta": digest(theta)}
 
     def _saved_tensor(self, state: dict[str, Any], key: str, like: Tensor) -> Tensor:
         """A copy of a saved tensor, on the device and in the dtype of ``like``."""
@@ -319,6 +402,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"{name}: subspace: expected a dldr_ext.Subspace or GroupedSubspace, got "
                 f"{type(subspace).__name__}"
+            )
+        if subspace.spans_ranks and self._ranks is None:
+            raise ValueError(
+                f"{name}: process_group: expected that of the {type(subspace).__name__}, got None"
             )
         if subspace.shapes is not None:
             check_matches(params, subspace.shapes, subspace.names, what="subspace")
@@ -362,10 +449,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             before = torch.cat([p.detach().reshape(-1).to(point.dtype) for p in self._params])
             distance = float(torch.linalg.vector_norm(point - before))
             norm = float(torch.linalg.vector_norm(before))
-            ops.trial_(self._params, point, point, 0.0)
+            if point.numel():  # of several ranks one may have no weights
+                ops.trial_(self._params, point, point, 0.0)
             self._start_at(point)
             self._guard.remember()
-        if not distance <= _MOVED * norm:
+        first = self._ranks is None or self._ranks.rank == 0
+        if first and not distance <= _MOVED * norm:
             _log.warning(
                 "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)%s",
                 name,
@@ -374,6 +463,26 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 norm,
                 "" if given else '; pass theta0="current" to start from the weights\' projection',
             )
+
+
+def _claims_of(subspace: AffineSubspace) -> Claims:
+    claims: Claims = {
+        "subspace": type(subspace).__name__,
+        "dim": subspace.dim,
+        "names": subspace.names,
+        "coordinate_dtype": dtype_name(subspace.coordinate_dtype),
+    }
+    if not subspace.spans_ranks:
+        claims |= {"basis": subspace.digest(), "origin": digest(subspace.origin)}
+    return claims
+
+
+def _options(group: dict[str, Any]) -> list[str]:
+    known = {key: value for key, value in group.items() if key != "params"}
+    return [
+        f"{key} = {value.tolist() if isinstance(value, Tensor) else value!r}"
+        for key, value in known.items()
+    ]
 
 
 def _give_out(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._virtual_batch import VirtualBatch
 
-__all__ = ["Closure", "Evaluator", "Loss", "number"]
+__all__ = ["Closure", "Evaluator", "Loss", "number", "returned"]
 
 Loss = Tensor | float
 Closure = Callable[[], Loss]
@@ -18,6 +20,14 @@ Closure = Callable[[], Loss]
 def number(loss: Loss) -> float:
     """The value of a loss, which may have a graph."""
     return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+
+
+def returned(own: Loss | None, mean: Loss | None) -> Loss | None:
+    """What a step returns: the loss, detached; of several ranks their mean, in its dtype."""
+    if not isinstance(own, Tensor):
+        return mean if mean is None else number(mean)
+    assert isinstance(mean, Tensor)
+    return own.detach() if mean is own else mean.to(device=own.device, dtype=own.dtype)
 
 
 class Evaluator:
@@ -39,11 +49,14 @@ class Evaluator:
         That closure can be asked for the loss alone.
     scaler : torch.amp.GradScaler or None
         Scales the losses that this class calls backward on.
+    inside : callable
+        Makes the context that closures are called in.
     """
 
     def __init__(self, params: list[Tensor]) -> None:
         self._params = params
         self.scaler: torch.amp.GradScaler | None = None
+        self.inside: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.calls = 0
         self.gradient_calls = 0
         self.forward_only = False
@@ -103,7 +116,7 @@ class Evaluator:
                 p.grad = None
         self.calls += 1
         loss: Loss
-        with torch.set_grad_enabled(graph):
+        with torch.set_grad_enabled(graph), self.inside():
             if isinstance(closure, VirtualBatch):
                 loss = closure(self._scaled_backward)
             else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._base import SubspaceOptimizer
-from ._closure import Closure, Loss, number
+from ._closure import Closure, Loss, number, returned
 from .status import Status
 
 __all__ = ["FirstOrder"]
@@ -40,22 +40,31 @@ class FirstOrder(SubspaceOptimizer):
             the last step (see `resync`). Nothing has moved then.
         """
         self._check_untouched()
-        loss = None if closure is None else self._evaluator.first(closure)
-        value = math.nan if loss is None else number(loss)
+        first = loss = None if closure is None else self._evaluator.first(closure)
+        c = None
+        if self._ranks is not None or self._evaluator.has_gradient():
+            c, first = self._slope(loss)
+        value = math.nan if first is None else number(first)
         if loss is not None:
             self._check_first_loss(value)
-        if not self._evaluator.has_gradient():
+        if c is None:
             self._record(value, Status.NO_GRADIENT)
         elif loss is not None and not math.isfinite(value):
             self._record(value, Status.NON_FINITE_LOSS)
         else:
-            self._move(closure, loss, value)
+            self._move(closure, loss, value, c)
         self._guard.remember()
-        return loss.detach() if isinstance(loss, Tensor) else loss
+        return returned(loss, first)
+
+    def _slope(self, loss: Loss | None) -> tuple[Tensor, Loss | None]:
+        """c = P^T g, (d,) float64, of the gradients in place; and the loss, the ranks' mean."""
+        c, loss = self._measured(loss, self._gradients())
+        return c[0], loss
 
     @abstractmethod
-    def _move(self, closure: Closure | None, first: Loss | None, loss: float) -> None:
-        """Moves theta and the weights by the gradients in place, and records the step.
+    def _move(self, closure: Closure | None, first: Loss | None, loss: float, c: Tensor) -> None:
+        """Moves theta and the weights, and records the step.
 
-        ``first`` is what the closure returned, ``loss`` its value (NaN without a closure).
+        ``first`` is what the closure returned, ``loss`` its value (NaN without a closure), ``c``
+        what `_slope` found.
         """

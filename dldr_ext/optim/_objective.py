@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,11 +53,17 @@ class Line:
     Costs two dot products of flat vectors where there is weight decay, no pass over the basis.
     """
 
-    def __init__(self, objective: Objective, point: Tensor, direction: Tensor) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        point: Tensor,
+        direction: Tensor,
+        dot: Callable[[Tensor, Tensor], float],
+    ) -> None:
         self._objective = objective
         decay = objective.decay
-        self._slope = decay * float(torch.dot(point, direction)) if decay else 0.0
-        self._curvature = decay * float(torch.dot(direction, direction)) if decay else 0.0
+        self._slope = decay * dot(point, direction) if decay else 0.0
+        self._curvature = decay * dot(direction, direction) if decay else 0.0
 
     def loss(self, raw: float, alpha: float) -> float:
         """From what the closure returned at alpha."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .._affine import AffineSubspace
-from .._params import flatten, gradients
+from .._params import flatten
+from .._ranks import Ranks
 from . import bfgs, policy
 from ._base import SubspaceOptimizer
-from ._closure import Closure, Loss
+from ._closure import Closure, Loss, number
 from ._good import GoodPoint
 from ._objective import Objective
 from ._pairs import Pairs
@@ -27,6 +29,18 @@ from .rules import BFGS, LBFGS, SR1, Rule
 from .status import Status
 
 __all__ = ["QuasiNewton"]
+
+
+class _Project:
+    """Projects lists of tensors, and takes a loss along the first time: see `_measured`."""
+
+    def __init__(self, measured: Callable[..., tuple[Tensor, Loss | None]], loss: Loss | None):
+        self._measured, self._own = measured, loss
+        self.loss: Loss | None = None
+
+    def __call__(self, *lists: list[Tensor]) -> Tensor:
+        c, self.loss = self._measured(self._own, *lists)
+        return c
 
 
 class QuasiNewton(SubspaceOptimizer):
@@ -47,9 +61,10 @@ class QuasiNewton(SubspaceOptimizer):
         theta0: Tensor | Literal["current"] | None,
         buffers: nn.Module | Iterable[Tensor] | None,
         grad_scaler: torch.amp.GradScaler | None,
+        ranks: Ranks | None,
     ) -> None:
         replayed, scale = buffer_list(buffers), ScaleKeeper(grad_scaler)
-        super().__init__(params, subspace, defaults, theta0)
+        super().__init__(params, subspace, defaults, theta0, ranks)
         self._replay = Replay(self._params[0].device, replayed)
         self._scale = scale
         self._evaluator.scaler = scale.scaler
@@ -99,24 +114,53 @@ class QuasiNewton(SubspaceOptimizer):
         return loss
 
     def _iterate(
-        self, closure: Closure, loss: float, inner: bool, more: bool, known: dict[str, Any]
-    ) -> Status:
+        self, closure: Closure, first: Loss, inner: bool, more: bool, known: dict[str, Any]
+    ) -> tuple[Status, float]:
         """Direction, search and move, with the gradients at the weights in place.
 
-        ``inner`` says that they are those of this closure's last accepted trial, ``more`` that
-        another iteration may follow. Puts what it finds for the record into ``known``.
+        ``inner`` says that they are those of this closure's last accepted trial, and ``first`` is
+        that trial's loss, ``more`` that another iteration may follow. Returns the loss at the
+        weights too, and puts what it finds for the record into ``known``.
         """
-        group, objective = self.param_groups[0], self._objective()
-        if not self._evaluator.has_gradient():
-            return Status.NO_GRADIENT
-        if not math.isfinite(loss):
-            return Status.NON_FINITE_LOSS
-        gradient = gradients(self._params)
+        group, objective, alone = self.param_groups[0], self._objective(), self._ranks is None
+        loss = number(first)
+        if alone or inner:
+            if not inner:
+                self._check_first_loss(loss)
+            if alone and not self._evaluator.has_gradient():
+                return Status.NO_GRADIENT, loss
+            if not math.isfinite(loss):
+                return Status.NON_FINITE_LOSS, loss
+        gradient = self._gradients()
+        project = _Project(self._measured, None if alone or inner else first)
         c, pair = self._pairs.coordinates(
-            self._projected, gradient, self._walk.point, objective, group["curvature"], inner
+            project, gradient, self._walk.point, objective, group["curvature"], inner
         )
+        if project.loss is not None:  # the mean of the ranks' losses came with their gradients'
+            loss = number(project.loss)
+            self._check_first_loss(loss)
+            if not math.isfinite(loss):
+                return Status.NON_FINITE_LOSS, loss
         if pair is not None:
             self._learn(*pair)
+            late = not alone and group["curvature"] == "same_batch"
+            if late and bool(pair[1].isfinite().all()):
+                self._good.see_gradient(self._theta)
+        status = self._go(closure, loss, c, gradient, objective, more, known)
+        return status, loss
+
+    def _go(
+        self,
+        closure: Closure,
+        loss: float,
+        c: Tensor,
+        gradient: list[Tensor],
+        objective: Objective,
+        more: bool,
+        known: dict[str, Any],
+    ) -> Status:
+        """The rest of `_iterate`, from the coordinates of the gradient on."""
+        group = self.param_groups[0]
         known["curvature"], self._learnt = self._learnt, "none"
         known["gradient_norm"] = size = float(torch.linalg.vector_norm(c))
         if (status := policy.at_start(size, group["tolerance_grad"])) is not None:
@@ -129,8 +173,8 @@ class QuasiNewton(SubspaceOptimizer):
         p, slope = direction
         length = float(torch.linalg.vector_norm(p))
         residual = self._aim(p, c, gradient, objective)
-        del gradient  # the next evaluation may use its memory
-        trials = Trials(closure, self._evaluator, self._replay, self._params, self._walk, objective)
+        gradient.clear()  # the next evaluation may use its memory
+        trials = self._trials(closure, objective)
         line = Start(objective.sign * loss, slope, length)
         return self._move(trials, line, p, c, residual, more, known)
 
@@ -141,17 +185,19 @@ class QuasiNewton(SubspaceOptimizer):
         the loss at the weights; puts the status, and what else it finds, into ``known``.
         """
         group, objective = self.param_groups[0], self._objective()
-        gradient = gradients(self._params)
+        gradient = self._gradients()
+        project = _Project(self._measured, first)
         c, pair = self._pairs.coordinates(
-            self._projected, gradient, self._walk.point, objective, group["curvature"], inner=False
+            project, gradient, self._walk.point, objective, group["curvature"], inner=False
         )
+        first = first if project.loss is None else project.loss
         rule, wanted = self._rule, group["curvature"] == "same_batch"
         assert isinstance(rule, BFGS)
         damped, published = group["damping"] == "powell", self._published_rule()
         p, info = rule.run_ahead(c, pair, damped=damped, published=published)
         residual = self._aim(p, c, gradient, objective)
         del gradient
-        trials = Trials(closure, self._evaluator, self._replay, self._params, self._walk, objective)
+        trials = self._trials(closure, objective)
         still_fresh = rule.fresh and pair is None
         if isinstance(first, Tensor):  # the trial may write its loss into the same tensor
             first = first.detach().clone()
@@ -199,7 +245,8 @@ class QuasiNewton(SubspaceOptimizer):
         """Searches along the direction and goes there; ``more`` as in `_iterate`."""
         group = self.param_groups[0]
         wanted = more or group["curvature"] == "same_batch"
-        ahead = trials.ahead
+        # Looking at a gradient of several ranks would take a sum more: the next step has it anyway.
+        ahead = trials.ahead or self._ranks is not None
         result = search(trials, group, line, wanted, self._rule.fresh)
         known["trials"] = result.evaluations
         status, after = result.status, math.nan
@@ -251,7 +298,25 @@ class QuasiNewton(SubspaceOptimizer):
         return status
 
     def _keep_gradient(self) -> Tensor:
-        return self._pairs.keep(gradients(self._params), self._walk.point, self._scale.value)
+        return self._pairs.keep(self._gradients(), self._walk.point, self._scale.value)
+
+    def _trials(self, closure: Closure, objective: Objective) -> Trials:
+        return Trials(
+            closure, self._evaluator, self._replay, self._walk, objective,
+            self._mean, self._gradients, self._along,
+        )  # fmt: skip
+
+    def _along(self, gradient: list[Tensor]) -> float:
+        """A gradient's product with the direction; of several ranks the mean's."""
+        direction = self._walk.direction
+        if direction.numel():
+            raw = ops.project(direction.unsqueeze(0), gradient).to(torch.float64)
+        else:  # a rank may have no weights
+            raw = torch.zeros(1, dtype=torch.float64, device=direction.device)
+        if self._ranks is not None:
+            raw *= self._subspace.weight(self._ranks.size)
+            self._ranks.sum_(raw, "the slope")
+        return float(raw)
 
     def _learn(self, s: Tensor, y: Tensor, hs: Tensor) -> None:
         group, rule = self.param_groups[0], self._rule
@@ -306,6 +371,9 @@ class QuasiNewton(SubspaceOptimizer):
         if group["residual_lr"] == 0.0:
             self._walk.aim(theta)
             return None
+        if self._ranks is not None and not self._subspace.spans_ranks:  # n numbers, this once
+            flat = torch.cat([g.reshape(-1).to(self._walk.point.dtype) for g in gradient])
+            gradient = [self._ranks.sum_(flat, "gradients").div_(self._ranks.size)]
         whole = objective.gradient(gradient, self._walk.point)
         return self._walk.aim_outside(theta, self._to_basis(c), whole, group["residual_momentum"])
 
@@ -365,8 +433,10 @@ class QuasiNewton(SubspaceOptimizer):
     def _start_at(self, point: Tensor) -> None:
         self._walk = Walk(self._subspace, self._params, point)
 
-    def _own_state(self) -> dict[str, Any]:
+    def _before_saving(self) -> None:
         self._learn_early()
+
+    def _own_state(self) -> dict[str, Any]:
         return {
             **self._walk.state(),
             **self._pairs.state(self._walk.direction, self.param_groups[0]["curvature"]),

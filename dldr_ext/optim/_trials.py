@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops
-from .._params import gradients
 from ._closure import Closure, Evaluator, Loss, number
 from ._objective import Line, Objective
 from ._pbfgs_options import C2
@@ -43,7 +42,8 @@ def read_together(losses: list[Loss], info: Tensor) -> list[float]:
 class Trials:
     """Evaluations of one closure at w + alpha u, all with the same random numbers and buffers.
 
-    Writes the parameters and leaves them at the last trial.
+    Writes the parameters and leaves them at the last trial. ``mean`` makes the loss of this
+    process that of all ranks, ``gradients`` gives those of the last evaluation.
     """
 
     def __init__(
@@ -51,16 +51,18 @@ class Trials:
         closure: Closure,
         evaluator: Evaluator,
         replay: Replay,
-        params: list[Tensor],
         walk: Walk,
         objective: Objective,
+        mean: Callable[[Loss], Loss],
+        gradients: Callable[[], list[Tensor]],
+        along: Callable[[list[Tensor]], float],
     ) -> None:
         self._closure = closure
         self._evaluator = evaluator
         self._replay = replay
-        self._params = params
         self._walk = walk
-        self._line = Line(objective, walk.point, walk.direction)
+        self._mean, self._gradients, self._along = mean, gradients, along
+        self._line = Line(objective, walk.point, walk.direction, walk.dot)
         self._alpha = math.nan
         self._loss: Loss = math.nan
         self._graph = False
@@ -74,13 +76,13 @@ class Trials:
         """
         self._evaluate(alpha, graph)
         self.ahead = True
-        return self._loss
+        return self._mean(self._loss)
 
     def loss(self, alpha: float, graph: bool) -> float:
         """The objective at alpha (see `Line.loss`), with a graph for `gradient` if asked for."""
         if not (self.ahead and alpha == self._alpha):
             self._evaluate(alpha, graph)
-            self.raw_loss = number(self._loss)
+            self.raw_loss = number(self._mean(self._loss))
         self.ahead = False
         return self._line.loss(self.raw_loss, alpha)
 
@@ -88,12 +90,11 @@ class Trials:
         """The closure's gradients at the last trial, which has a graph."""
         self._evaluator.backward(self._loss)
         self._loss = math.nan
-        return gradients(self._params)
+        return self._gradients()
 
     def slope(self) -> float:
         """The objective's slope at the last trial: one pass over u, none over the basis."""
-        raw = ops.project(self._walk.direction.unsqueeze(0), self.gradient())
-        return self._line.slope(float(raw), self._alpha)
+        return self._line.slope(self._along(self.gradient()), self._alpha)
 
     def settle(self, alpha: float, gradient: bool) -> float:
         """The objective at alpha, where model, buffers and, if asked for, gradients then stand."""

@@ -44,6 +44,10 @@ class Walk:
         """What theta = 0 stands for now."""
         return self._subspace.origin if self._moved_origin is None else self._moved_origin
 
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """The product of two flat vectors."""
+        return self._subspace.dot(a, b)
+
     def aim(self, p: Tensor) -> None:
         """u = P p. One pass over the basis."""
         self._subspace.combine_(self.direction, p)
@@ -55,16 +59,16 @@ class Walk:
 
     def trial(self, alpha: float) -> None:
         """Writes point + alpha u into the weights."""
-        ops.trial_(self._params, self.point, self.direction, alpha)
+        _trial(self._params, self.point, self.direction, alpha)
 
     def put_back(self) -> None:
         """Writes the point into the weights."""
         # The point times zero adds nothing; the direction may hold an infinity, which would.
-        ops.trial_(self._params, self.point, self.point, 0.0)
+        _trial(self._params, self.point, self.point, 0.0)
 
     def advance(self, alpha: float, theta: Tensor) -> None:
         """Carries the point along with weights that a trial at alpha left; theta is there too."""
-        ops.trial_([self.point], self.point, self.direction, alpha)
+        _trial([self.point], self.point, self.direction, alpha)
         self._since_anchor += 1
         if self._since_anchor >= _ANCHOR_EVERY:
             self._anchor(theta)
@@ -124,3 +128,9 @@ class Walk:
         self._since_anchor = 0
         self._subspace.combine_(self.point, theta, self.origin)
         self.put_back()
+
+
+def _trial(params: list[Tensor], point: Tensor, direction: Tensor, alpha: float) -> None:
+    """`ops.trial_`; of several ranks one may have no weights."""
+    if point.numel():
+        ops.trial_(params, point, direction, alpha)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._affine import AffineSubspace
-from .._params import gradients
 from ._closure import Closure, Loss
 from ._first_order import FirstOrder
 from .status import Status
@@ -80,8 +79,8 @@ class InSubspace(FirstOrder):
             self._renew()
             self._load_inner(state["_inner"])
 
-    def _move(self, closure: Closure | None, first: Loss | None, loss: float) -> None:
-        self._project_gradient()
+    def _move(self, closure: Closure | None, first: Loss | None, loss: float, c: Tensor) -> None:
+        self._theta.grad = c
         size = float(torch.linalg.vector_norm(self._theta.grad))
         if not math.isfinite(size):
             self._record(loss, Status.NON_FINITE_GRADIENT, gradient_norm=size)
@@ -116,13 +115,10 @@ class InSubspace(FirstOrder):
             self._write_weights()
             with device:
                 again = self._evaluator.first(closure)
-            self._project_gradient()
-            return again
+            self._theta.grad, mean = self._slope(again)
+            return mean
 
         return evaluate
-
-    def _project_gradient(self) -> None:
-        (self._theta.grad,) = self._projected(gradients(self._params))
 
     def _write_weights(self) -> None:
         self._subspace.reconstruct_(self._params, self._to_basis(self._theta))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .._affine import AffineSubspace
-from ._closure import Closure, Loss, number
+from .._ranks import listed, together
+from ._closure import Closure, Loss
 from ._options import names_options
 from ._pbfgs_options import checked
 from ._quasi_newton import QuasiNewton
@@ -96,8 +98,12 @@ class PBFGS(QuasiNewton):
     buffers : module, iterable of Tensor, or None
         Tensors that an evaluation changes (batch-norm statistics): pass the model. Every
         evaluation of a step sees them as before the step.
-    process_group : None
-        Only None is supported: one process.
+    process_group : ProcessGroup, DeviceMesh, module, "world" or None
+        The ranks that step together, each with a closure of its own batch: the objective is the
+        mean of their losses, each counting the same. None: this process alone. Every rank calls
+        `step`, `state_dict` and the like; d + 1 numbers are summed for a gradient, one for a
+        trial. A module in ``DistributedDataParallel`` means its group, and that its own sum of n
+        numbers is left out (`no_sync`).
     theta0 : Tensor of shape (d,), "current" or None
         Where to start; None is 0, "current" the projection of the current weights.
 
@@ -156,34 +162,32 @@ class PBFGS(QuasiNewton):
         residual_lr: float = 0.0,
         residual_momentum: float = 0.9,
         buffers: nn.Module | Iterable[Tensor] | None = None,
-        process_group: None = None,
+        process_group: Any = None,
         theta0: Tensor | Literal["current"] | None = None,
     ) -> None:
-        if process_group is not None:
-            raise ValueError(
-                "PBFGS: process_group: expected None (one process; closures over several processes "
-                f"are not supported), got {process_group!r}"
+        params = listed(params)
+        ranks = together("PBFGS", process_group, params)
+        with nullcontext() if ranks is None else ranks.agreeing():
+            defaults = checked(
+                lr=lr,
+                update=update,
+                history_size=history_size,
+                line_search_fn=line_search_fn,
+                c1=c1,
+                backtrack=backtrack,
+                max_ls=max_ls,
+                interpolate=interpolate,
+                first_step=first_step,
+                curvature=curvature,
+                damping=damping,
+                max_iter=max_iter,
+                tolerance_grad=tolerance_grad,
+                weight_decay=weight_decay,
+                maximize=maximize,
+                residual_lr=residual_lr,
+                residual_momentum=residual_momentum,
             )
-        defaults = checked(
-            lr=lr,
-            update=update,
-            history_size=history_size,
-            line_search_fn=line_search_fn,
-            c1=c1,
-            backtrack=backtrack,
-            max_ls=max_ls,
-            interpolate=interpolate,
-            first_step=first_step,
-            curvature=curvature,
-            damping=damping,
-            max_iter=max_iter,
-            tolerance_grad=tolerance_grad,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            residual_lr=residual_lr,
-            residual_momentum=residual_momentum,
-        )
-        super().__init__(params, subspace, defaults, theta0, buffers, grad_scaler)
+            super().__init__(params, subspace, defaults, theta0, buffers, grad_scaler, ranks)
 
     @torch.no_grad()
     def step(self, closure: Closure) -> Loss:  # type: ignore[override]
@@ -223,9 +227,9 @@ class PBFGS(QuasiNewton):
         try:
             first = self._first_evaluation(closure)
             if self._runs_ahead():
-                self._one_ahead(closure, first)
+                loss = self._one_ahead(closure, first)
             else:
-                self._several(closure, number(first))
+                loss = self._several(closure, first)
         except BaseException:
             self._put_back()
             self._guard.remember()
@@ -233,25 +237,32 @@ class PBFGS(QuasiNewton):
         self._replay.finish()
         self._scale.end(self._status)
         self._guard.remember()
+        if self._ranks is not None:
+            return torch.full_like(first, loss).detach() if isinstance(first, Tensor) else loss
         return first.detach() if isinstance(first, Tensor) else first
 
-    def _one_ahead(self, closure: Closure, first: Loss) -> None:
+    def _one_ahead(self, closure: Closure, first: Loss) -> float:
         known: dict[str, Any] = {}
         loss = self._iterate_ahead(closure, first, known)
         self._end(known.pop("status"), loss, known)
+        return loss
 
-    def _several(self, closure: Closure, loss: float) -> None:
-        self._check_first_loss(loss)
+    def _several(self, closure: Closure, first: Loss) -> float:
+        """Iterations on one closure; the loss before the first."""
+        before: float | None = None
         iterations = self.param_groups[0]["max_iter"]
         for k in range(iterations):
             more = k + 1 < iterations
             known: dict[str, Any] = {}
-            status = self._iterate(closure, loss, k > 0, more, known)
+            status, loss = self._iterate(closure, first, k > 0, more, known)
+            before = loss if before is None else before
             self._end(status, loss, known)
             if not more or "loss_after" not in known:
                 break
             self._replay.keep()
-            loss = known["loss_after"]
+            first = known["loss_after"]
+        assert before is not None
+        return before
 
     def _end(self, status: Status, loss: float, known: dict[str, Any]) -> None:
         self._record(loss, status if status.moved else self._stay(status), **known)

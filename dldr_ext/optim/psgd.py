@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .._affine import AffineSubspace
-from .._params import gradients
+from .._ranks import listed, together
 from ._closure import Closure, Loss
 from ._first_order import FirstOrder
 from ._objective import Objective
@@ -41,6 +42,8 @@ class PSGD(FirstOrder):
         >= 0; wd / 2 |w|^2 is added to the objective. The gradient is as in ``torch.optim.SGD``.
     maximize : bool
         Maximises what the closure returns.
+    process_group : ProcessGroup, DeviceMesh, module, "world" or None
+        Steps together with other ranks: see `PBFGS`.
     theta0 : Tensor of shape (d,), "current" or None
         Where to start; None is 0, "current" the projection of the current weights.
 
@@ -65,25 +68,33 @@ class PSGD(FirstOrder):
         *,
         weight_decay: float = 0.0,
         maximize: bool = False,
+        process_group: Any = None,
         theta0: Tensor | Literal["current"] | None = None,
     ) -> None:
-        defaults = {
-            "lr": check_lr("PSGD", lr),
-            "momentum": check_number("PSGD", "momentum", momentum, 0.0, 1.0),
-            "weight_decay": check_number("PSGD", "weight_decay", weight_decay, 0.0),
-            "maximize": check_flag("PSGD", "maximize", maximize),
-        }
-        super().__init__(params, subspace, defaults, theta0)
+        params = listed(params)
+        ranks = together("PSGD", process_group, params)
+        with nullcontext() if ranks is None else ranks.agreeing():
+            defaults = {
+                "lr": check_lr("PSGD", lr),
+                "momentum": check_number("PSGD", "momentum", momentum, 0.0, 1.0),
+                "weight_decay": check_number("PSGD", "weight_decay", weight_decay, 0.0),
+                "maximize": check_flag("PSGD", "maximize", maximize),
+            }
+            super().__init__(params, subspace, defaults, theta0, ranks)
         self._momentum = torch.zeros_like(self._theta)
 
-    def _move(self, closure: Closure | None, first: Loss | None, loss: float) -> None:
+    def _slope(self, loss: Loss | None) -> tuple[Tensor, Loss | None]:
         group = self.param_groups[0]
         objective = Objective(-1.0 if group["maximize"] else 1.0, float(group["weight_decay"]))
-        lists = [gradients(self._params), *([self._params] if objective.decay else [])]
-        rows = self._projected(*lists)
+        lists = [self._gradients(), *([self._params] if objective.decay else [])]
+        rows, loss = self._measured(loss, *lists)
         c = objective.factor * rows[0]
         if objective.decay:
             c.add_(rows[1], alpha=objective.decay)
+        return c, loss
+
+    def _move(self, closure: Closure | None, first: Loss | None, loss: float, c: Tensor) -> None:
+        group = self.param_groups[0]
         size = float(torch.linalg.vector_norm(c))
         if not math.isfinite(size):
             self._record(loss, Status.NON_FINITE_GRADIENT, gradient_norm=size)

@@ -1,0 +1,238 @@
+"""The formulas of `dldr plan` against this machine: peak memory, and time at its bandwidth.
+
+Run from the repository's root: ``python benchmarks/plan_check.py``. Memory is the peak of the
+resident set, phase by phase in a process of its own, above what torch and the package take. Time is
+measured beside a read of a large buffer; the prediction is the floor at the bandwidth of that
+round over the share in ``dldr_ext.plan.EFFICIENCY``, which comes from runs of other sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dldr_ext import PBFGS, Subspace, Trajectory, _pca, ops  # noqa: E402
+from dldr_ext._devices import Device, measure  # noqa: E402
+from dldr_ext._measure import Spread, multiply_rate, reader, seconds  # noqa: E402
+from dldr_ext.bench import Problem, resnet18_sizes  # noqa: E402
+from dldr_ext.plan import Job, plan  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "plan_check.json"
+WITHIN = 0.15
+# Any will do where only memory is asked for.
+NOWHERE = Device("none", 1e12, 1e9, 1e9, 1e9, 1e9, None, None, 1e9, "none")
+
+
+class FallingLoss:
+    """A closure with one fixed gradient and no memory of its own, whose first trials all pass."""
+
+    def __init__(self, params: list[torch.Tensor]) -> None:
+        self.params = params
+        self.gradients = [torch.full_like(p, 1e-3) for p in params]
+        self.calls = 0
+
+    def __call__(self) -> float:
+        self.calls += 1
+        for param, gradient in zip(self.params, self.gradients, strict=True):
+            param.grad = gradient
+        return -1e30 * self.calls
+
+
+class Peak:
+    """Peak of the resident set since the last look, in bytes. Linux only."""
+
+    def __init__(self) -> None:
+        self._base = self._status("VmRSS")
+
+    def __call__(self) -> int:
+        found = self._status("VmHWM") - self._base
+        Path("/proc/self/clear_refs").write_text("5")
+        return found
+
+    def _status(self, key: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key + ":"):
+                return 1024 * int(line.split()[1])
+        raise LookupError(key)
+
+
+def run(job: Job, look: Callable[[], int]) -> dict[str, int]:
+    """Records, forms the basis and trains, with the weights and gradients of a model."""
+    sizes = resnet18_sizes(job.numel)
+    params = [torch.full((size,), 1.0, requires_grad=True) for size in sizes]
+    closure = FallingLoss(params)
+    trajectory = Trajectory(params, capacity=job.snapshots, dtype=getattr(torch, job.dtype))
+    found = {}
+    torch.manual_seed(0)
+    for _ in range(job.snapshots):
+        with torch.no_grad():
+            for p in params:
+                p.view(-1)[:64].add_(torch.randn(min(64, p.numel())))
+        trajectory.record()
+    found["recording"] = look()
+    subspace = trajectory.subspace(dim=job.dim)
+    found["forming the basis"] = look()
+    del trajectory
+    look()
+    optimizer = PBFGS(params, subspace)
+    for _ in range(4):
+        optimizer.step(closure)
+    assert optimizer.status.moved
+    found["P-BFGS"] = look()
+    return found
+
+
+def memory_here(job: Job) -> dict[str, int]:
+    """`run`, in this process; a small one before it loads what torch loads late."""
+    run(Job(20_000, 2, 4, job.dtype), lambda: 0)
+    return run(job, Peak())
+
+
+def memory(job: Job) -> dict:
+    """Measured and predicted bytes of each phase."""
+    command = [sys.executable, __file__, "--memory", json.dumps(asdict(job))]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    measured = json.loads(done.stdout)
+    phases = {
+        found.phase: {"measured": measured[found.phase], "predicted": found.device}
+        for found in plan(job, NOWHERE).memory
+    }
+    for found in phases.values():
+        found["ratio"] = found["measured"] / found["predicted"]
+        found["within"] = abs(found["ratio"] - 1) <= WITHIN
+    return {"job": asdict(job), "phases": phases}
+
+
+def works(job: Job) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The steps of the plan that are timed, as the package runs them."""
+    dtype = getattr(torch, job.dtype)
+    problem = Problem(resnet18_sizes(job.numel), job.snapshots)
+    rows, scale = problem.stored(dtype)
+    del problem.basis
+    basis = rows[: job.dim]
+    part = None if scale is None else scale[: job.dim]
+    theta = problem.theta[: job.dim]
+    yield "project", lambda: ops.project(basis, problem.gradients, scale=part)
+    yield (
+        "reconstruct_",
+        lambda: ops.reconstruct_(problem.params, problem.origin, basis, theta, scale=part),
+    )
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+
+    def record() -> None:
+        for t in range(len(rows)):
+            ops.gram_append_(rows, gram, t, problem.gradients, problem.origin, scale=scale)
+
+    yield "record", record
+    c = torch.randn(job.dim, job.snapshots, dtype=torch.float64)
+    if scale is None:
+        yield "gram", lambda: _pca.exact_gram(rows)
+        yield "form_basis", lambda: ops.form_basis(rows, c)
+        params = [torch.zeros_like(p).requires_grad_() for p in problem.params]
+        optimizer = PBFGS(params, Subspace(basis, torch.zeros(job.numel)))
+        closure = FallingLoss(params)
+        for _ in range(2):
+            optimizer.step(closure)
+        yield "P-BFGS step", lambda: optimizer.step(closure)
+    direction = torch.randn(job.numel)
+    yield (
+        "line-search trial",
+        lambda: ops.trial_(problem.params, problem.origin, direction, 0.3),
+    )
+
+
+def times(job: Job, device: Device, rounds: int) -> dict:
+    """Measured over predicted seconds of each step, quartiles over rounds."""
+    data = torch.ones(1 << 27, dtype=torch.int64)
+    target = torch.empty_like(data[: len(data) // 2])
+    read = reader(data)
+    found = {}
+    for name, work in works(job):
+        work(), read()
+        ratios, took = [], []
+        for _ in range(rounds):
+            if name == "line-search trial":
+                speed = 8 * len(data) / seconds(lambda: target.copy_(data[: len(target)]))
+                own = seconds(work)
+            else:
+                before = seconds(read)
+                own = seconds(work)
+                speed = 8 * len(data) / min(before, seconds(read))
+            here = replace(device, read=speed, copy=speed)
+            step = next(s for s in plan(job, here).steps if s.name == name)
+            # the plan's is the mean of a whole trajectory
+            predicted = step.seconds * (job.snapshots if name == "record" else 1)
+            ratios.append(own / predicted)
+            took.append(own)
+        spread = Spread.of(ratios)
+        found[name] = {
+            "ratio": vars(spread),
+            "seconds": vars(Spread.of(took)),
+            "within": abs(spread.median - 1) <= WITHIN,
+        }
+    return {"job": asdict(job), "steps": found}
+
+
+MEMORY = [
+    Job(1_000_000, 40, 81),
+    Job(4_000_000, 40, 81),
+    Job(10_000_000, 40, 81),
+    Job(4_000_000, 16, 41, "float32"),
+    Job(4_000_000, 100, 120),
+]
+TIMES = [
+    Job(10_000_000, 48, 50, "bfloat16"),
+    Job(8_000_000, 24, 30, "float32"),
+    Job(16_000_000, 32, 36, "int8"),
+    Job(20_000_000, 20, 24, "bfloat16"),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("memory", "times"))
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    if options.memory:
+        print(json.dumps(memory_here(Job(**json.loads(options.memory)))))
+        return 0
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    if options.only != "times":
+        result["memory"] = [memory(job) for job in MEMORY]
+    if options.only != "memory":
+        device = measure()
+        wide = max(multiply_rate(torch.float64, torch.device("cpu")) for _ in range(2))
+        device = replace(device, float64=wide)
+        result |= {"device": asdict(device), "torch": torch.__version__, "times": []}
+        for job in TIMES:
+            result["times"].append(times(job, device, options.rounds))
+            RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    show(result)
+    return 0
+
+
+def show(result: dict) -> None:
+    for kind, key in (("memory", "phases"), ("times", "steps")):
+        for row in result.get(kind, []):
+            job = row["job"]
+            print(f"{kind}: n={job['numel']:,} d={job['dim']} T={job['snapshots']} {job['dtype']}")
+            for name, found in row[key].items():
+                ratio = found["ratio"]
+                shown = Spread(**ratio).show() if isinstance(ratio, dict) else f"{ratio:.3f}"
+                print(f"  {name:20} measured / predicted {shown}{'' if found['within'] else '  *'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

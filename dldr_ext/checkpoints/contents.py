@@ -1,0 +1,94 @@
+"""Finds the state dict in what a training script saved, and the plain names of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+# Where scripts put the weights beside an optimizer, an epoch, ...: tried in this order.
+_KEYS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
+# What wrappers of modules put into names, wherever they wrap.
+_INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_OUTER = "module."
+_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside its module
+
+
+def state_dict(saved: Any, key: str | None = None) -> dict[str, Tensor]:
+    """The tensors by name that a saved object holds.
+
+    Parameters
+    ----------
+    saved : object
+        A state dict, or nested dicts with one in them: under a usual key ("state_dict", "model",
+        ...), or the only entry that holds tensors.
+    key : str, optional
+        Where to look instead, nested keys joined by dots.
+
+    Raises
+    ------
+    ValueError
+        No state dict there, or several candidates.
+    """
+    if key is not None:
+        for part in key.split("."):
+            if not isinstance(saved, Mapping) or part not in saved:
+                raise ValueError(f"expected the key {key!r}, found {_describe(saved)}")
+            saved = saved[part]
+    found = _search(saved, 0)
+    if found is None:
+        raise ValueError(f"expected a state dict, found {_describe(saved)}")
+    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def plain_names(names: list[str]) -> list[str]:
+    """The names without what DistributedDataParallel, FSDP and torch.compile put into them.
+
+    Raises
+    ------
+    ValueError
+        Two names become the same.
+    """
+    result = names
+    for wrapper in _INNER:
+        result = [name.replace(wrapper, "") for name in result]
+    while result and all(name.startswith(_OUTER) or name == _COUNTER for name in result):
+        if result == [_COUNTER]:
+            break
+        result = [name.removeprefix(_OUTER) for name in result]
+    if len(set(result)) < len(result):
+        twice = next(name for name in result if result.count(name) > 1)
+        raise ValueError(f"two tensors are called {twice!r} once prefixes are removed")
+    return result
+
+
+def _search(saved: Any, depth: int) -> Mapping[Any, Any] | None:
+    if not isinstance(saved, Mapping) or depth > 4:
+        return None
+    for key in _KEYS:
+        inner = _search(saved.get(key), depth + 1)
+        if inner is not None:
+            return inner
+    if any(isinstance(value, Tensor) for value in saved.values()):
+        return saved
+    inside = {
+        key: found
+        for key, value in saved.items()
+        if key not in ("optimizer", "optim", "optimizer_state_dict")
+        and (found := _search(value, depth + 1)) is not None
+    }
+    if len(inside) > 1:
+        raise ValueError(
+            f"expected one state dict, found several under {', '.join(map(repr, inside))}: "
+            "name one as the key"
+        )
+    return next(iter(inside.values()), None)
+
+
+def _describe(saved: Any) -> str:
+    if isinstance(saved, Mapping):
+        keys = [str(key) for key in saved]
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        return f"a dict with the keys {keys[:8]}{more}" if keys else "an empty dict"
+    return f"a {type(saved).__name__}"

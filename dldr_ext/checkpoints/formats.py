@@ -1,0 +1,287 @@
+"""Opens checkpoint files without reading the tensors in them: where each one lies."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import warnings
+import zipfile
+from functools import lru_cache
+from pathlib import Path, PosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.serialization import safe_globals
+
+from . import contents
+from .errors import CheckpointError, reason
+from .found import INDEX_SUFFIXES
+
+_INDEX_LIMIT = 1 << 28  # bytes; the index of a model of 100,000 tensors has 10 MB
+_SAFETENSORS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_SCALAR: Any = np.float64(0).__reduce__()[0]  # called as numpy 1 or numpy 2 calls it
+# Harmless types that scripts save beside the weights (options, a best accuracy).
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    PosixPath,
+    np.dtype,
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "b1")),
+]
+
+
+class Entry(NamedTuple):
+    """A tensor in a file, not read yet."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    file: Path
+    offset: int | None  # bytes before its first element; None: the file is loaded whole
+    name: str  # in the file
+    key: str | None = None  # where the state dict is in it
+
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        count: int = math.prod(self.shape)
+        return count * self.dtype.itemsize
+
+    def place(self) -> tuple[Any, ...]:
+        """Equal for two names of one tensor."""
+        if self.offset is None:
+            return (self.file, self.name)
+        return (self.file, self.offset, self.dtype, self.shape, self.stride)
+
+
+class Contents(NamedTuple):
+    """What a checkpoint holds."""
+
+    entries: dict[str, Entry]  # by plain name, in the order of the file
+    files: list[Path]  # its shards, or the one file
+    notes: list[str]
+
+
+def read_contents(path: Path, key: str | None = None) -> Contents:
+    """Where the tensors of a checkpoint lie.
+
+    Parameters
+    ----------
+    path : Path
+        A file written by ``torch.save`` (pickles are loaded with ``weights_only=True``), a
+        safetensors file, or a Hugging Face index of either. Told apart by what is in them.
+    key : str, optional
+        See `contents.state_dict`.
+
+    Raises
+    ------
+    CheckpointError
+        Missing, empty, truncated, corrupt, or something else.
+    """
+    try:
+        if path.name.endswith(INDEX_SUFFIXES):
+            return _read_index(path, key)
+        found = _read_file(path, key)
+    except OSError as error:
+        raise CheckpointError(error.filename or path, reason(error)) from error
+    try:
+        names = contents.plain_names(list(found.entries))
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from error
+    return found._replace(entries=dict(zip(names, found.entries.values(), strict=True)))
+
+
+def whole(path: Path, key: str | None) -> dict[str, Tensor]:
+    """The tensors of a file that only can be loaded whole; those of the latest one are kept."""
+    found = path.stat()
+    return _whole(path, key, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _whole(path: Path, key: str | None, size: int, changed: int) -> dict[str, Tensor]:
+    return _state_dict(path, _load(path, fake=False), key)
+
+
+def forget() -> None:
+    """Gives back what `whole` has kept."""
+    _whole.cache_clear()
+
+
+def _read_index(path: Path, key: str | None) -> Contents:
+    if path.stat().st_size > _INDEX_LIMIT:
+        raise CheckpointError(path, f"expected an index of at most {_INDEX_LIMIT} bytes")
+    try:
+        index = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"corrupt: not JSON ({error})") from error
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(path, "expected an object with a 'weight_map' of names to files")
+    shards: dict[str, Contents] = {}
+    entries = {}
+    for name, shard in places.items():
+        if not isinstance(shard, str) or shard in ("", ".", "..") or Path(shard).name != shard:
+            raise CheckpointError(
+                path, f"{name}: expected the name of a file beside the index, found {shard!r}"
+            )
+        if shard not in shards:
+            shards[shard] = _read_file(path.parent / shard, key)
+        if name not in shards[shard].entries:
+            raise CheckpointError(path, f"{name}: expected in {shard}, which lacks it")
+        entries[name] = shards[shard].entries[name]
+    try:
+        names = contents.plain_names(list(entries))
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from error
+    return Contents(
+        dict(zip(names, entries.values(), strict=True)),
+        [path, *(path.parent / shard for shard in shards)],
+        [note for found in shards.values() for note in found.notes],
+    )
+
+
+def _read_file(path: Path, key: str | None) -> Contents:
+    with open(path, "rb") as file:
+        start = file.read(9)
+    size = path.stat().st_size
+    if size == 0:
+        raise CheckpointError(path, "empty: 0 bytes")
+    if start.startswith(b"PK"):
+        return _read_torch(path, size, key)
+    if start[8:] == b"{" or path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    return _loaded_whole(path, key, "in the format of before torch 1.6")
+
+
+def _read_safetensors(path: Path) -> Contents:
+    from safetensors import SafetensorError, safe_open
+
+    try:  # the library checks the header against the size of the file
+        with safe_open(str(path), framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(path, f"not a whole safetensors file ({error})") from error
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    entries, notes = {}, []
+    for name, field in header.items():
+        if field["dtype"] not in _SAFETENSORS:
+            notes.append(f"{name}: left out, of the type {field['dtype']}")
+            continue
+        shape = tuple(field["shape"])
+        entries[name] = Entry(
+            _SAFETENSORS[field["dtype"]],
+            shape,
+            _packed(shape),
+            path,
+            8 + length + field["data_offsets"][0],
+            name,
+        )
+    return Contents(entries, [path], notes)
+
+
+def _read_torch(path: Path, size: int, key: str | None) -> Contents:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.filelist)
+            order = [name for name in archive.namelist() if name.endswith("/byteorder")]
+            swapped = bool(order) and archive.read(order[0]) != b"little"
+    except OSError:
+        raise
+    except Exception as error:  # zipfile lets several through
+        raise CheckpointError(path, f"truncated or corrupt ({error})") from error
+    if packed or swapped:
+        return _loaded_whole(path, key, "compressed" if packed else "big-endian")
+    entries, notes = {}, []
+    for name, tensor in _state_dict(path, _load(path, fake=True), key).items():
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            notes.append(f"{name}: left out, not a dense tensor")
+            continue
+        storage = tensor.untyped_storage()
+        begin = storage._checkpoint_offset
+        first = int(tensor.storage_offset()) * tensor.itemsize
+        last = first + extent(tensor.shape, tensor.stride()) * tensor.itemsize
+        if begin is None or first < 0 or last > storage.nbytes() or begin + last > size:
+            raise CheckpointError(path, f"corrupt: {name} lies outside the file")
+        entries[name] = Entry(
+            tensor.dtype, tuple(tensor.shape), tensor.stride(), path, begin + first, name
+        )
+    return Contents(entries, [path], notes)
+
+
+def extent(shape: torch.Size | tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last one of a strided tensor, both included."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def _loaded_whole(path: Path, key: str | None, why: str) -> Contents:
+    entries = {}
+    for name, tensor in whole(path, key).items():
+        if tensor.layout is torch.strided and not tensor.is_quantized:
+            shape = tuple(tensor.shape)
+            entries[name] = Entry(tensor.dtype, shape, _packed(shape), path, None, name, key)
+    return Contents(
+        entries, [path], [f"{path}: {why}: loaded whole each time it is read, which takes memory"]
+    )
+
+
+def _load(path: Path, *, fake: bool) -> Any:
+    try:
+        with safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another pickle protocol
+            if not fake:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            from torch._subclasses.fake_tensor import FakeTensorMode
+
+            with FakeTensorMode():  # storages then only know where they lie in the file
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        text = str(error)
+        refused = re.search(r"GLOBAL `?([\w.]+)", text)
+        if refused is not None:
+            raise CheckpointError(
+                path,
+                f"holds Python objects such as {refused[1]}, which could run code and are not "
+                "loaded: save model.state_dict()",
+            ) from error
+        said = re.search(r"WeightsUnpickler error:\s*(.*)", text) or re.search(r"(.+)", text)
+        detail = type(error).__name__ if said is None else said[1]
+        raise CheckpointError(path, f"truncated or corrupt ({detail[:160]})") from error
+
+
+def _state_dict(path: Path, saved: Any, key: str | None) -> dict[str, Tensor]:
+    try:
+        return contents.state_dict(saved, key)
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from error
+
+
+def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    result, step = [], 1
+    for size in reversed(shape):
+        result.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(result))

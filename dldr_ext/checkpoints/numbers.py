@@ -1,0 +1,72 @@
+"""What a Gram matrix of checkpoints says: drift, steps, cosines, duplicates, dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Two checkpoints nearer than this share of the median step between neighbours are as good as one.
+_NEAR = 0.01
+_SHARES = (0.9, 0.95, 0.99)
+
+
+def effective_dimension(ratio: Tensor) -> dict[str, float]:
+    """Participation ratio, and the directions that shares of the variance take."""
+    sums = ratio.cumsum(0)
+    result: dict[str, float] = {"participation_ratio": float(1 / ratio.square().sum())}
+    for share in _SHARES:
+        result[f"{share:g}"] = min(int((sums < share).sum()) + 1, len(ratio))
+    return result
+
+
+def drift(gram: Tensor) -> dict[str, list[float]]:
+    """Distances from the first checkpoint and between neighbours."""
+    distances = pairwise_distances(gram)
+    return {"from_first": distances[0].tolist(), "steps": distances.diagonal(1).tolist()}
+
+
+def step_cosines(gram: Tensor) -> Tensor:
+    """Cosines between the steps from one checkpoint to the next, (T - 1, T - 1); 0 for no step."""
+    products = gram.diff(dim=0).diff(dim=1)
+    norms = products.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(norms > 0, 1 / norms, 0)
+    return (products * scale * scale[:, None]).clamp(-1, 1)
+
+
+def near_duplicates(gram: Tensor) -> list[tuple[int, int, float]]:
+    """Pairs nearer to each other than 1 % of the median step, and how near, in such steps."""
+    distances = pairwise_distances(gram)
+    steps = distances.diagonal(1)
+    steps = steps[steps > 0]
+    if not len(steps):
+        return [(s, t, 0.0) for s in range(len(gram)) for t in range(s + 1, len(gram))]
+    shares = distances / steps.median()
+    pairs = (shares < _NEAR).triu(1).nonzero().tolist()
+    return [(s, t, float(shares[s, t])) for s, t in pairs]
+
+
+def pairwise_distances(gram: Tensor) -> Tensor:
+    """|x_s - x_t|, shape (T, T)."""
+    squares = gram.diagonal()
+    found = squares[:, None] + squares - 2 * gram
+    # What is left of equal rows is the rounding of the sums.
+    floor = (squares[:, None] + squares) * 2.0**-44
+    return torch.where(found > floor, found, 0).sqrt()
+
+
+def of_gram(gram: Tensor, ratio: Tensor) -> dict[str, Any]:
+    """All of these, as JSON can hold them."""
+    cosines = step_cosines(gram)
+    return {
+        "explained_variance_ratio": ratio.tolist(),
+        "effective_dimension": effective_dimension(ratio),
+        "drift": drift(gram),
+        "cosines": {
+            "successive": cosines.diagonal(1).tolist(),
+            "steps": cosines.tolist(),
+        },
+        "near_duplicates": [list(pair) for pair in near_duplicates(gram)],
+        "gram": gram.tolist(),
+    }

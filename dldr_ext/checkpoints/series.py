@@ -1,0 +1,306 @@
+"""A list of checkpoints of one model as rows of numbers: any columns of any row can be read."""
+
+from __future__ import annotations
+
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._params import DTYPES, dtype_name, named_parameters
+from .contents import plain_names
+from .errors import CheckpointError
+from .formats import Contents, Entry, read_contents
+from .found import find
+from .pieces import Pieces
+
+STATISTICS = ("running_mean", "running_var")
+_SHOWN = 5  # names in a note
+
+
+class Wanted(NamedTuple):
+    """The tensors that make up a row, in order; other names of each that a file may use."""
+
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    aliases: list[list[str]]
+
+
+class Series:
+    """Checkpoints with the same tensors, opened but not read.
+
+    Parameters
+    ----------
+    paths : path or iterable of paths
+        Files and folders, see `find`.
+    model : nn.Module, optional
+        Its trainable parameters make up a row, in its order; it may be on the meta device. Without
+        one a row is all dense floating-point tensors of the first checkpoint, in the order of its
+        file, tied ones once, without the running statistics of batch norm.
+    include, exclude : str or sequence of str
+        Patterns of names (``encoder.*``): those that match an ``include``, if there is any, and no
+        ``exclude``.
+    key : str, optional
+        Where the state dict is in a file, nested keys joined by dots.
+    skip_bad : bool
+        Go on without checkpoints that cannot be used; they are then in `skipped`.
+
+    Attributes
+    ----------
+    paths : list of Path
+    indices : list of int
+        Of these, in the list that was given.
+    contents : list of Contents
+        All that is in each.
+    names, shapes : list
+        Of the tensors in a row.
+    numel : int
+        Elements in a row, n.
+    notes : list of str
+        What was left out, and other things worth knowing.
+    skipped : list of CheckpointError
+
+    Raises
+    ------
+    CheckpointError
+        Missing, truncated, corrupt, without the tensors of the first one (or of the model) or with
+        other shapes: with its index and path.
+    ValueError
+        No checkpoint is left; no tensor matches the patterns.
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        model: nn.Module | None = None,
+        *,
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
+        key: str | None = None,
+        skip_bad: bool = False,
+    ) -> None:
+        include = [include] if isinstance(include, str) else list(include)
+        exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+        self.notes: list[str] = []
+        self.skipped: list[CheckpointError] = []
+        self.paths: list[Path] = []
+        self.contents: list[Contents] = []
+        self.indices: list[int] = []
+        self._rows: list[list[Entry]] = []
+        wanted = None if model is None else _of_model(model, include, exclude)
+        for index, path in enumerate(find(paths)):
+            try:
+                contents = read_contents(path, key)
+                if model is None:
+                    own, notes = _of_contents(path, contents, include, exclude)
+                    if wanted is None:
+                        wanted = own
+                        self.notes += notes
+                    _check_no_more(path, own, wanted)
+                assert wanted is not None
+                self._rows.append(_row(path, contents, wanted, model is not None))
+            except CheckpointError as error:
+                if not skip_bad:
+                    raise error.at(index) from error.__cause__
+                self.skipped.append(error.at(index))
+                continue
+            self.notes += contents.notes
+            self.paths.append(path)
+            self.contents.append(contents)
+            self.indices.append(index)
+        if wanted is None or not self.paths:
+            raise ValueError(f"checkpoints: none can be used; the first: {self.skipped[0]}")
+        self.names, self.shapes = wanted.names, wanted.shapes
+        sizes = [math.prod(shape) for shape in self.shapes]
+        self._starts = [0, *accumulate(sizes)]
+        self.numel = self._starts[-1]
+
+    def __len__(self) -> int:
+        """Number of checkpoints, T."""
+        return len(self.paths)
+
+    def dtypes(self, t: int) -> list[torch.dtype]:
+        """Of the tensors in one row as they are stored."""
+        return [entry.dtype for entry in self._rows[t]]
+
+    def row_bytes(self, t: int) -> int:
+        """Bytes in the files that make up one row."""
+        return sum(entry.nbytes() for entry in self._rows[t])
+
+    def identity(self) -> list[list[Any]]:
+        """Path, size and time of change of every file: the same if none of them was touched."""
+        files = (file for contents in self.contents for file in contents.files)
+        stats = ((file, file.stat()) for file in files)
+        return [[str(file.absolute()), found.st_size, found.st_mtime_ns] for file, found in stats]
+
+    def read(self, pieces: Pieces, t: int, begin: int, out: Tensor) -> None:
+        """Columns ``begin``, ``begin + 1``, ... of row ``t`` into ``out``, (k,), finite.
+
+        Raises
+        ------
+        CheckpointError
+            The file cannot be read; a value is NaN or Inf: with the name of the tensor.
+        """
+        end = begin + len(out)
+        i = bisect_right(self._starts, begin) - 1
+        try:
+            while self._starts[i] < end and i < len(self.names):
+                first, last = max(begin, self._starts[i]), min(end, self._starts[i + 1])
+                pieces.read(
+                    self._rows[t][i], first - self._starts[i], out[first - begin : last - begin]
+                )
+                i += 1
+        except CheckpointError as error:
+            raise self.error(t, error.problem) from error
+        if not finite(out):
+            at = begin + int(out.isfinite().logical_not().nonzero()[0])
+            name = self.names[bisect_right(self._starts, at) - 1]
+            raise self.error(
+                t, f"{name}: expected finite values, got NaN or Inf; exclude leaves a tensor out"
+            )
+
+    def error(self, t: int, problem: str) -> CheckpointError:
+        """An error of one of the checkpoints."""
+        return CheckpointError(self.paths[t], problem, self.indices[t])
+
+    def drop(self, error: CheckpointError) -> None:
+        """Goes on without the checkpoint that the error is of.
+
+        Raises
+        ------
+        CheckpointError
+            The same one, if no checkpoint would be left.
+        """
+        if len(self) == 1:
+            raise error
+        t = self.indices.index(error.index)  # type: ignore[arg-type]
+        self.skipped.append(error)
+        for part in (self.paths, self.contents, self.indices, self._rows):
+            del part[t]
+
+
+def finite(values: Tensor) -> bool:
+    """Whether all values are. Their sum is finite only if they are, and faster to have."""
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
+
+
+def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether the patterns let a name through."""
+    return (not include or any(fnmatchcase(name, pattern) for pattern in include)) and not any(
+        fnmatchcase(name, pattern) for pattern in exclude
+    )
+
+
+def model_parameters(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The trainable parameters of a model that the patterns let through, by plain name."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    tensors, names = named_parameters(model.named_parameters(), "model")
+    assert names is not None
+    pairs = zip(plain_names(names), tensors, strict=True)
+    found = {name: tensor for name, tensor in pairs if selected(name, include, exclude)}
+    if not found:
+        raise ValueError(
+            f"include, exclude: expected patterns that let a parameter through, got {include} and "
+            f"{exclude} for {some(names)}"
+        )
+    return found
+
+
+def _of_model(model: nn.Module, include: list[str], exclude: list[str]) -> Wanted:
+    found = model_parameters(model, include, exclude)
+    every = list(model.named_parameters(remove_duplicate=False))
+    others: dict[int, list[str]] = {}
+    for name, (_, tensor) in zip(plain_names([name for name, _ in every]), every, strict=True):
+        others.setdefault(id(tensor), []).append(name)
+    return Wanted(
+        list(found),
+        [tuple(tensor.shape) for tensor in found.values()],
+        [others[id(tensor)] for tensor in found.values()],
+    )
+
+
+def _of_contents(
+    path: Path, contents: Contents, include: list[str], exclude: list[str]
+) -> tuple[Wanted, list[str]]:
+    kept: dict[str, Entry] = {}
+    seen: dict[Any, str] = {}
+    left: dict[str, list[str]] = {}
+    for name, entry in contents.entries.items():
+        if not selected(name, include, exclude):
+            left.setdefault("by the patterns", []).append(name)
+        elif not entry.dtype.is_floating_point:
+            left.setdefault("not floating-point", []).append(name)
+        elif name.rpartition(".")[2] in STATISTICS:
+            left.setdefault("statistics of batch norm, not weights", []).append(name)
+        elif entry.place() in seen and entry.nbytes():
+            left.setdefault("tied to another tensor, which counts", []).append(name)
+        else:
+            seen[entry.place()] = name
+            kept[name] = entry
+    if not any(entry.nbytes() for entry in kept.values()):
+        what = f"; left out: {some(list(contents.entries))}" if contents.entries else ""
+        raise CheckpointError(path, f"expected floating-point tensors, found none{what}")
+    notes = [f"left out ({why}): {some(names)}" for why, names in left.items()]
+    shapes = [entry.shape for entry in kept.values()]
+    return Wanted(list(kept), shapes, [[name] for name in kept]), notes
+
+
+def _check_no_more(path: Path, own: Wanted, wanted: Wanted) -> None:
+    more = sorted(set(own.names) - set(wanted.names))
+    if more:
+        raise CheckpointError(
+            path, f"expected the tensors of the first checkpoint, found {some(more)} as well"
+        )
+
+
+def _row(path: Path, contents: Contents, wanted: Wanted, of_model: bool) -> list[Entry]:
+    entries = contents.entries
+    whose = "model" if of_model else "first checkpoint"
+    prefix = _prefix(entries, wanted) if of_model else ""
+    row = []
+    for names, shape in zip(wanted.aliases, wanted.shapes, strict=True):
+        entry = next((entries[prefix + name] for name in names if prefix + name in entries), None)
+        if entry is None:
+            raise CheckpointError(
+                path,
+                f"expected the tensor {names[0]} of the {whose}, which is not among "
+                f"{some(list(entries))}",
+            )
+        if entry.shape != shape:
+            raise CheckpointError(
+                path,
+                f"{names[0]}: expected shape {shape}, as in the {whose}, got {entry.shape}",
+            )
+        if entry.dtype not in DTYPES:
+            expected = ", ".join(map(dtype_name, DTYPES))
+            raise CheckpointError(
+                path, f"{names[0]}: expected {expected}, got {dtype_name(entry.dtype)}"
+            )
+        row.append(entry)
+    return row
+
+
+def _prefix(entries: dict[str, Entry], wanted: Wanted) -> str:
+    """What stands before every name of the model in the file (Lightning: "model.")."""
+    ends = tuple(wanted.aliases[0])
+    before = [name.removesuffix(end) for name in entries for end in ends if name.endswith(end)]
+    for prefix in ["", *before]:
+        if all(any(prefix + name in entries for name in names) for names in wanted.aliases):
+            return prefix
+    return ""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names."""
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown or "nothing"

@@ -1,0 +1,86 @@
+"""Rows that are slower to read than to multiply: several are multiplied in one pass."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .._stored_rows import StoredRows
+from .base import Store
+from .products import Seconds, multiply_by_rows, multiply_on_cpu
+
+_MOST_ROWS = 32  # are multiplied in one pass while recording
+_COMPUTING_SHARE = 4  # times as long as reading
+_FREE_SHARE = 8  # of the free memory of a GPU, one in so many bytes is taken for it
+
+
+class DeferredStore(Store):
+    """Rows out of the fast memory: the Gram matrix lags behind and catches up in blocks of k rows.
+
+    Each pass reads the earlier rows once for all k. A subclass keeps the rows: `_put`, `read`.
+
+    Attributes
+    ----------
+    block : int
+        k. On the CPU it grows until reading the earlier rows takes a quarter of the time that
+        multiplying them takes, as measured; on CUDA, as many as an eighth of the free memory holds;
+        32 at most.
+    """
+
+    def __init__(self, numel: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(numel, capacity, dtype, device)
+        self.block = 1
+        self._multiplied = 0
+
+    def snapshots(self) -> StoredRows:
+        return StoredRows(self, self.length)
+
+    @abstractmethod
+    def read(self, row: int, begin: int, end: int, out: Tensor) -> None:
+        """Copies columns [begin, end) of a row into ``out``, on the parameters' device."""
+
+    @abstractmethod
+    def _put(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
+        """Stores row ``length``; False, and nothing stored, if it or its square is not finite."""
+
+    def _append(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
+        # Before the new row is stored: an error here leaves the trajectory as it was.
+        if self.length - self._multiplied >= self.block:
+            self._complete()
+        return self._put(params, anchor)
+
+    def _complete(self) -> None:
+        while self._multiplied < self.length:
+            index, end = self._multiplied, self.length
+            if self.device.type == "cpu":
+                seconds = multiply_on_cpu(self.snapshots(), self._gram, index)
+                self.block = next_block(seconds, end - index)
+            else:
+                self.block = self._rows_that_fit()
+                end = min(index + self.block, end)
+                multiply_by_rows(self.snapshots(), self._gram, index, end)
+            self._multiplied = end
+            self._count(read=end * self.row_bytes)
+
+    def _rows_that_fit(self) -> int:
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, min(_MOST_ROWS, free // _FREE_SHARE // self.row_bytes))
+
+
+def next_block(seconds: Seconds, count: int) -> int:
+    """The k whose arithmetic takes four times the reading, after a pass for ``count`` rows."""
+    each = max(seconds.computing, 1e-9) / count
+    return max(1, min(_MOST_ROWS, math.ceil(_COMPUTING_SHARE * seconds.reading / each)))
+
+
+def stored(params: Sequence[Tensor], anchor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """flat(params) - anchor, rounded to ``dtype``; None if it, or its square, is not finite."""
+    row = torch.empty((1, len(anchor)), dtype=dtype, device=anchor.device)
+    square = torch.zeros((1, 1), dtype=torch.float64, device=anchor.device)
+    ops.gram_append_(row, square, 0, params, anchor)
+    return row[0] if bool(square.isfinite()) else None

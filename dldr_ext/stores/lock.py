@@ -1,0 +1,61 @@
+"""One process at a time on a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import weakref
+from pathlib import Path
+
+_NAME = "lock"
+_locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+class FolderLock:
+    """Held until `close`, or until the process ends in whatever way.
+
+    A forked child does not hold it, nor keep it from being given back.
+
+    Raises
+    ------
+    ValueError
+        Another process, or another trajectory of this one, holds it.
+    OSError
+        The folder is missing, or may not be written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        handle = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 20).decode("ascii", "replace").strip() or "unknown"
+            os.close(handle)
+            whose = "this process" if holder == str(os.getpid()) else f"process {holder}"
+            raise ValueError(
+                f"path: expected a folder that no other trajectory has open, got {folder}, which "
+                f"{whose} records to; close() gives it back, and so does the end of the process"
+            ) from None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        self._close = weakref.finalize(self, os.close, handle)
+        _locks.add(self)
+
+    @property
+    def held(self) -> bool:
+        return self._close.alive
+
+    def close(self) -> None:
+        self._close()
+
+
+def _forget() -> None:
+    for lock in list(_locks):
+        lock.close()  # the parent's own handle still holds it
+
+
+os.register_at_fork(after_in_child=_forget)

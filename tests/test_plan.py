@@ -1,0 +1,190 @@
+"""`dldr_ext.plan`: the formulas against counts by hand, and against the memory of a real run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dldr_ext._devices import TABLE, Device, measure
+from dldr_ext.plan import EFFICIENCY, Job, plan
+
+ROOT = Path(__file__).resolve().parents[1]
+EVERY = os.environ.get("DLDR_EVERY_CASE") == "1"
+# One byte and one operation a second: seconds are bytes, or operations.
+UNIT = Device("unit", 1e12, 1.0, 1.0, 1e12, 1e12, 1.0, 1.0, 1.0, "none")
+
+
+def named(items, key="name"):
+    return {getattr(item, key): item for item in items}
+
+
+def test_bytes_by_hand():
+    n, d, t, b = 1000, 4, 10, 2
+    steps = named(plan(Job(n, d, t, trials=3), UNIT).steps)
+    rows_read = sum(range(1, t + 1))  # row t reads those before it, and is written
+    assert steps["record"].bytes * t == n * b * rows_read + 8 * n * t
+    assert steps["gram"].bytes == n * t * b
+    assert steps["gram"].flops == n * t * (t + 1)
+    assert steps["form_basis"].bytes == n * b * (t + d)
+    assert steps["project"].bytes == n * (d * b + 4)
+    assert steps["reconstruct_"].bytes == n * (d * b + 8)
+    assert steps["line-search trial"].bytes == 12 * n
+    anchor = n * (d * b + 8 + 12) / 32
+    assert steps["P-BFGS step"].bytes == n * (2 * d * b + 40 + 12 * 3) + anchor
+    for step in steps.values():
+        assert step.floor == step.bytes and step.expected is None
+
+
+def test_products_bind_where_they_take_longer():
+    slow = replace(UNIT, float64=1.0)
+    steps = named(plan(Job(1000, 4, 10), slow).steps)
+    assert steps["gram"].floor == 1000 * 10 * 11
+    assert steps["form_basis"].floor == 2 * 1000 * 4 * 10
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("int8", 1 + 4 / 256), ("float32", 4), ("float64", 8)])
+def test_formats(dtype, size):
+    n, flat = 256, 8 if dtype == "float64" else 4
+    steps = named(plan(Job(n, 4, 10, dtype), UNIT).steps)
+    assert steps["project"].bytes == n * (4 * size + flat)
+
+
+def test_memory_by_hand():
+    n, d, t = 10**9, 40, 81
+    found = named(plan(Job(n, d, t), UNIT).memory, "phase")
+    model = 8 * n
+    assert found["recording"].device == model + 4 * n + t * 2 * n
+    basis = d * 2 * n
+    chunk = 1 << 29
+    assert found["P-BFGS"].device == model + basis + 16 * n + chunk
+    assert found["forming the basis"].device == pytest.approx(
+        model + 8 * n + t * 2 * n + basis + 7 * n + chunk
+    )
+    assert {m.host for m in found.values()} == {m.disk for m in found.values()} == {0.0}
+
+
+@pytest.mark.parametrize("storage", ["host", "disk"])
+def test_snapshots_off_the_device(storage):
+    n, t = 10**8, 81
+    near = plan(Job(n, 40, t), UNIT)
+    far = plan(Job(n, 40, t, storage=storage), UNIT)
+    assert getattr(far.memory[0], storage) == t * 2 * n
+    assert far.memory[0].device == near.memory[0].device - t * 2 * n + 9 * 2 * n
+    # each row is written once, the earlier ones read once for eight
+    slow = replace(UNIT, link=0.01, disk=0.01)
+    record = named(plan(far.job, slow).steps)["record"]
+    assert record.floor == pytest.approx(2 * n * (1 + (t + 1) / 16) / 0.01)
+
+
+def test_ranks():
+    job = Job(8 * 10**9, 40, 81, ranks=8)
+    one = plan(Job(10**9, 40, 81), UNIT)
+    shared = plan(replace(job, shard="all"), UNIT)
+    basis = plan(replace(job, shard="basis"), UNIT)
+    assert shared.memory == one.memory and shared.steps == one.steps
+    assert basis.steps == one.steps
+    assert basis.peak == one.peak + 8 * 7 * 10**9  # whole weights and gradients
+    assert plan(job, UNIT).peak > 7 * one.peak
+    messages = [(m.numbers, m.bytes) for m in shared.messages]
+    n, share = job.numel, 7 / 8
+    assert messages == [
+        (n, 2 * share * n * 4),
+        (41, 2 * share * 41 * 8),
+        (1, 2 * share * 8),
+        (2 * n, share * 2 * n * 4),
+        (41, 2 * share * 41 * 8),
+    ]
+    assert one.messages == []
+
+
+def test_run_adds_up():
+    found = plan(Job(1000, 4, 10, steps=7, trials=4, closure_seconds=2.0), UNIT)
+    steps = named(found.steps)
+    assert found.run["recording"] == 10 * steps["record"].floor
+    assert found.run["P-BFGS steps"] == 7 * steps["P-BFGS step"].floor
+    assert found.run["closures"] == 7 * 2.0 * 3
+    assert found.run["all"] == sum(v for k, v in found.run.items() if k != "all")
+
+
+def test_expected_only_where_the_kernels_were_measured():
+    cpu = replace(UNIT, measured=True, link=None)
+    job = Job(1000, 4, 10)
+    steps = named(plan(job, cpu).steps)
+    share = EFFICIENCY["project"]["bfloat16"]
+    assert steps["project"].expected == pytest.approx(steps["project"].floor / share)
+    for device in TABLE.values():
+        assert all(step.expected is None for step in plan(job, device).steps)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"numel": 0}, "numel: expected at least 1, got 0"),
+        ({"dim": 81}, "dim: expected at most 80 .*, got 81"),
+        ({"snapshots": 2000, "dim": 1025}, "dim: expected at most 1024 .*, got 1025"),
+        ({"dtype": "bf17"}, "dtype: expected one of float64, .*, got 'bf17'"),
+        ({"param_dtype": "int8"}, "param_dtype: expected one of .*, got 'int8'"),
+        ({"storage": "tape"}, "storage: expected one of device, host, disk, got 'tape'"),
+        ({"shard": "some"}, "shard: expected one of none, basis, all, got 'some'"),
+        ({"ranks": 0}, "ranks: expected at least 1, got 0"),
+        ({"trials": 0.5}, "trials: expected at least 1, got 0.5"),
+        ({"closure_seconds": -1}, "closure_seconds: expected at least 0, got -1"),
+    ],
+)
+def test_bad_jobs(changed, message):
+    with pytest.raises(ValueError, match=message):
+        Job(**({"numel": 1000} | changed))
+
+
+def test_measured_device_is_this_machine(monkeypatch):
+    from dldr_ext import _devices, _measure
+
+    monkeypatch.setattr(_devices, "_BUFFER", 1 << 20)
+    monkeypatch.setattr(_measure, "_MULTIPLY", 64)
+    found = measure("cpu")
+    assert found.measured and found.link is None and found.memory > 1 << 20
+    assert min(found.read, found.copy, found.float32, found.float64) > 1e6
+
+
+def plan_check():
+    path = ROOT / "benchmarks" / "plan_check.py"
+    if not path.exists():
+        pytest.skip("needs the folder benchmarks/ of a source checkout")
+    spec = importlib.util.spec_from_file_location("plan_check", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "job", [Job(4_000_000, 20, 41)] + EVERY * [Job(4_000_000, 24, 30, "float32")]
+)
+def test_peak_memory_of_a_run_is_as_planned(job):
+    for phase, found in plan_check().memory(job)["phases"].items():
+        assert found["within"], (phase, found)
+
+
+def test_shares_are_those_of_the_results():
+    """The factors in the source are what the files of results hold, to two digits."""
+    folder = ROOT / "benchmarks" / "results"
+    if not folder.exists():
+        pytest.skip("needs the folder benchmarks/ of a source checkout")
+    first, second = (
+        json.loads((folder / name).read_text())["results"] for name in ("cpu.json", "roofline.json")
+    )
+    for op, shares in EFFICIENCY.items():
+        for dtype, share in shares.items():
+            name = op if op == "trial_" else f"{op} {dtype}"
+            sizes = {f"{name}{t} {size}" for t in ("", " t=40") for size in ("resnet18", "25M")}
+            rows = [r for r in first if r["case"] in sizes] or [
+                r for r in second if r["case"] == name
+            ]
+            found = [r.get("of_multiply", r["of_ceiling"])["median"] for r in rows]
+            assert share == pytest.approx(sum(found) / len(found), abs=0.006), name
