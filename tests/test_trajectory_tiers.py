@@ -314,7 +314,10 @@ def test_memory_does_not_grow_with_the_snapshots(tmp_path):
 
 
 def test_the_programs_of_the_page(tmp_path, monkeypatch, capsys):
-    text = (Path(__file__).parents[1] / "docs" / "trajectories.md").read_text()
+    page = Path(__file__).parents[1] / "docs" / "trajectories.md"
+    if not page.exists():
+        pytest.skip("needs the folder docs/ of a source checkout")
+    text = page.read_text()
     first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
     names = {}
