@@ -56,9 +56,7 @@ def landscape(
     progress(0.0)
     end = subspace.coordinates(outcomes["pbfgs"].model.parameters())
     sgd = subspace.coordinates(outcomes["sgd"].model.parameters())
-    plane = torch.stack(
-        [subspace.direction(i) for i in (0, 1)], 1
-    )  # float32
+    plane = torch.stack([subspace.direction(i) for i in (0, 1)], 1)  # float32
     sampled = _pairs(trajectory.snapshots[:] @ plane)
     paths = {name: outcomes[name].path for name in ("psgd", "pbfgs")}
     shown = [*sampled, *_pairs(sgd[None]), *(point for path in paths.values() for point in path)]
