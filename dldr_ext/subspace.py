@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _basis, _pca, _snapshots, ops, storage
+from . import _basis, _choice, _pca, _snapshots, ops, storage
 from ._affine import AffineSubspace
 from ._params import (
     DTYPES,
@@ -43,6 +43,8 @@ class Subspace(AffineSubspace):
         Of the parameters, in order: lists of tensors are then checked against it.
     names : sequence of str, optional
         Of the parameters, in order.
+    choice : mapping, optional
+        How the directions were chosen: what `report` says, as a trajectory or a file has it.
 
     Raises
     ------
@@ -60,6 +62,7 @@ class Subspace(AffineSubspace):
         singular_values: Tensor | None = None,
         shapes: Iterable[Sequence[int]] | None = None,
         names: Iterable[str] | None = None,
+        choice: Mapping[str, Any] | None = None,
     ) -> None:
         self.basis = _basis.checked_basis(basis)
         self.scale = _basis.checked_scale(scale, self.basis)
@@ -80,6 +83,7 @@ class Subspace(AffineSubspace):
                 f"names: expected one for each of {len(self.shapes or ())} shapes, got "
                 f"{len(self.names)}"
             )
+        self.choice = _choice.checked_facts(choice)
 
     @property
     def dim(self) -> int:
@@ -96,6 +100,18 @@ class Subspace(AffineSubspace):
             f"Subspace(dim={self.dim}, numel={self.numel}, dtype={dtype_name(self.dtype)}, "
             f"device={self.device})"
         )
+
+    def report(self) -> str:
+        """What was kept and why: several lines.
+
+        The snapshots, the number of directions that was asked for and the one that was kept, why
+        no more, what the rank guard dropped, and the share of the variance beside the one that a
+        random walk of as many snapshots has along as many directions. Where it is not known how
+        the directions were chosen, as for random ones, it says so.
+        """
+        ratio = self.explained_variance_ratio
+        said = _choice.described(self.dim, self.numel, self.dtype, self.choice, ratio)
+        return "\n".join(f"{name:<11} {text}" for name, text in said.items())
 
     def reconstruct(self, theta: Tensor) -> Tensor:
         """Flat weights w0 + P theta, shape (n,); differentiable in theta."""
@@ -193,8 +209,7 @@ class Subspace(AffineSubspace):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves as a safetensors file; an earlier file is replaced once all is written."""
-        metadata = {"shapes": self.shapes, "names": self.names}
-        storage.save(path, KIND, VERSION, self._tensors(), metadata)
+        storage.save(path, KIND, VERSION, self._tensors(), self._facts())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Subspace:
@@ -206,7 +221,7 @@ class Subspace(AffineSubspace):
             The file is truncated, corrupt or something else: with the path and what was found.
         """
         with storage.Reader(path, KIND, VERSION) as file:
-            tensors = {name: file.read(name, device) for name in file.names()}
+            tensors: dict[str, Any] = {name: file.read(name, device) for name in file.names()}
             try:
                 return cls(**tensors, **file.metadata)
             except (TypeError, ValueError) as error:
@@ -259,7 +274,7 @@ class Subspace(AffineSubspace):
     def from_snapshots(
         cls,
         snapshots: Tensor | Sequence[Any],
-        dim: int,
+        dim: int | str,
         orthonormal: str = "pca",
         *,
         dtype: torch.dtype | None = None,
@@ -271,8 +286,9 @@ class Subspace(AffineSubspace):
         snapshots : Tensor, shape (T, n), or sequence
             Raw weights (not deltas), one row each; or T lists of tensors, or T dicts of name and
             tensor (parameters only, no integer buffers).
-        dim : int
-            Number of directions: at most T - 1 for "pca", T for "qr".
+        dim : int or "auto"
+            Number of directions: at most T - 1 for "pca", T for "qr". "auto", for "pca" alone: as
+            in `Trajectory.subspace`.
         orthonormal : "pca" or "qr"
             "pca": the principal directions, centred; theta = 0 is the first snapshot (DLDR,
             arXiv:2103.11154). "qr": the first ``dim`` snapshots themselves, orthonormalised in
@@ -286,6 +302,7 @@ class Subspace(AffineSubspace):
         -----
         UserWarning
             ``dim`` is above the numerical rank: the directions up to the rank are returned.
+            "auto" finds nothing but noise: one direction is returned.
         """
         return cls(**_snapshots.subspace_arguments(snapshots, dim, orthonormal, dtype))
 
@@ -301,6 +318,10 @@ class Subspace(AffineSubspace):
         found = {name: getattr(self, name) for name in known}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def _facts(self) -> dict[str, Any]:
+        """The same for what is no tensor."""
+        return {"shapes": self.shapes, "names": self.names, "choice": self.choice}
+
     def _with(self, basis: Tensor, origin: Tensor, scale: Tensor | None) -> Subspace:
         return Subspace(
             basis,
@@ -310,6 +331,7 @@ class Subspace(AffineSubspace):
             singular_values=self.singular_values,
             shapes=self.shapes,
             names=self.names,
+            choice=self.choice,
         )
 
     def _per_direction(self, argument: str, value: Any) -> Tensor | None:

@@ -185,7 +185,7 @@ class Trajectory:
 
     def subspace(
         self,
-        dim: int | None = None,
+        dim: int | str | None = None,
         *,
         explained: float | None = None,
         start: str | int = "first",
@@ -196,9 +196,10 @@ class Trajectory:
 
         Parameters
         ----------
-        dim : int, optional
+        dim : int or "auto", optional
             Number of directions, at most T - 1 (T if not centred). Default: 40, or as many as
-            there are.
+            there are. "auto": as many as the spectrum speaks for beside that of a random walk of
+            T snapshots, 8 or more: see docs/trajectories.md.
         explained : float in (0, 1], optional
             Instead of ``dim``: as many directions as explain this share of the variance.
         start : "first", "last", "mean" or int
@@ -225,6 +226,7 @@ class Trajectory:
         -----
         UserWarning
             ``dim`` is above the numerical rank: the directions up to the rank are returned.
+            "auto" finds nothing but noise: one direction is returned.
         """
         count, dtype, origin = self._asked(dim, explained, start, center, dtype)
         return principal_subspace(
@@ -244,7 +246,7 @@ class Trajectory:
     def grouped_subspace(
         self,
         groups: Sequence[int],
-        dim: int | None = None,
+        dim: int | str | None = None,
         *,
         explained: float | None = None,
         start: str | int = "first",
@@ -282,7 +284,9 @@ class Trajectory:
                     double=self._double(),
                     center=center,
                     most=count,
+                    dim=dim,
                     explained=explained,
+                    warn=dim == "auto",
                     shapes=self.shapes[part],
                     names=None if self.names is None else self.names[part],
                 )
@@ -344,7 +348,7 @@ class Trajectory:
 
     def _asked(
         self,
-        dim: int | None,
+        dim: int | str | None,
         explained: float | None,
         start: str | int,
         center: bool,
