@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _pca, ops
+from . import _choice, _pca, ops
 from ._affine import AffineSubspace
 from ._params import type_name
 
@@ -48,11 +48,29 @@ class QuantizationError(NamedTuple):
 class ReadableSubspace(AffineSubspace):
     """A subspace of one basis whose columns can be read as plain numbers, some at a time."""
 
+    choice: dict[str, Any] | None
     _gram: Tensor | None = None
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of what is stored."""
 
     @abstractmethod
     def _values(self, begin: int, step: int) -> Tensor:
         """Columns [begin, begin + step) of the basis, (d, step) float64; begin % 4096 == 0."""
+
+    def report(self) -> str:
+        """What was kept and why: several lines.
+
+        The snapshots, the number of directions that was asked for and the one that was kept, why
+        no more, what the rank guard dropped, and the share of the variance beside the one that a
+        random walk of as many snapshots has along as many directions. Where it is not known how
+        the directions were chosen, as for random ones, it says so.
+        """
+        ratio = self.explained_variance_ratio
+        said = _choice.described(self.dim, self.numel, self.dtype, self.choice, ratio)
+        return "\n".join(f"{name:<11} {text}" for name, text in said.items())
 
     def quantization_error(self, reference: AffineSubspace | None = None) -> QuantizationError:
         """How far rounding has taken the basis from an orthonormal one, and what it has lost.
@@ -76,6 +94,10 @@ class ReadableSubspace(AffineSubspace):
         if reference is None:
             return _deviation(self._stored_gram())
         return _compared(self, _checked_reference(self, reference))
+
+    def _facts(self) -> dict[str, Any]:
+        """What a file holds beside tensors."""
+        return {"shapes": self.shapes, "names": self.names, "choice": self.choice}
 
     def _stored_gram(self) -> Tensor:
         """Of the values of the stored rows, (d, d) float64 on the CPU; made once."""

@@ -43,7 +43,7 @@ def implicit(trajectory: Trajectory, dtype: torch.dtype | None) -> Callable[...,
 
 def into_subspace(
     self: Trajectory,
-    dim: int | None = None,
+    dim: int | str | None = None,
     *,
     explained: float | None = None,
     start: str | int = "first",

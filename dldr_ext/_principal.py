@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _pca
+from ._choice import checked_auto, choose
 from ._stored_rows import Matrix, combined, formed
 from .subspace import Subspace
 
@@ -31,8 +32,9 @@ def principal_subspace(
     double: bool,
     center: bool,
     most: int,
-    dim: int | None = None,
+    dim: int | str | None = None,
     explained: float | None = None,
+    stacklevel: int,
     **known: Any,
 ) -> _Kind:
     """The subspace that principal component analysis finds.
@@ -53,10 +55,10 @@ def principal_subspace(
     center : bool
     most : int
         Number of directions at most.
-    dim : int, optional
-        The number that was asked for: fewer are worth a warning.
-    explained : float, optional
-        As few directions as explain this share of the variance.
+    dim, explained
+        What was asked for: as in `Trajectory.subspace`.
+    stacklevel : int
+        Of a warning; 0 for none.
     **known
         Further arguments of ``form``.
 
@@ -73,17 +75,9 @@ def principal_subspace(
             f"the {len(snapshots)} snapshots do not differ (by more than rounding explains): there "
             "is no direction to keep"
         )
-    if explained is not None:
-        sums = found.explained(found.rank).cumsum(0)
-        most = min(int((sums < explained).sum()) + 1, most)
-    elif dim is not None and dim > found.rank:
-        warnings.warn(
-            f"dim = {dim} is above the numerical rank of the trajectory: kept "
-            f"{found.rank} directions",
-            UserWarning,
-            stacklevel=4,
-        )
-    count = min(most, found.rank)
+    count, facts, warning = choose(found, len(snapshots), most, dim, explained, center)
+    if warning is not None and stacklevel:
+        warnings.warn(warning, UserWarning, stacklevel=stacklevel)
     coefficients = _pca.coefficients(found, count, center=center).to(snapshots.device)
     return form(
         snapshots,
@@ -92,6 +86,7 @@ def principal_subspace(
         dtype,
         explained_variance_ratio=found.explained(count),
         singular_values=found.values[:count].sqrt(),
+        choice=facts,
         **known,
     )
 
@@ -99,7 +94,7 @@ def principal_subspace(
 def principal_of(
     trajectory: Trajectory,
     form: Callable[..., _Kind],
-    dim: int | None,
+    dim: int | str | None,
     explained: float | None,
     start: str | int,
     center: bool,
@@ -120,6 +115,7 @@ def principal_of(
         explained=explained,
         shapes=trajectory.shapes,
         names=trajectory.names,
+        stacklevel=4,
     )
 
 
@@ -135,13 +131,18 @@ def dense(
     return Subspace(basis, origin, scale=scale, **known)
 
 
-def asked_count(length: int, dim: int | None, explained: float | None, center: bool) -> int:
+def asked_count(length: int, dim: int | str | None, explained: float | None, center: bool) -> int:
     """The most directions of ``length`` snapshots that the arguments ask for."""
     if dim is not None and explained is not None:
         raise ValueError(f"expected dim or explained, got both: {dim} and {explained}")
     if explained is not None and not 0 < explained <= 1:
         raise ValueError(f"explained: expected 0 < explained <= 1, got {explained}")
     limit = length - 1 if center else length
+    if isinstance(dim, str):
+        if dim != "auto":
+            raise ValueError(f"dim: expected a number or 'auto', got {dim!r}")
+        checked_auto(length, center)
+        return min(limit, _pca.MAX_DIM)
     if dim is None:
         return min(limit, _pca.MAX_DIM if explained is not None else _DEFAULT_DIM)
     return _pca.checked_dim(dim, limit, f"{length} {'centred ' * center}snapshots")

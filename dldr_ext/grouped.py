@@ -85,6 +85,10 @@ class GroupedSubspace(AffineSubspace):
             f"numel={self.numel}, device={self.device})"
         )
 
+    def report(self) -> str:
+        """What was kept of each group and why: see `Subspace.report`."""
+        return "\n\n".join(f"group {i}\n{one.report()}" for i, one in enumerate(self.subspaces))
+
     def reconstruct(self, theta: Tensor) -> Tensor:
         """Flat weights w0 + P theta, shape (n,); differentiable in theta."""
         return torch.cat([one.reconstruct(part) for one, part in self._coordinates(theta)])
@@ -157,7 +161,7 @@ class GroupedSubspace(AffineSubspace):
             for i, one in enumerate(self.subspaces)
             for name, tensor in one._tensors().items()
         }
-        groups = [{"shapes": one.shapes, "names": one.names} for one in self.subspaces]
+        groups = [one._facts() for one in self.subspaces]
         storage.save(path, _KIND, _VERSION, tensors, {"groups": groups})
 
     @classmethod

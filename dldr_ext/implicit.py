@@ -40,7 +40,7 @@ class ImplicitSubspace(ReadableSubspace):
         w0, float32 (float64 with float64 snapshots).
     scale : Tensor, shape (T, ceil(n / 256)), optional
         For int8 and float8_e4m3fn snapshots.
-    explained_variance_ratio, singular_values, shapes, names
+    explained_variance_ratio, singular_values, shapes, names, choice
         As in `Subspace`.
     """
 
@@ -55,12 +55,13 @@ class ImplicitSubspace(ReadableSubspace):
         singular_values: Tensor | None = None,
         shapes: list[tuple[int, ...]] | None = None,
         names: list[str] | None = None,
+        choice: dict[str, Any] | None = None,
     ) -> None:
         self.snapshots, self.coefficients, self.scale = snapshots, coefficients, scale
         self.origin = origin
         self.explained_variance_ratio = explained_variance_ratio
         self.singular_values = singular_values
-        self.shapes, self.names = shapes, names
+        self.shapes, self.names, self.choice = shapes, names, choice
 
     @property
     def dim(self) -> int:
@@ -118,8 +119,7 @@ class ImplicitSubspace(ReadableSubspace):
             basis,
             self.origin.to(torch.float64 if basis.dtype == torch.float64 else torch.float32),
             **self._known(),
-            shapes=self.shapes,
-            names=self.names,
+            **self._facts(),
         )
 
     def with_origin(self, params: Iterable[Any] | Tensor) -> ImplicitSubspace:
@@ -158,8 +158,7 @@ class ImplicitSubspace(ReadableSubspace):
             "origin": self.origin,
             **{name: known for name, known in self._known().items() if known is not None},
         }
-        metadata = {"shapes": self.shapes, "names": self.names}
-        storage.save(path, KIND, VERSION, tensors, metadata)
+        storage.save(path, KIND, VERSION, tensors, self._facts())
 
     def _project(self, tensors: Sequence[Any]) -> Tensor:
         return self._coordinates(ops.project(self.snapshots, tensors, scale=self.scale))
@@ -203,7 +202,7 @@ class ImplicitSubspace(ReadableSubspace):
     def _dense_dtype(self) -> torch.dtype:
         return self.dtype if self.scale is None else torch.float32
 
-    def _known(self) -> dict[str, Tensor | None]:
+    def _known(self) -> dict[str, Any]:
         return {
             "explained_variance_ratio": self.explained_variance_ratio,
             "singular_values": self.singular_values,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _basis, _pca, _snapshots, ops, storage
+from . import _basis, _choice, _pca, _snapshots, ops, storage
 from ._exact import ReadableSubspace
 from ._params import (
     DTYPES,
@@ -43,6 +43,8 @@ class Subspace(ReadableSubspace):
         Of the parameters, in order: lists of tensors are then checked against it.
     names : sequence of str, optional
         Of the parameters, in order.
+    choice : mapping, optional
+        How the directions were chosen: what `report` says, as a trajectory or a file has it.
 
     Raises
     ------
@@ -60,6 +62,7 @@ class Subspace(ReadableSubspace):
         singular_values: Tensor | None = None,
         shapes: Iterable[Sequence[int]] | None = None,
         names: Iterable[str] | None = None,
+        choice: Mapping[str, Any] | None = None,
     ) -> None:
         self.basis = _basis.checked_basis(basis)
         self.scale = _basis.checked_scale(scale, self.basis)
@@ -80,6 +83,7 @@ class Subspace(ReadableSubspace):
                 f"names: expected one for each of {len(self.shapes or ())} shapes, got "
                 f"{len(self.names)}"
             )
+        self.choice = _choice.checked_facts(choice)
 
     @property
     def dim(self) -> int:
@@ -200,8 +204,7 @@ class Subspace(ReadableSubspace):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves as a safetensors file; an earlier file is replaced once all is written."""
-        metadata = {"shapes": self.shapes, "names": self.names}
-        storage.save(path, KIND, VERSION, self._tensors(), metadata)
+        storage.save(path, KIND, VERSION, self._tensors(), self._facts())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Subspace:
@@ -213,7 +216,7 @@ class Subspace(ReadableSubspace):
             The file is truncated, corrupt or something else: with the path and what was found.
         """
         with storage.Reader(path, KIND, VERSION) as file:
-            tensors = {name: file.read(name, device) for name in file.names()}
+            tensors: dict[str, Any] = {name: file.read(name, device) for name in file.names()}
             try:
                 return cls(**tensors, **file.metadata)
             except (TypeError, ValueError) as error:
@@ -266,7 +269,7 @@ class Subspace(ReadableSubspace):
     def from_snapshots(
         cls,
         snapshots: Tensor | Sequence[Any],
-        dim: int,
+        dim: int | str,
         orthonormal: str = "pca",
         *,
         dtype: torch.dtype | None = None,
@@ -278,8 +281,9 @@ class Subspace(ReadableSubspace):
         snapshots : Tensor, shape (T, n), or sequence
             Raw weights (not deltas), one row each; or T lists of tensors, or T dicts of name and
             tensor (parameters only, no integer buffers).
-        dim : int
-            Number of directions: at most T - 1 for "pca", T for "qr".
+        dim : int or "auto"
+            Number of directions: at most T - 1 for "pca", T for "qr". "auto", for "pca" alone: as
+            in `Trajectory.subspace`.
         orthonormal : "pca" or "qr"
             "pca": the principal directions, centred; theta = 0 is the first snapshot (DLDR,
             arXiv:2103.11154). "qr": the first ``dim`` snapshots themselves, orthonormalised in
@@ -293,6 +297,7 @@ class Subspace(ReadableSubspace):
         -----
         UserWarning
             ``dim`` is above the numerical rank: the directions up to the rank are returned.
+            "auto" finds nothing but noise: one direction is returned.
         """
         return cls(**_snapshots.subspace_arguments(snapshots, dim, orthonormal, dtype))
 
@@ -320,6 +325,7 @@ class Subspace(ReadableSubspace):
             singular_values=self.singular_values,
             shapes=self.shapes,
             names=self.names,
+            choice=self.choice,
         )
         if basis is self.basis:
             result._gram = self._gram

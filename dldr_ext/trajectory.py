@@ -195,17 +195,19 @@ class Trajectory:
 
     @overload
     def subspace(
-        self, dim: int | None = ..., *, explained: float | None = ..., start: str | int = ...,
-        center: bool = ..., dtype: torch.dtype | None = ..., materialize: Literal[True] = ...,
+        self, dim: int | str | None = ..., *, materialize: Literal[True] = ...,
+        explained: float | None = ..., start: str | int = ..., center: bool = ...,
+        dtype: torch.dtype | None = ...,
     ) -> Subspace: ...  # fmt: skip
     @overload
     def subspace(
-        self, dim: int | None = ..., *, explained: float | None = ..., start: str | int = ...,
-        center: bool = ..., dtype: torch.dtype | None = ..., materialize: Literal[False],
+        self, dim: int | str | None = ..., *, materialize: Literal[False],
+        explained: float | None = ..., start: str | int = ..., center: bool = ...,
+        dtype: torch.dtype | None = ...,
     ) -> ImplicitSubspace: ...  # fmt: skip
     def subspace(
         self,
-        dim: int | None = None,
+        dim: int | str | None = None,
         *,
         explained: float | None = None,
         start: str | int = "first",
@@ -217,9 +219,10 @@ class Trajectory:
 
         Parameters
         ----------
-        dim : int, optional
+        dim : int or "auto", optional
             Number of directions, at most T - 1 (T if not centred). Default: 40, or as many as
-            there are.
+            there are. "auto": as many as the spectrum speaks for beside that of a random walk of
+            T snapshots, 8 or more: see docs/trajectories.md.
         explained : float in (0, 1], optional
             Instead of ``dim``: as many directions as explain this share of the variance.
         start : "first", "last", "mean" or int
@@ -249,6 +252,7 @@ class Trajectory:
         -----
         UserWarning
             ``dim`` is above the numerical rank: the directions up to the rank are returned.
+            "auto" finds nothing but noise: one direction is returned.
         """
         form: Callable[..., Any] = dense if materialize else implicit(self, dtype)
         return principal_of(self, form, dim, explained, start, center, dtype)
@@ -258,7 +262,7 @@ class Trajectory:
     def grouped_subspace(
         self,
         groups: Sequence[int],
-        dim: int | None = None,
+        dim: int | str | None = None,
         *,
         explained: float | None = None,
         start: str | int = "first",
@@ -296,7 +300,9 @@ class Trajectory:
                     double=self._double(),
                     center=center,
                     most=count,
+                    dim=dim,
                     explained=explained,
+                    stacklevel=3 if dim == "auto" else 0,
                     shapes=self.shapes[part],
                     names=None if self.names is None else self.names[part],
                 )
@@ -358,7 +364,7 @@ class Trajectory:
 
     def _asked(
         self,
-        dim: int | None,
+        dim: int | str | None,
         explained: float | None,
         start: str | int,
         center: bool,

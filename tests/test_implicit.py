@@ -20,6 +20,7 @@ OPTIONS = [
     {"explained": 0.9, "start": "last"},
     {"dim": 3, "start": "mean"},
     {"dim": 4, "center": False, "start": 2},
+    {"dim": "auto"},
 ]
 
 
@@ -68,6 +69,7 @@ def test_it_is_the_subspace_that_would_be_formed(options):
         assert torch.equal(getattr(implicit, name), getattr(formed, name))
     assert (implicit.shapes, implicit.names) == (formed.shapes, formed.names)
     assert torch.equal(implicit.to_dense().basis, formed.basis)
+    assert implicit.report() == formed.report() and "kept" in implicit.report()
     close(implicit.coordinates(params), formed.coordinates(params), torch.float32)
 
 
