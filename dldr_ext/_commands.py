@@ -43,6 +43,16 @@ class Data(str, Enum):
     digits = "digits"
 
 
+class Dtype(str, Enum):
+    """What the demo may store its basis as."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+    float8_e4m3fn = "float8_e4m3fn"
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"dldr_ext {__version__}")
@@ -89,6 +99,7 @@ def demo(
         int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="What the basis is stored as.")] = Dtype.float32,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print results.json and nothing else.")
@@ -110,7 +121,7 @@ def demo(
     from .demo.run import Config, run, save
 
     try:
-        config = Config(data.value, dim, seeds, epochs, threads, device)
+        config = Config(data.value, dim, seeds, epochs, threads, device, dtype.value)
     except ValueError as error:
         option, _, reason = str(error).partition(": ")
         raise typer.BadParameter(reason, param_hint=f"--{option}") from None

@@ -4,53 +4,63 @@ from __future__ import annotations
 
 import operator
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import _pca
-from ._stored_rows import StoredRows, combined
+from ._choice import checked_auto, choose
+from ._stored_rows import Matrix, combined, formed
 from .subspace import Subspace
 
+if TYPE_CHECKING:
+    from .trajectory import Trajectory
+
 _DEFAULT_DIM = 40
+_Kind = TypeVar("_Kind")
 
 
 def principal_subspace(
-    snapshots: Tensor | StoredRows,
+    snapshots: Matrix,
     gram: Tensor | None,
     origin: Tensor,
     dtype: torch.dtype,
+    form: Callable[..., _Kind],
     *,
     double: bool,
     center: bool,
     most: int,
-    dim: int | None = None,
+    dim: int | str | None = None,
     explained: float | None = None,
+    stacklevel: int,
     **known: Any,
-) -> Subspace:
+) -> _Kind:
     """The subspace that principal component analysis finds.
 
     Parameters
     ----------
-    snapshots : Tensor or StoredRows, shape (T, n)
+    snapshots : Tensor, StoredRows or ScaledRows, shape (T, n)
     gram : Tensor, shape (T, T), float64, or None
         Their Gram matrix, if it is known to all digits.
     origin : Tensor, shape (n,)
         A point of the trajectory: w0.
     dtype : torch.dtype
         Of the basis.
+    form : callable
+        Makes the subspace of the coefficients, as `dense` does.
     double : bool
         Snapshots and weights are float64.
     center : bool
     most : int
         Number of directions at most.
-    dim : int, optional
-        The number that was asked for: fewer are worth a warning.
-    explained : float, optional
-        As few directions as explain this share of the variance.
+    dim, explained
+        What was asked for: as in `Trajectory.subspace`.
+    stacklevel : int
+        Of a warning; 0 for none.
     **known
-        Further arguments of `Subspace`.
+        Further arguments of ``form``.
 
     Raises
     ------
@@ -60,52 +70,85 @@ def principal_subspace(
     # The Gram matrix that recording made serves to watch it; the basis needs more digits.
     gram = _pca.exact_gram(snapshots) if gram is None else gram
     found = _pca.exact_spectrum(gram, double, origin, center=center)
-    count = kept_count(found, len(snapshots), most, dim, explained)
+    if found.rank == 0:
+        raise ValueError(
+            f"the {len(snapshots)} snapshots do not differ (by more than rounding explains): there "
+            "is no direction to keep"
+        )
+    count, facts, warning = choose(found, len(snapshots), most, dim, explained, center)
+    if warning is not None and stacklevel:
+        warnings.warn(warning, UserWarning, stacklevel=stacklevel)
     coefficients = _pca.coefficients(found, count, center=center).to(snapshots.device)
-    return Subspace(
-        combined(snapshots, coefficients, dtype, _pca.column_step(snapshots)),
+    return form(
+        snapshots,
+        coefficients,
         origin,
+        dtype,
         explained_variance_ratio=found.explained(count),
         singular_values=found.values[:count].sqrt(),
+        choice=facts,
         **known,
     )
 
 
-def kept_count(
-    found: _pca.Spectrum, length: int, most: int, dim: int | None, explained: float | None
-) -> int:
-    """How many directions of ``length`` snapshots are kept, of ``most`` that were asked for."""
-    if found.rank == 0:
-        raise ValueError(
-            f"the {length} snapshots do not differ (by more than rounding explains): there "
-            "is no direction to keep"
-        )
-    if explained is not None:
-        sums = found.explained(found.rank).cumsum(0)
-        most = min(int((sums < explained).sum()) + 1, most)
-    elif dim is not None and dim > found.rank:
-        warnings.warn(
-            f"dim = {dim} is above the numerical rank of the trajectory: kept "
-            f"{found.rank} directions",
-            UserWarning,
-            stacklevel=4,
-        )
-    return min(most, found.rank)
+def principal_of(
+    trajectory: Trajectory,
+    form: Callable[..., _Kind],
+    dim: int | str | None,
+    explained: float | None,
+    start: str | int,
+    center: bool,
+    dtype: torch.dtype | None,
+) -> _Kind:
+    """`principal_subspace` of a trajectory; arguments as of `Trajectory.subspace`."""
+    count, dtype, origin = trajectory._asked(dim, explained, start, center, dtype)
+    return principal_subspace(
+        trajectory.snapshots,
+        trajectory.gram if trajectory.dtype == torch.float64 else None,
+        origin,
+        dtype,
+        form,
+        double=trajectory._double(),
+        center=center,
+        most=count,
+        dim=dim,
+        explained=explained,
+        shapes=trajectory.shapes,
+        names=trajectory.names,
+        stacklevel=4,
+    )
 
 
-def asked_count(length: int, dim: int | None, explained: float | None, center: bool) -> int:
+def dense(
+    snapshots: Matrix,
+    coefficients: Tensor,
+    origin: Tensor,
+    dtype: torch.dtype,
+    **known: Any,
+) -> Subspace:
+    """The subspace with the basis coefficients @ snapshots, formed chunk by chunk."""
+    basis, scale = formed(snapshots, coefficients, dtype, _pca.column_step(snapshots))
+    return Subspace(basis, origin, scale=scale, **known)
+
+
+def asked_count(length: int, dim: int | str | None, explained: float | None, center: bool) -> int:
     """The most directions of ``length`` snapshots that the arguments ask for."""
     if dim is not None and explained is not None:
         raise ValueError(f"expected dim or explained, got both: {dim} and {explained}")
     if explained is not None and not 0 < explained <= 1:
         raise ValueError(f"explained: expected 0 < explained <= 1, got {explained}")
     limit = length - 1 if center else length
+    if isinstance(dim, str):
+        if dim != "auto":
+            raise ValueError(f"dim: expected a number or 'auto', got {dim!r}")
+        checked_auto(length, center)
+        return min(limit, _pca.MAX_DIM)
     if dim is None:
         return min(limit, _pca.MAX_DIM if explained is not None else _DEFAULT_DIM)
     return _pca.checked_dim(dim, limit, f"{length} {'centred ' * center}snapshots")
 
 
-def weights_at(snapshots: Tensor | StoredRows, anchor: Tensor, start: str | int) -> Tensor:
+def weights_at(snapshots: Matrix, anchor: Tensor, start: str | int) -> Tensor:
     """The weights (n,) of one snapshot, or their mean, in the dtype of the anchor."""
     count = len(snapshots)
     if start == "mean":

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._params import dtype_name
 from ._recording import wide_dtype
 from ._saved import KIND, VERSION, counted, matching
 from ._share import Run, Share
@@ -56,6 +57,11 @@ def read_file(
     """This rank's columns of a saved trajectory; one rank checks the checksum of the file."""
     with Reader(path, KIND, VERSION, check=check) as file:
         saved = matching(file, params, names)
+        if saved.dtype.itemsize == 1:
+            raise file.error(
+                f"expected snapshots of 16 bits or more, found {dtype_name(saved.dtype)}: their "
+                "blocks are not those of this cut; load it on one process"
+            )
         length = counted(file, "length", 1, saved.capacity)
         file.check("snapshots", (length, share.total), saved.dtype)
         file.check("anchor", (share.total,), wide_dtype(saved.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,15 +16,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import _pca
 from ._agreement import all_or_none
+from ._choice import choose
 from ._params import check_matches, dtype_name, flatten
 from ._placements import entries
-from ._principal import kept_count
 from ._ranks import listed, together
 from ._recording import check_current, given_anchor, wide_dtype
 from ._share import Layout, Share, stand_ins
 from ._shared_file import write_file
 from ._shared_parts import NoColumns, Piece, join_parts, open_file, open_folder, rank_folder
-from ._stored_rows import combined
+from ._stored_rows import formed
 from .distributed import LocalSubspace, ShardedSubspace
 from .stores import Store, check_storage
 from .trajectory import Trajectory
@@ -143,12 +144,13 @@ class SharedTrajectory(Trajectory):
 
     def subspace(  # type: ignore[override]
         self,
-        dim: int | None = None,
+        dim: int | str | None = None,
         *,
         explained: float | None = None,
         start: str | int = "first",
         center: bool = True,
         dtype: torch.dtype | None = None,
+        materialize: bool = True,
     ) -> ShardedSubspace | LocalSubspace:
         """The principal directions, each rank with its columns: see `Trajectory.subspace`.
 
@@ -163,16 +165,21 @@ class SharedTrajectory(Trajectory):
         """
         asked = {"dim": dim, "explained": explained, "start": start, "center": center}
         with self.all_or_none("subspace"):
-            count, dtype, origin = self._asked(dim, explained, start, center, dtype)
+            if not materialize:
+                raise ValueError("materialize: expected True for a trajectory of ranks, got False")
+            most, dtype, origin = self._asked(dim, explained, start, center, dtype)
         told = {key: str(value) for key, value in asked.items()}
         self.ranks.agree({**told, "dtype": dtype_name(dtype)}, "subspace")
         found = self._spectrum(origin, center)
-        count = kept_count(found, len(self), count, dim, explained)
-        basis = torch.empty((count, 0), dtype=dtype, device=self.device)
+        count, _, warning = choose(found, len(self), most, dim, explained, center)
+        if warning is not None:
+            warnings.warn(warning, UserWarning, stacklevel=2)
+        basis, scale = torch.empty((count, 0), dtype=dtype, device=self.device), None
         if self.share.numel:
             rows, combine = self.snapshots, _pca.coefficients(found, count, center=center)
-            basis = combined(rows, combine.to(self.device), dtype, _pca.column_step(rows))
+            basis, scale = formed(rows, combine.to(self.device), dtype, _pca.column_step(rows))
         known: dict[str, Any] = {
+            "scale": scale,
             "explained_variance_ratio": found.explained(count),
             "singular_values": found.values[:count].sqrt(),
         }
@@ -211,6 +218,10 @@ class SharedTrajectory(Trajectory):
             "several ranks; save it, and load it on one process for a GroupedSubspace"
         )
 
+    def into_subspace(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: `subspace` makes the columns of each rank beside its snapshots."""
+        raise ValueError("into_subspace: expected a trajectory of one process, got one of ranks")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """One file, as one process saves it: written by rank 0, a piece of a row at a time.
 
@@ -219,6 +230,11 @@ class SharedTrajectory(Trajectory):
         with self.all_or_none("save"):
             if len(self) == 0:
                 raise ValueError("the trajectory is empty: nothing to save")
+            if self.dtype.itemsize == 1:
+                raise ValueError(
+                    f"save: expected snapshots of 16 bits or more, got {dtype_name(self.dtype)}: "
+                    "their blocks are those of this cut; a folder (storage='disk') keeps them"
+                )
         gram = self.gram
         with self.all_or_none("save"):
             write_file(path, self, gram)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import _pca
-from ._params import DTYPES, dtype_name, flatten, named_parameters, numel
-from ._principal import asked_count, principal_subspace, weights_at
+from ._eight_bits import STORED
+from ._in_memory import implicit, into_subspace
+from ._params import dtype_name, flatten, named_parameters, numel
+from ._principal import asked_count, dense, principal_of, principal_subspace, weights_at
 from ._recording import check_current, checked_capacity, given_anchor, why_not_finite, wide_dtype
 from ._saved import load_trajectory, save_trajectory
-from ._stored_rows import StoredRows
+from ._stored_rows import Matrix, columns
 from .checkpoints.record import from_checkpoints
 from .grouped import GroupedSubspace, group_slices
-from .stores import RecordingCost, check_storage, new_store
+from .implicit import ImplicitSubspace
+from .stores import RecordingCost, SpentStore, check_storage, new_store
 from .subspace import Subspace
 
 
@@ -32,7 +36,8 @@ class Trajectory:
     capacity : int
         Most snapshots. Memory is touched only as snapshots come in.
     dtype : torch.dtype
-        Of the stored deltas: float32, bfloat16, float16 or float64.
+        Of the stored deltas: float32, bfloat16, float16 or float64; int8 or float8_e4m3fn, with a
+        float32 scale for each block of 256.
     storage : "device", "host" or "disk"
         Where the snapshots are kept: with the parameters; in (pinned) memory of the host; in files
         of the folder ``path``, where they outlive the process. All give the same numbers to the
@@ -53,6 +58,8 @@ class Trajectory:
     snapshots). The Gram matrix is that of the stored rows and grows with each snapshot in the
     same pass over memory.
     """
+
+    _lent: Sequence[weakref.ref[Tensor]] = ()  # snapshots that implicit subspaces read
 
     def __new__(cls, *_: Any, process_group: Any = None, **__: Any) -> Trajectory:
         if process_group is None or cls is not Trajectory:
@@ -88,8 +95,8 @@ class Trajectory:
         self.numel = numel(self.params)
         self.device = self.params[0].device
         self.capacity = checked_capacity(capacity)
-        if dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
+        if dtype not in STORED:
+            expected = ", ".join(map(dtype_name, STORED))
             found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
             raise ValueError(f"dtype: expected one of {expected}, got {found}")
         if self.numel == 0:
@@ -109,6 +116,8 @@ class Trajectory:
         return self._store.length
 
     def __repr__(self) -> str:
+        if isinstance(self._store, SpentStore):
+            return f"Trajectory(spent, numel={self.numel})"
         return (
             f"Trajectory({len(self)} of {self.capacity} snapshots, numel={self.numel}, "
             f"dtype={dtype_name(self.dtype)}, device={self.device}"
@@ -121,12 +130,13 @@ class Trajectory:
         return self._anchor
 
     @property
-    def snapshots(self) -> Tensor | StoredRows:
+    def snapshots(self) -> Matrix:
         """The stored deltas X, shape (T, n): a view.
 
         On disk, and for parameters on CUDA in host memory, an array that reads what it is asked
         for: ``snapshots[t]`` is a row, ``snapshots[:, a:b]`` some columns, each a copy on the
-        parameters' device.
+        parameters' device. In 8 bits too: what is read is float32, ``snapshots.codes`` and
+        ``snapshots.scale`` are what is stored.
         """
         return self._store.snapshots()
 
@@ -196,22 +206,36 @@ class Trajectory:
         found = _pca.stored_spectrum(self.gram, self.dtype)
         return found.explained(found.rank)
 
+    @overload
+    def subspace(
+        self, dim: int | str | None = ..., *, materialize: Literal[True] = ...,
+        explained: float | None = ..., start: str | int = ..., center: bool = ...,
+        dtype: torch.dtype | None = ...,
+    ) -> Subspace: ...  # fmt: skip
+    @overload
+    def subspace(
+        self, dim: int | str | None = ..., *, materialize: Literal[False],
+        explained: float | None = ..., start: str | int = ..., center: bool = ...,
+        dtype: torch.dtype | None = ...,
+    ) -> ImplicitSubspace: ...  # fmt: skip
     def subspace(
         self,
-        dim: int | None = None,
+        dim: int | str | None = None,
         *,
         explained: float | None = None,
         start: str | int = "first",
         center: bool = True,
         dtype: torch.dtype | None = None,
-    ) -> Subspace:
+        materialize: bool = True,
+    ) -> Subspace | ImplicitSubspace:
         """The principal directions of the trajectory.
 
         Parameters
         ----------
-        dim : int, optional
+        dim : int or "auto", optional
             Number of directions, at most T - 1 (T if not centred). Default: 40, or as many as
-            there are.
+            there are. "auto": as many as the spectrum speaks for beside that of a random walk of
+            T snapshots, 8 or more: see docs/trajectories.md.
         explained : float in (0, 1], optional
             Instead of ``dim``: as many directions as explain this share of the variance.
         start : "first", "last", "mean" or int
@@ -220,11 +244,14 @@ class Trajectory:
         center : bool
             Subtract the mean of the snapshots, as a principal component analysis does.
         dtype : torch.dtype, optional
-            Of the basis: float32, bfloat16, float16 or float64. Default: the snapshots'.
+            Of the basis: any that snapshots may have. Default: theirs.
+        materialize : bool
+            False: no basis is stored, the snapshots stand in for it: see `ImplicitSubspace`. For
+            snapshots in the memory that the parameters are in.
 
         Returns
         -------
-        Subspace
+        Subspace, or ImplicitSubspace unless materialised
             Signs are such that the largest entry, by magnitude, of each eigenvector over the
             snapshots is positive.
 
@@ -238,26 +265,17 @@ class Trajectory:
         -----
         UserWarning
             ``dim`` is above the numerical rank: the directions up to the rank are returned.
+            "auto" finds nothing but noise: one direction is returned.
         """
-        count, dtype, origin = self._asked(dim, explained, start, center, dtype)
-        return principal_subspace(
-            self.snapshots,
-            self.gram if self.dtype == torch.float64 else None,
-            origin,
-            dtype,
-            double=self._double(),
-            center=center,
-            most=count,
-            dim=dim,
-            explained=explained,
-            shapes=self.shapes,
-            names=self.names,
-        )
+        form: Callable[..., Any] = dense if materialize else implicit(self, dtype)
+        return principal_of(self, form, dim, explained, start, center, dtype)
+
+    into_subspace = into_subspace
 
     def grouped_subspace(
         self,
         groups: Sequence[int],
-        dim: int | None = None,
+        dim: int | str | None = None,
         *,
         explained: float | None = None,
         start: str | int = "first",
@@ -282,20 +300,22 @@ class Trajectory:
         """
         count, dtype, origin = self._asked(dim, explained, start, center, dtype)
         parts = group_slices(groups, len(self.params))
-        spaces, begin = [], 0
+        spaces, end = [], 0
         for i, part in enumerate(parts):
-            columns = slice(begin, begin + numel(self.params[part]))
-            begin = columns.stop
+            begin, end = end, end + numel(self.params[part])
             try:
                 one = principal_subspace(
-                    self._columns(columns),
+                    columns(self.snapshots, begin, end),
                     None,
-                    origin[columns],
+                    origin[begin:end],
                     dtype,
+                    dense,
                     double=self._double(),
                     center=center,
                     most=count,
+                    dim=dim,
                     explained=explained,
+                    stacklevel=3 if dim == "auto" else 0,
                     shapes=self.shapes[part],
                     names=None if self.names is None else self.names[part],
                 )
@@ -312,7 +332,7 @@ class Trajectory:
         ValueError
             Nothing was recorded.
         """
-        if self._anchor is None or len(self) == 0:
+        if len(self) == 0 or self._anchor is None:
             raise ValueError("the trajectory is empty: nothing to save")
         save_trajectory(path, self._metadata(), self.snapshots, self.gram, self._anchor)
 
@@ -366,7 +386,7 @@ class Trajectory:
 
     def _asked(
         self,
-        dim: int | None,
+        dim: int | str | None,
         explained: float | None,
         start: str | int,
         center: bool,
@@ -374,12 +394,9 @@ class Trajectory:
     ) -> tuple[int, torch.dtype, Tensor]:
         """The most directions that were asked for, the dtype of the basis and the origin."""
         dtype = self.dtype if dtype is None else dtype
-        if dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
-            raise ValueError(
-                f"dtype: expected one of {expected}, got {dtype}; for int8 or float8_e4m3fn use "
-                "Subspace.quantize"
-            )
+        if dtype not in STORED:
+            expected = ", ".join(map(dtype_name, STORED))
+            raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
         self._check_length()
         count = asked_count(len(self), dim, explained, center)
         assert self._anchor is not None
@@ -390,9 +407,3 @@ class Trajectory:
         return all(
             dtype == torch.float64 for dtype in (self.dtype, *(p.dtype for p in self.params))
         )
-
-    def _columns(self, columns: slice) -> Tensor | StoredRows:
-        rows = self.snapshots
-        if isinstance(rows, StoredRows):
-            return rows.narrow(columns.start, columns.stop)
-        return rows[:, columns]

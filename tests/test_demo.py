@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -412,12 +413,31 @@ def test_one_dimension_has_no_plane():
         ({"device": "tpu"}, "device: expected cpu or cuda, got 'tpu'"),
         ({"device": "mps"}, "device: expected cpu or cuda, got 'mps'"),
         ({"device": "cuda:99"}, "device: expected one of the"),
+        ({"dtype": "int4"}, "dtype: expected one of ['float32', 'bfloat16', 'float16', 'int8', "),
         ({"data": "digits", "epochs": 2, "dim": 51}, "dim: expected at most 50, got 51"),
     ],
 )
 def test_bad_config(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         run.Config(**options)
+
+
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+def test_basis_is_stored_as_asked(dtype):
+    space = Subspace.random([torch.randn(300)], 3)
+    stored = methods.stored_as(space, dtype)
+    assert stored.dtype == getattr(torch, dtype)
+    for i in range(3):
+        difference = stored.direction(i) - space.direction(i)
+        assert (difference.norm() == 0) == (dtype == "float32") and difference.norm() < 0.05
+
+
+def test_trains_on_a_basis_of_eight_bits():
+    config = run.Config("digits", dim=4, epochs=2, threads=1, dtype="int8")
+    results, plane = run.run(config, lambda *_: None)
+    assert results["config"]["dtype"] == "int8" and plane is not None
+    for one in results["runs"]:
+        assert 0 <= one["test_accuracy"] <= 1 and math.isfinite(one["test_accuracy"])
 
 
 def test_spread_is_the_sample_standard_deviation(outcome):

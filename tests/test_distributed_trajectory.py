@@ -155,6 +155,41 @@ def test_trajectories_of_local_shards_are_put_together(ranks: RankGroup, small: 
     ranks.all(two_ways, small)
 
 
+def in_eight_bits(mode: str, tier: str, path: Any) -> list[torch.Tensor]:
+    model = network(mode)
+    group = model if mode != "whole" else "world"
+    trajectory = Trajectory(model.parameters(), 9, torch.int8, tier, path, process_group=group)
+    for _ in walk(model):
+        trajectory.record()
+    with pytest.raises(ValueError, match="expected snapshots of 16 bits or more, got int8"):
+        trajectory.save(path or "nowhere")
+    basis = whole_basis(trajectory.subspace(D, dtype=torch.float32), trajectory.params)
+    held = trajectory.subspace(D)
+    assert held.local.basis.dtype == torch.int8 and held.local.scale is not None
+    trajectory.close()
+    return [trajectory.gram, basis]
+
+
+@pytest.mark.parametrize(
+    "mode, tier", [("whole", "device"), ("whole", "disk"), ("sharded", "host")]
+)
+def test_snapshots_in_eight_bits(rank_groups: Any, mode: str, tier: str, tmp_path: Path) -> None:
+    model = network()
+    one = Trajectory(model.parameters(), 9, torch.int8)
+    for _ in walk(model):
+        one.record()
+    found = rank_groups(2).all(
+        in_eight_bits, mode, tier, tmp_path / "run" if tier == "disk" else None
+    )
+    basis = one.subspace(D, dtype=torch.float32).basis
+    # Blocks of whole weights are those of one process; local shards have others.
+    close = {"rtol": 1e-5, "atol": 1e-5} if mode == "whole" else {"rtol": 0.02, "atol": 0.02}
+    for gram, other in found:
+        assert torch.equal(gram, found[0][0]) and torch.equal(other, found[0][1])
+        torch.testing.assert_close(gram, one.gram, **close)
+        torch.testing.assert_close(other, basis, **close)
+
+
 def anchored(mode: str) -> torch.Tensor:
     model = network(mode)
     anchor = [p.detach().clone() for p in model.parameters()]

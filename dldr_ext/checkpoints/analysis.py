@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from .. import _pca, ops, storage, subspace
+from .._choice import Choice, choose, described
+from .._eight_bits import blocks, empty_scale, row_bytes
 from .._params import dtype_name
 from .._principal import asked_count
 from .._recording import wide_dtype
-from .._stored_rows import column_pieces
+from .._stored_rows import column_pieces, formed
 from . import numbers
 from .columns import Columns
 from .errors import CheckpointError
@@ -73,7 +75,7 @@ class Analysis:
         series: Series,
         folder: Path,
         *,
-        dim: int | None = None,
+        dim: int | str | None = None,
         explained: float | None = None,
         dtype: torch.dtype = torch.bfloat16,
         keep_basis: bool = True,
@@ -121,7 +123,7 @@ class Analysis:
         if len(series) < 2:
             raise ValueError(f"checkpoints: expected at least two, got {len(series)}")
         most = asked_count(len(series), self.dim, self.explained, True)
-        if self.keep_basis and self.explained is None:
+        if self.keep_basis and self.explained is None and self.dim != "auto":
             self._check_space(most)
         self._step = _pca.column_step(torch.empty(len(series), 0, device="cpu"))
         self._columns = Columns(series, self.dtype, self._chunk_bytes, self._step)
@@ -132,21 +134,18 @@ class Analysis:
             gram = self._done.gram
             found = self._spectrum(gram)
             ratio = found.explained(max(found.rank, 1))
-            count = min(most, found.rank)
-            if self.explained is not None:
-                count = min(int((ratio.cumsum(0) < self.explained).sum()) + 1, count)
-            if self.dim is not None and count < self.dim:
-                series.notes.append(
-                    f"dim = {self.dim} is above the numerical rank: kept {count} directions"
-                )
+            chosen = choose(found, len(series), most, self.dim, self.explained, True)
+            if chosen.warning is not None:
+                series.notes.append(chosen.warning)
             if self.keep_basis:
-                self._kept(lambda: self._basis_pass(pieces, found, count))
-        return self._facts() | numbers.of_gram(gram, ratio) | self._kept_facts(ratio, count)
+                self._kept(lambda: self._check_space(chosen.dim))
+                self._kept(lambda: self._basis_pass(pieces, found, chosen))
+        return self._facts() | numbers.of_gram(gram, ratio) | self._kept_facts(ratio, chosen)
 
     def _check_space(self, dim: int) -> None:
         """That the subspace will fit on the disk: before hours of reading, not after."""
-        wide = wide_dtype(self.dtype).itemsize
-        needed = self.series.numel * (dim * self.dtype.itemsize + wide)
+        numel, wide = self.series.numel, wide_dtype(self.dtype).itemsize
+        needed = dim * row_bytes(numel, self.dtype) + wide * numel
         left = self.folder / f".{SUBSPACE}.part"  # which it has already, if it goes on
         free = shutil.disk_usage(self.folder).free
         free += left.stat().st_size if left.exists() else 0
@@ -171,21 +170,26 @@ class Analysis:
             self._report("Gram matrix", 0, end)
             self._save_now_and_then()
 
-    def _basis_pass(self, pieces: Pieces, found: _pca.Spectrum, count: int) -> None:
+    def _basis_pass(self, pieces: Pieces, found: _pca.Spectrum, chosen: Choice) -> None:
+        count = chosen.dim
         coefficients = _pca.coefficients(found, count)
         series, numel = self.series, self.series.numel
-        tensors = {
-            "basis": torch.empty((count, numel), dtype=self.dtype, device="meta"),
-            "origin": torch.empty(numel, dtype=self._columns.wide, device="meta"),
+        known = {
             "explained_variance_ratio": found.explained(count),
             "singular_values": found.values[:count].sqrt(),
         }
+        large = {
+            "basis": torch.empty((count, numel), dtype=self.dtype, device="meta"),
+            "origin": torch.empty(numel, dtype=self._columns.wide, device="meta"),
+            "scale": empty_scale(count, numel, self.dtype, "meta"),
+        }
+        tensors = {name: tensor for name, tensor in large.items() if tensor is not None}
         with PartialFile(
             self.folder / SUBSPACE,
             subspace.KIND,
             subspace.VERSION,
-            tensors,
-            {"shapes": series.shapes, "names": series.names},
+            tensors | known,
+            {"shapes": series.shapes, "names": series.names, "choice": chosen.facts},
             resume=self._done.basis_column > 0,
         ) as file:
             if not file.resumed:
@@ -193,9 +197,12 @@ class Analysis:
             try:
                 for begin in range(self._done.basis_column, numel, self._columns.width):
                     anchor, rows = self._columns.read(pieces, begin)
-                    basis = ops.form_basis(rows, coefficients, dtype=self.dtype)
+                    basis, scale = formed(rows, coefficients, self.dtype, self._step)
                     for row, part in enumerate(basis):
                         file.write("basis", row * numel + begin, part)
+                    for row, part in enumerate(() if scale is None else scale):
+                        at = row * blocks(numel) + begin // ops.SCALE_BLOCK
+                        file.write("scale", at, part)
                     file.write("origin", begin, anchor)
                     end = begin + len(anchor)
                     self._done = self._done._replace(basis_column=end)
@@ -203,8 +210,8 @@ class Analysis:
                     self._save_now_and_then(file)
             finally:
                 file.sync()
-            for name in ("explained_variance_ratio", "singular_values"):
-                file.write(name, 0, tensors[name])
+            for name, tensor in known.items():
+                file.write(name, 0, tensor)
             file.finish()
 
     def _spectrum(self, gram: Tensor) -> _pca.Spectrum:
@@ -295,14 +302,11 @@ class Analysis:
             "norm_of_first": self._done.square**0.5,
         }
 
-    def _kept_facts(self, ratio: Tensor, count: int) -> dict[str, Any]:
+    def _kept_facts(self, ratio: Tensor, chosen: Choice) -> dict[str, Any]:
+        share = ratio[: chosen.dim]
+        said = described(chosen.dim, self.series.numel, self.dtype, chosen.facts, share)
+        kept: dict[str, Any] = {"dim": chosen.dim, "explained_variance": float(share.sum())}
+        known = {"choice": chosen.facts, "report": said}
         if not self.keep_basis:
-            return {"subspace": None}
-        path = str(self.folder / SUBSPACE)
-        return {
-            "subspace": {
-                "path": path,
-                "dim": count,
-                "explained_variance": float(ratio[:count].sum()),
-            }
-        }
+            return {"subspace": None, **known}
+        return {"subspace": {"path": str(self.folder / SUBSPACE), **kept}, **known}

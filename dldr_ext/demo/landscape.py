@@ -56,7 +56,8 @@ def landscape(
     progress(0.0)
     end = subspace.coordinates(outcomes["pbfgs"].model.parameters())
     sgd = subspace.coordinates(outcomes["sgd"].model.parameters())
-    sampled = _pairs(trajectory.snapshots[:] @ subspace.basis[:2].T)
+    plane = torch.stack([subspace.direction(i) for i in (0, 1)], 1)  # float32
+    sampled = _pairs(trajectory.snapshots[:] @ plane)
     paths = {name: outcomes[name].path for name in ("psgd", "pbfgs")}
     shown = [*sampled, *_pairs(sgd[None]), *(point for path in paths.values() for point in path)]
     x, y = (_axis([point[i] for point in shown]) for i in (0, 1))

@@ -38,6 +38,10 @@ NAMES = {
 }
 
 
+#: What the basis may be stored as.
+DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
+
+
 @dataclass
 class Outcome:
     """What a method came to."""
@@ -173,10 +177,18 @@ def pbfgs(task: Task, subspace: Subspace, method: str = "pbfgs") -> Outcome:
     raise AssertionError("batches are endless")
 
 
-def random(task: Task, dim: int) -> Outcome:
+def random(task: Task, dim: int, dtype: str = "float32") -> Outcome:
     """The control: the same P-BFGS in a random subspace of dimension `dim`."""
     parameters, generator = task.model().parameters(), task.generator(3, task.device)
-    return pbfgs(task, Subspace.random(parameters, dim, generator=generator), "random")
+    subspace = Subspace.random(parameters, dim, generator=generator)
+    return pbfgs(task, stored_as(subspace, dtype), "random")
+
+
+def stored_as(subspace: Subspace, dtype: str) -> Subspace:
+    """The subspace with its basis in one of `DTYPES`."""
+    if dtype in ("int8", "float8_e4m3fn"):
+        return subspace.quantize(dtype)
+    return subspace.to(dtype=getattr(torch, dtype))
 
 
 class _SubspaceRun:

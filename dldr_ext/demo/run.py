@@ -45,11 +45,14 @@ class Config:
     epochs: int | None = None  # None: the recipe's
     threads: int | None = None  # None: torch's own choice
     device: str = "cpu"
+    dtype: str = "float32"  # of the stored basis
 
     def __post_init__(self) -> None:
         if self.data not in SIZES:
             raise ValueError(f"data: expected {' or '.join(SIZES)}, got {self.data!r}")
         _check_device(self.device)
+        if self.dtype not in methods.DTYPES:
+            raise ValueError(f"dtype: expected one of {list(methods.DTYPES)}, got {self.dtype!r}")
         for name, value in (
             ("dim", self.dim),
             ("seeds", self.seeds),
@@ -118,13 +121,13 @@ def _run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape 
 
         task = methods.Task(data, config.recipe, seed, config.snapshots, report)
         sgd, half, trajectory = methods.sgd(task)
-        subspace = trajectory.subspace(dim=config.dim)
+        subspace = methods.stored_as(trajectory.subspace(dim=config.dim), config.dtype)
         outcomes = [
             sgd,
             half,
             methods.psgd(task, subspace),
             methods.pbfgs(task, subspace),
-            methods.random(task, subspace.dim),
+            methods.random(task, subspace.dim, config.dtype),
         ]
         ratio = trajectory.explained_variance_ratio()
         if seed == 0 and subspace.dim > 1:
@@ -203,6 +206,7 @@ def _describe(config: Config) -> dict[str, Any]:
         "snapshots": config.snapshots + 1,
         "threads": torch.get_num_threads(),
         "device": _device_name(config.device),
+        "dtype": config.dtype,
         **recipe,
     }
 
