@@ -65,6 +65,12 @@ def stored_spectrum(gram: Tensor, dtype: torch.dtype) -> Spectrum:
     return _spectrum(gram, True, share, 0.0)
 
 
+def square_of(weights: Tensor) -> Tensor:
+    """|w|^2, float64. Piece by piece: each is copied to float64."""
+    norms = [torch.linalg.vector_norm(w, dtype=torch.float64) for w in weights.split(_PIECE)]
+    return torch.stack(norms).square().sum()
+
+
 def exact_spectrum(gram: Tensor, double: bool, weights: Tensor, *, center: bool) -> Spectrum:
     """Spectrum of an `exact_gram`.
 
@@ -77,9 +83,7 @@ def exact_spectrum(gram: Tensor, double: bool, weights: Tensor, *, center: bool)
         One point of the trajectory: how large the weights are.
     center : bool
     """
-    # Piece by piece: each is copied to float64.
-    norms = [torch.linalg.vector_norm(w, dtype=torch.float64) for w in weights.split(_PIECE)]
-    square = float(torch.stack(norms).square().sum())
+    square = float(square_of(weights))
     if double:
         return _spectrum(gram, center, _FLOAT64_SUMS, _WEIGHTS_OF_FLOAT64 * square)
     return _spectrum(gram, center, _FLOAT64_SUMS_OF_FLOAT32, _WEIGHTS * square)

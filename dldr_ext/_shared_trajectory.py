@@ -199,7 +199,7 @@ class SharedTrajectory(Trajectory):
         if self.share.numel:
             gram += _pca.exact_gram(self.snapshots)
         gram = self._sum(gram)
-        square = self._sum(torch.linalg.vector_norm(origin, dtype=torch.float64).square()[None])
+        square = self._sum(_pca.square_of(origin)[None])
         flat = torch.empty(count * (count + 1) + 1, dtype=torch.float64, device=self.device)
         with self.all_or_none("the eigenvalues"):
             if self.ranks.rank == 0:
