@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._stored_rows import StoredRows, column_pieces
+from ._stored_rows import Matrix, column_pieces
 
 MAX_DIM = 1024
 
@@ -110,7 +110,7 @@ def coefficients(found: Spectrum, dim: int, *, center: bool = True) -> Tensor:
     return result - result.mean(1, keepdim=True) if center else result
 
 
-def exact_gram(snapshots: Tensor | StoredRows, *, relative: bool = False) -> Tensor:
+def exact_gram(snapshots: Matrix, *, relative: bool = False) -> Tensor:
     """Gram matrix summed in float64 throughout, chunk by chunk; shape (T, T), float64.
 
     The float32 sums of `ops.gram` are off by up to 1e-7 of the largest eigenvalue, which a
@@ -119,7 +119,7 @@ def exact_gram(snapshots: Tensor | StoredRows, *, relative: bool = False) -> Ten
 
     Parameters
     ----------
-    snapshots : Tensor or StoredRows, shape (T, n)
+    snapshots : Tensor, StoredRows or ScaledRows, shape (T, n)
     relative : bool
         Of the differences from the first row. Raw weights differ by little, so that the Gram
         matrix of the weights themselves would lose these differences.
@@ -134,7 +134,7 @@ def exact_gram(snapshots: Tensor | StoredRows, *, relative: bool = False) -> Ten
     return gram
 
 
-def column_step(matrix: Tensor | StoredRows) -> int:
+def column_step(matrix: Matrix) -> int:
     """Columns of a chunk: a multiple of 4096 set by the number of rows and the kind of device."""
     size = _CHUNK_BYTES.get(matrix.device.type, _CHUNK_BYTES["cpu"])
     return max(4096, size // (8 * len(matrix)) // 4096 * 4096)

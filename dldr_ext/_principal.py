@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from . import _pca
-from ._stored_rows import StoredRows, combined
+from ._stored_rows import Matrix, combined, formed
 from .subspace import Subspace
 
 _DEFAULT_DIM = 40
 
 
 def principal_subspace(
-    snapshots: Tensor | StoredRows,
+    snapshots: Matrix,
     gram: Tensor | None,
     origin: Tensor,
     dtype: torch.dtype,
@@ -33,7 +33,7 @@ def principal_subspace(
 
     Parameters
     ----------
-    snapshots : Tensor or StoredRows, shape (T, n)
+    snapshots : Tensor, StoredRows or ScaledRows, shape (T, n)
     gram : Tensor, shape (T, T), float64, or None
         Their Gram matrix, if it is known to all digits.
     origin : Tensor, shape (n,)
@@ -77,9 +77,11 @@ def principal_subspace(
         )
     count = min(most, found.rank)
     coefficients = _pca.coefficients(found, count, center=center).to(snapshots.device)
+    basis, scale = formed(snapshots, coefficients, dtype, _pca.column_step(snapshots))
     return Subspace(
-        combined(snapshots, coefficients, dtype, _pca.column_step(snapshots)),
+        basis,
         origin,
+        scale=scale,
         explained_variance_ratio=found.explained(count),
         singular_values=found.values[:count].sqrt(),
         **known,
@@ -98,7 +100,7 @@ def asked_count(length: int, dim: int | None, explained: float | None, center: b
     return _pca.checked_dim(dim, limit, f"{length} {'centred ' * center}snapshots")
 
 
-def weights_at(snapshots: Tensor | StoredRows, anchor: Tensor, start: str | int) -> Tensor:
+def weights_at(snapshots: Matrix, anchor: Tensor, start: str | int) -> Tensor:
     """The weights (n,) of one snapshot, or their mean, in the dtype of the anchor."""
     count = len(snapshots)
     if start == "mean":

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from . import _pca
-from ._params import DTYPES, dtype_name, flatten, named_parameters, numel
+from ._eight_bits import STORED
+from ._params import dtype_name, flatten, named_parameters, numel
 from ._principal import asked_count, principal_subspace, weights_at
 from ._recording import check_current, given_anchor, why_not_finite, wide_dtype
 from ._saved import load_trajectory, save_trajectory
-from ._stored_rows import StoredRows
+from ._stored_rows import Matrix, columns
 from .checkpoints.record import from_checkpoints
 from .grouped import GroupedSubspace, group_slices
 from .stores import RecordingCost, check_storage, new_store
@@ -33,7 +34,8 @@ class Trajectory:
     capacity : int
         Most snapshots. Memory is touched only as snapshots come in.
     dtype : torch.dtype
-        Of the stored deltas: float32, bfloat16, float16 or float64.
+        Of the stored deltas: float32, bfloat16, float16 or float64; int8 or float8_e4m3fn, with a
+        float32 scale for each block of 256.
     storage : "device", "host" or "disk"
         Where the snapshots are kept: with the parameters; in (pinned) memory of the host; in files
         of the folder ``path``, where they outlive the process. All give the same numbers to the
@@ -75,8 +77,8 @@ class Trajectory:
         self.numel = numel(self.params)
         self.device = self.params[0].device
         self.capacity = _capacity(capacity)
-        if dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
+        if dtype not in STORED:
+            expected = ", ".join(map(dtype_name, STORED))
             found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
             raise ValueError(f"dtype: expected one of {expected}, got {found}")
         if self.numel == 0:
@@ -108,12 +110,13 @@ class Trajectory:
         return self._anchor
 
     @property
-    def snapshots(self) -> Tensor | StoredRows:
+    def snapshots(self) -> Matrix:
         """The stored deltas X, shape (T, n): a view.
 
         On disk, and for parameters on CUDA in host memory, an array that reads what it is asked
         for: ``snapshots[t]`` is a row, ``snapshots[:, a:b]`` some columns, each a copy on the
-        parameters' device.
+        parameters' device. In 8 bits too: what is read is float32, ``snapshots.codes`` and
+        ``snapshots.scale`` are what is stored.
         """
         return self._store.snapshots()
 
@@ -207,7 +210,7 @@ class Trajectory:
         center : bool
             Subtract the mean of the snapshots, as a principal component analysis does.
         dtype : torch.dtype, optional
-            Of the basis: float32, bfloat16, float16 or float64. Default: the snapshots'.
+            Of the basis: any that snapshots may have. Default: theirs.
 
         Returns
         -------
@@ -269,15 +272,14 @@ class Trajectory:
         """
         count, dtype, origin = self._asked(dim, explained, start, center, dtype)
         parts = group_slices(groups, len(self.params))
-        spaces, begin = [], 0
+        spaces, end = [], 0
         for i, part in enumerate(parts):
-            columns = slice(begin, begin + numel(self.params[part]))
-            begin = columns.stop
+            begin, end = end, end + numel(self.params[part])
             try:
                 one = principal_subspace(
-                    self._columns(columns),
+                    columns(self.snapshots, begin, end),
                     None,
-                    origin[columns],
+                    origin[begin:end],
                     dtype,
                     double=self._double(),
                     center=center,
@@ -352,12 +354,9 @@ class Trajectory:
     ) -> tuple[int, torch.dtype, Tensor]:
         """The most directions that were asked for, the dtype of the basis and the origin."""
         dtype = self.dtype if dtype is None else dtype
-        if dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
-            raise ValueError(
-                f"dtype: expected one of {expected}, got {dtype}; for int8 or float8_e4m3fn use "
-                "Subspace.quantize"
-            )
+        if dtype not in STORED:
+            expected = ", ".join(map(dtype_name, STORED))
+            raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
         self._check_length()
         count = asked_count(len(self), dim, explained, center)
         assert self._anchor is not None
@@ -368,12 +367,6 @@ class Trajectory:
         return all(
             dtype == torch.float64 for dtype in (self.dtype, *(p.dtype for p in self.params))
         )
-
-    def _columns(self, columns: slice) -> Tensor | StoredRows:
-        rows = self.snapshots
-        if isinstance(rows, StoredRows):
-            return rows.narrow(columns.start, columns.stop)
-        return rows[:, columns]
 
 
 def _capacity(capacity: int) -> int:
