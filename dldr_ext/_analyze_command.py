@@ -22,6 +22,7 @@ from ._checkpoint_options import (
     Key,
     Paths,
     SkipBad,
+    checked_dim,
     one_line_errors,
     series,
 )
@@ -48,8 +49,12 @@ def analyze(
         ),
     ] = Path("analysis"),
     dim: Annotated[
-        int | None,
-        typer.Option(min=1, max=1024, help="Directions to keep.", show_default="40, or all"),
+        str | None,
+        typer.Option(
+            metavar="INT|auto",
+            help="Directions to keep; auto: as many as the spectrum speaks for.",
+            show_default="40, or all",
+        ),
     ] = None,
     explained: Annotated[
         float | None, typer.Option(help="Keep as many as explain this share, as 0.99.")
@@ -78,12 +83,13 @@ def analyze(
 
     \b
     Examples:
-      dldr analyze runs/checkpoints
+      dldr analyze runs/checkpoints --dim auto
       dldr analyze runs/*.pt --dim 20 --exclude 'head.*' --output out
       dldr analyze run1 --skip-bad --no-subspace --json > analysis.json
     """
     if dim is not None and explained is not None:
         raise typer.BadParameter("expected --dim or --explained, got both", param_hint="--dim")
+    directions = checked_dim(dim)
     problem = missing("matplotlib")
     if problem:
         typer.echo(problem, err=True)
@@ -103,7 +109,7 @@ def analyze(
         results = Analysis(
             found,
             output,
-            dim=dim,
+            dim=directions,
             explained=explained,
             dtype=getattr(torch, dtype.value),
             keep_basis=subspace,
@@ -132,9 +138,10 @@ def _print(results: dict[str, Any], written: Path) -> None:
     dimension, kept = results["effective_dimension"], results["subspace"]
     table.add_row("participation ratio", f"{dimension['participation_ratio']:.2f}")
     table.add_row("distance, first to last", f"{results['drift']['from_first'][-1]:.4g}")
+    for name, text in results["report"].items():
+        table.add_row(name, text)
     if kept is not None:
-        share = f"{100 * kept['explained_variance']:.3f} % of the variance"
-        table.add_row("kept", f"{kept['dim']} directions, {share}: {kept['path']}")
+        table.add_row("written", kept["path"])
     table.add_row("read", f"{results['bytes'] / 1e9:.2f} GB, {results['seconds']:.1f} s")
     for note in results["notes"]:
         table.add_row("note", note)

@@ -94,7 +94,7 @@ def checked_origin(origin: Any, basis: Tensor) -> Tensor:
         raise ValueError(f"origin: expected device {basis.device}, as basis, got {origin.device}")
     wide = torch.float64 if basis.dtype == torch.float64 else torch.float32
     origin = origin.detach().to(wide).contiguous()
-    if not bool(origin.isfinite().all()):
+    if not bool(torch.stack(torch.aminmax(origin)).isfinite().all()):  # no mask of n numbers
         raise ValueError("origin: expected finite values, got NaN or Inf")
     return origin
 

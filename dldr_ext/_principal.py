@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import operator
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import _pca
+from ._choice import checked_auto, choose
 from ._stored_rows import Matrix, combined, formed
 from .subspace import Subspace
 
+if TYPE_CHECKING:
+    from .trajectory import Trajectory
+
 _DEFAULT_DIM = 40
+_Kind = TypeVar("_Kind")
 
 
 def principal_subspace(
@@ -21,14 +27,16 @@ def principal_subspace(
     gram: Tensor | None,
     origin: Tensor,
     dtype: torch.dtype,
+    form: Callable[..., _Kind],
     *,
     double: bool,
     center: bool,
     most: int,
-    dim: int | None = None,
+    dim: int | str | None = None,
     explained: float | None = None,
+    stacklevel: int,
     **known: Any,
-) -> Subspace:
+) -> _Kind:
     """The subspace that principal component analysis finds.
 
     Parameters
@@ -40,17 +48,19 @@ def principal_subspace(
         A point of the trajectory: w0.
     dtype : torch.dtype
         Of the basis.
+    form : callable
+        Makes the subspace of the coefficients, as `dense` does.
     double : bool
         Snapshots and weights are float64.
     center : bool
     most : int
         Number of directions at most.
-    dim : int, optional
-        The number that was asked for: fewer are worth a warning.
-    explained : float, optional
-        As few directions as explain this share of the variance.
+    dim, explained
+        What was asked for: as in `Trajectory.subspace`.
+    stacklevel : int
+        Of a warning; 0 for none.
     **known
-        Further arguments of `Subspace`.
+        Further arguments of ``form``.
 
     Raises
     ------
@@ -65,36 +75,74 @@ def principal_subspace(
             f"the {len(snapshots)} snapshots do not differ (by more than rounding explains): there "
             "is no direction to keep"
         )
-    if explained is not None:
-        sums = found.explained(found.rank).cumsum(0)
-        most = min(int((sums < explained).sum()) + 1, most)
-    elif dim is not None and dim > found.rank:
-        warnings.warn(
-            f"dim = {dim} is above the numerical rank of the trajectory: kept "
-            f"{found.rank} directions",
-            UserWarning,
-            stacklevel=3,
-        )
-    count = min(most, found.rank)
+    count, facts, warning = choose(found, len(snapshots), most, dim, explained, center)
+    if warning is not None and stacklevel:
+        warnings.warn(warning, UserWarning, stacklevel=stacklevel)
     coefficients = _pca.coefficients(found, count, center=center).to(snapshots.device)
-    basis, scale = formed(snapshots, coefficients, dtype, _pca.column_step(snapshots))
-    return Subspace(
-        basis,
+    return form(
+        snapshots,
+        coefficients,
         origin,
-        scale=scale,
+        dtype,
         explained_variance_ratio=found.explained(count),
         singular_values=found.values[:count].sqrt(),
+        choice=facts,
         **known,
     )
 
 
-def asked_count(length: int, dim: int | None, explained: float | None, center: bool) -> int:
+def principal_of(
+    trajectory: Trajectory,
+    form: Callable[..., _Kind],
+    dim: int | str | None,
+    explained: float | None,
+    start: str | int,
+    center: bool,
+    dtype: torch.dtype | None,
+) -> _Kind:
+    """`principal_subspace` of a trajectory; arguments as of `Trajectory.subspace`."""
+    count, dtype, origin = trajectory._asked(dim, explained, start, center, dtype)
+    return principal_subspace(
+        trajectory.snapshots,
+        trajectory.gram if trajectory.dtype == torch.float64 else None,
+        origin,
+        dtype,
+        form,
+        double=trajectory._double(),
+        center=center,
+        most=count,
+        dim=dim,
+        explained=explained,
+        shapes=trajectory.shapes,
+        names=trajectory.names,
+        stacklevel=4,
+    )
+
+
+def dense(
+    snapshots: Matrix,
+    coefficients: Tensor,
+    origin: Tensor,
+    dtype: torch.dtype,
+    **known: Any,
+) -> Subspace:
+    """The subspace with the basis coefficients @ snapshots, formed chunk by chunk."""
+    basis, scale = formed(snapshots, coefficients, dtype, _pca.column_step(snapshots))
+    return Subspace(basis, origin, scale=scale, **known)
+
+
+def asked_count(length: int, dim: int | str | None, explained: float | None, center: bool) -> int:
     """The most directions of ``length`` snapshots that the arguments ask for."""
     if dim is not None and explained is not None:
         raise ValueError(f"expected dim or explained, got both: {dim} and {explained}")
     if explained is not None and not 0 < explained <= 1:
         raise ValueError(f"explained: expected 0 < explained <= 1, got {explained}")
     limit = length - 1 if center else length
+    if isinstance(dim, str):
+        if dim != "auto":
+            raise ValueError(f"dim: expected a number or 'auto', got {dim!r}")
+        checked_auto(length, center)
+        return min(limit, _pca.MAX_DIM)
     if dim is None:
         return min(limit, _pca.MAX_DIM if explained is not None else _DEFAULT_DIM)
     return _pca.checked_dim(dim, limit, f"{length} {'centred ' * center}snapshots")

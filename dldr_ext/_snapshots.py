@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from . import _pca, ops
+from ._choice import checked_auto, choose
 from ._params import DTYPES, check_matches, dtype_name, named_parameters, numel, type_name
 
 
 def subspace_arguments(
-    snapshots: Tensor | Sequence[Any], dim: int, orthonormal: str, dtype: torch.dtype | None
+    snapshots: Tensor | Sequence[Any], dim: int | str, orthonormal: str, dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """The arguments of `Subspace` for `Subspace.from_snapshots`."""
     if orthonormal not in ("pca", "qr"):
@@ -27,8 +28,7 @@ def subspace_arguments(
     if count < 2:
         raise ValueError(f"snapshots: expected at least two, got {count}")
     pca = orthonormal == "pca"
-    limit = count - 1 if pca else count
-    dim = _pca.checked_dim(dim, limit, f"{count} {'centred ' if pca else ''}snapshots")
+    most = _asked(dim, count, pca)
     gram = _pca.exact_gram(rows, relative=pca)
     _check_finite(rows, gram)
     dtype = rows.dtype if dtype is None else dtype
@@ -37,15 +37,20 @@ def subspace_arguments(
     if pca:
         origin = rows[0].to(wide, copy=True)
         found = _pca.exact_spectrum(gram, rows.dtype == torch.float64, origin, center=True)
-        kept = min(dim, found.rank)
-        _check_rank(kept, dim, "the snapshots do not differ")
+        if found.rank == 0:
+            raise ValueError(
+                "snapshots: the snapshots do not differ: there is no direction to keep"
+            )
+        kept, known["choice"], warning = choose(found, count, most, dim, None, True)
+        if warning is not None:
+            warnings.warn(warning, UserWarning, stacklevel=3)
         # The rows of C sum to zero: C X is the same for the weights as for their differences.
         known["explained_variance_ratio"] = found.explained(kept)
         known["singular_values"] = found.values[:kept].sqrt()
         combine = _pca.coefficients(found, kept)
     else:
-        combine = _pca.gram_schmidt(gram, dim)
-        _check_rank(len(combine), dim, "the snapshots are all zero")
+        combine = _pca.gram_schmidt(gram, most)
+        _check_rank(len(combine), most)
         origin = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
     basis = ops.form_basis(rows, combine.to(rows.device), dtype=dtype)
     if not pca:
@@ -109,9 +114,20 @@ def _check_finite(rows: Tensor, gram: Tensor) -> None:
         raise ValueError(f"snapshots: expected finite values, got NaN or Inf in {bad}")
 
 
-def _check_rank(kept: int, dim: int, why_none: str) -> None:
+def _asked(dim: int | str, count: int, pca: bool) -> int:
+    limit = count - 1 if pca else count
+    if not isinstance(dim, str):
+        return _pca.checked_dim(dim, limit, f"{count} {'centred ' if pca else ''}snapshots")
+    if dim != "auto" or not pca:
+        expected = "a number or 'auto'" if pca else "a number, for 'qr'"
+        raise ValueError(f"dim: expected {expected}, got {dim!r}")
+    checked_auto(count, True)
+    return min(limit, _pca.MAX_DIM)
+
+
+def _check_rank(kept: int, dim: int) -> None:
     if kept == 0:
-        raise ValueError(f"snapshots: {why_none}: there is no direction to keep")
+        raise ValueError("snapshots: the snapshots are all zero: there is no direction to keep")
     if kept < dim:
         warnings.warn(
             f"dim = {dim} is above the numerical rank of the snapshots: kept {kept} directions",

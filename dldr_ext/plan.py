@@ -46,8 +46,6 @@ SHARDS = ("none", "basis", "all")
 
 # float64 columns that a basis is made from at a time (`_pca`), on the CPU and on CUDA.
 _CHUNK = {True: 1 << 25, False: 1 << 29}
-# Of the flat weights, while the basis is checked: |w| and three masks.
-_CHECKS = 7
 # Accepted steps after which the point is made from theta again.
 _ANCHOR_EVERY = 32
 # Bytes of a coordinate on its way to other ranks: float64.
@@ -232,10 +230,8 @@ def _memory(job: Job, device: Device) -> list[Memory]:
     passing = min(job.block + 1, t) * row if away else 0.0
     chunk = min(_CHUNK[device.link is None], 8.0 * n * t)
     basis = job.dim * row
-    # The norm of the weights is summed in a float64 copy, before there is a basis.
-    searching = max(8.0 * n, basis + _CHECKS * n)
     record = model + wide * n + kept["device"] + passing
-    form = model + 2 * wide * n + kept["device"] + chunk + searching
+    form = model + 2 * wide * n + kept["device"] + chunk + basis
     # origin, point, direction, and the gradient at the accepted point
     train = model + basis + 4 * wide * n + chunk  # which allocators keep
     return [

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _basis, _pca, _snapshots, ops, storage
-from ._affine import AffineSubspace
+from . import _basis, _choice, _pca, _snapshots, ops, storage
+from ._exact import ReadableSubspace
 from ._params import (
     DTYPES,
     dtype_name,
@@ -24,7 +24,7 @@ from ._rows import empty_rows
 KIND, VERSION = "subspace", 1
 
 
-class Subspace(AffineSubspace):
+class Subspace(ReadableSubspace):
     """The weights w = w0 + P theta: a basis, and the point that theta = 0 stands for.
 
     Parameters
@@ -43,6 +43,8 @@ class Subspace(AffineSubspace):
         Of the parameters, in order: lists of tensors are then checked against it.
     names : sequence of str, optional
         Of the parameters, in order.
+    choice : mapping, optional
+        How the directions were chosen: what `report` says, as a trajectory or a file has it.
 
     Raises
     ------
@@ -60,6 +62,7 @@ class Subspace(AffineSubspace):
         singular_values: Tensor | None = None,
         shapes: Iterable[Sequence[int]] | None = None,
         names: Iterable[str] | None = None,
+        choice: Mapping[str, Any] | None = None,
     ) -> None:
         self.basis = _basis.checked_basis(basis)
         self.scale = _basis.checked_scale(scale, self.basis)
@@ -80,6 +83,7 @@ class Subspace(AffineSubspace):
                 f"names: expected one for each of {len(self.shapes or ())} shapes, got "
                 f"{len(self.names)}"
             )
+        self.choice = _choice.checked_facts(choice)
 
     @property
     def dim(self) -> int:
@@ -130,6 +134,10 @@ class Subspace(AffineSubspace):
             The parameters (their current values, copied), or one flat vector (n,).
         """
         return self._with(self.basis, flatten(self._weights(params), self.origin.dtype), self.scale)
+
+    def nearest(self, params: Iterable[Any]) -> Tensor:
+        """Coordinates of the point nearest to the weights: exact ones in 8 bits, (d,)."""
+        return self.coordinates(params, exact=self.scale is not None)
 
     def quantize(self, format: str) -> Subspace:
         """The same subspace with the basis in 8 bits.
@@ -189,12 +197,14 @@ class Subspace(AffineSubspace):
         scale = None if scale is None else scale.to(device)
         if basis is self.basis:
             return self
-        return self._with(basis, origin, scale)
+        result = self._with(basis, origin, scale)
+        if dtype == self.dtype:
+            result._gram = self._gram
+        return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves as a safetensors file; an earlier file is replaced once all is written."""
-        metadata = {"shapes": self.shapes, "names": self.names}
-        storage.save(path, KIND, VERSION, self._tensors(), metadata)
+        storage.save(path, KIND, VERSION, self._tensors(), self._facts())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Subspace:
@@ -206,7 +216,7 @@ class Subspace(AffineSubspace):
             The file is truncated, corrupt or something else: with the path and what was found.
         """
         with storage.Reader(path, KIND, VERSION) as file:
-            tensors = {name: file.read(name, device) for name in file.names()}
+            tensors: dict[str, Any] = {name: file.read(name, device) for name in file.names()}
             try:
                 return cls(**tensors, **file.metadata)
             except (TypeError, ValueError) as error:
@@ -259,7 +269,7 @@ class Subspace(AffineSubspace):
     def from_snapshots(
         cls,
         snapshots: Tensor | Sequence[Any],
-        dim: int,
+        dim: int | str,
         orthonormal: str = "pca",
         *,
         dtype: torch.dtype | None = None,
@@ -271,8 +281,9 @@ class Subspace(AffineSubspace):
         snapshots : Tensor, shape (T, n), or sequence
             Raw weights (not deltas), one row each; or T lists of tensors, or T dicts of name and
             tensor (parameters only, no integer buffers).
-        dim : int
-            Number of directions: at most T - 1 for "pca", T for "qr".
+        dim : int or "auto"
+            Number of directions: at most T - 1 for "pca", T for "qr". "auto", for "pca" alone: as
+            in `Trajectory.subspace`.
         orthonormal : "pca" or "qr"
             "pca": the principal directions, centred; theta = 0 is the first snapshot (DLDR,
             arXiv:2103.11154). "qr": the first ``dim`` snapshots themselves, orthonormalised in
@@ -286,11 +297,15 @@ class Subspace(AffineSubspace):
         -----
         UserWarning
             ``dim`` is above the numerical rank: the directions up to the rank are returned.
+            "auto" finds nothing but noise: one direction is returned.
         """
         return cls(**_snapshots.subspace_arguments(snapshots, dim, orthonormal, dtype))
 
     def _project(self, tensors: Sequence[Any]) -> Tensor:
         return ops.project(self.basis, tensors, scale=self.scale)
+
+    def _values(self, begin: int, step: int) -> Tensor:
+        return _basis.values(self.basis, self.scale, begin, step, torch.float64)
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
         ops.reconstruct_(tensors, origin, self.basis, theta, scale=self.scale)
@@ -302,7 +317,7 @@ class Subspace(AffineSubspace):
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _with(self, basis: Tensor, origin: Tensor, scale: Tensor | None) -> Subspace:
-        return Subspace(
+        result = Subspace(
             basis,
             origin,
             scale=scale,
@@ -310,7 +325,11 @@ class Subspace(AffineSubspace):
             singular_values=self.singular_values,
             shapes=self.shapes,
             names=self.names,
+            choice=self.choice,
         )
+        if basis is self.basis:
+            result._gram = self._gram
+        return result
 
     def _per_direction(self, argument: str, value: Any) -> Tensor | None:
         if value is None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import _pca
 from ._eight_bits import STORED
+from ._in_memory import implicit, into_subspace
 from ._params import dtype_name, flatten, named_parameters, numel
-from ._principal import asked_count, principal_subspace, weights_at
+from ._principal import asked_count, dense, principal_of, principal_subspace, weights_at
 from ._recording import check_current, given_anchor, why_not_finite, wide_dtype
 from ._saved import load_trajectory, save_trajectory
 from ._stored_rows import Matrix, columns
 from .checkpoints.record import from_checkpoints
 from .grouped import GroupedSubspace, group_slices
-from .stores import RecordingCost, check_storage, new_store
+from .implicit import ImplicitSubspace
+from .stores import RecordingCost, SpentStore, check_storage, new_store
 from .subspace import Subspace
 
 
@@ -52,6 +55,8 @@ class Trajectory:
     snapshots). The Gram matrix is that of the stored rows and grows with each snapshot in the
     same pass over memory.
     """
+
+    _lent: Sequence[weakref.ref[Tensor]] = ()  # snapshots that implicit subspaces read
 
     def __init__(
         self,
@@ -98,6 +103,8 @@ class Trajectory:
         return self._store.length
 
     def __repr__(self) -> str:
+        if isinstance(self._store, SpentStore):
+            return f"Trajectory(spent, numel={self.numel})"
         return (
             f"Trajectory({len(self)} of {self.capacity} snapshots, numel={self.numel}, "
             f"dtype={dtype_name(self.dtype)}, device={self.device}"
@@ -186,22 +193,36 @@ class Trajectory:
         found = _pca.stored_spectrum(self.gram, self.dtype)
         return found.explained(found.rank)
 
+    @overload
+    def subspace(
+        self, dim: int | str | None = ..., *, materialize: Literal[True] = ...,
+        explained: float | None = ..., start: str | int = ..., center: bool = ...,
+        dtype: torch.dtype | None = ...,
+    ) -> Subspace: ...  # fmt: skip
+    @overload
+    def subspace(
+        self, dim: int | str | None = ..., *, materialize: Literal[False],
+        explained: float | None = ..., start: str | int = ..., center: bool = ...,
+        dtype: torch.dtype | None = ...,
+    ) -> ImplicitSubspace: ...  # fmt: skip
     def subspace(
         self,
-        dim: int | None = None,
+        dim: int | str | None = None,
         *,
         explained: float | None = None,
         start: str | int = "first",
         center: bool = True,
         dtype: torch.dtype | None = None,
-    ) -> Subspace:
+        materialize: bool = True,
+    ) -> Subspace | ImplicitSubspace:
         """The principal directions of the trajectory.
 
         Parameters
         ----------
-        dim : int, optional
+        dim : int or "auto", optional
             Number of directions, at most T - 1 (T if not centred). Default: 40, or as many as
-            there are.
+            there are. "auto": as many as the spectrum speaks for beside that of a random walk of
+            T snapshots, 8 or more: see docs/trajectories.md.
         explained : float in (0, 1], optional
             Instead of ``dim``: as many directions as explain this share of the variance.
         start : "first", "last", "mean" or int
@@ -211,10 +232,13 @@ class Trajectory:
             Subtract the mean of the snapshots, as a principal component analysis does.
         dtype : torch.dtype, optional
             Of the basis: any that snapshots may have. Default: theirs.
+        materialize : bool
+            False: no basis is stored, the snapshots stand in for it: see `ImplicitSubspace`. For
+            snapshots in the memory that the parameters are in.
 
         Returns
         -------
-        Subspace
+        Subspace, or ImplicitSubspace unless materialised
             Signs are such that the largest entry, by magnitude, of each eigenvector over the
             snapshots is positive.
 
@@ -228,26 +252,17 @@ class Trajectory:
         -----
         UserWarning
             ``dim`` is above the numerical rank: the directions up to the rank are returned.
+            "auto" finds nothing but noise: one direction is returned.
         """
-        count, dtype, origin = self._asked(dim, explained, start, center, dtype)
-        return principal_subspace(
-            self.snapshots,
-            self.gram if self.dtype == torch.float64 else None,
-            origin,
-            dtype,
-            double=self._double(),
-            center=center,
-            most=count,
-            dim=dim,
-            explained=explained,
-            shapes=self.shapes,
-            names=self.names,
-        )
+        form: Callable[..., Any] = dense if materialize else implicit(self, dtype)
+        return principal_of(self, form, dim, explained, start, center, dtype)
+
+    into_subspace = into_subspace
 
     def grouped_subspace(
         self,
         groups: Sequence[int],
-        dim: int | None = None,
+        dim: int | str | None = None,
         *,
         explained: float | None = None,
         start: str | int = "first",
@@ -281,10 +296,13 @@ class Trajectory:
                     None,
                     origin[begin:end],
                     dtype,
+                    dense,
                     double=self._double(),
                     center=center,
                     most=count,
+                    dim=dim,
                     explained=explained,
+                    stacklevel=3 if dim == "auto" else 0,
                     shapes=self.shapes[part],
                     names=None if self.names is None else self.names[part],
                 )
@@ -301,7 +319,7 @@ class Trajectory:
         ValueError
             Nothing was recorded.
         """
-        if self._anchor is None or len(self) == 0:
+        if len(self) == 0 or self._anchor is None:
             raise ValueError("the trajectory is empty: nothing to save")
         save_trajectory(path, self._metadata(), self.snapshots, self.gram, self._anchor)
 
@@ -346,7 +364,7 @@ class Trajectory:
 
     def _asked(
         self,
-        dim: int | None,
+        dim: int | str | None,
         explained: float | None,
         start: str | int,
         center: bool,

@@ -63,7 +63,7 @@ def test_memory_by_hand():
     chunk = 1 << 29
     assert found["P-BFGS"].device == model + basis + 16 * n + chunk
     assert found["forming the basis"].device == pytest.approx(
-        model + 8 * n + t * 2 * n + basis + 7 * n + chunk
+        model + 8 * n + t * 2 * n + basis + chunk
     )
     assert {m.host for m in found.values()} == {m.disk for m in found.values()} == {0.0}
 

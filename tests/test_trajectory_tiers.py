@@ -324,4 +324,5 @@ def test_the_programs_of_the_page(tmp_path, monkeypatch, capsys):
     exec("".join(programs), names)
     assert names["subspace"].dim == 10 and len(names["trajectory"]) == 31
     assert names["small"].dtype == torch.int8 and names["exact"].dtype == torch.float32
-    assert "RecordingCost(snapshots=30" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "RecordingCost(snapshots=30" in printed and "Trajectory(spent" in printed

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _pca, ops, storage, subspace
+from .._choice import Choice, choose, described
 from .._eight_bits import blocks, empty_scale, row_bytes
 from .._params import dtype_name
 from .._principal import asked_count
@@ -74,7 +75,7 @@ class Analysis:
         series: Series,
         folder: Path,
         *,
-        dim: int | None = None,
+        dim: int | str | None = None,
         explained: float | None = None,
         dtype: torch.dtype = torch.bfloat16,
         keep_basis: bool = True,
@@ -122,7 +123,7 @@ class Analysis:
         if len(series) < 2:
             raise ValueError(f"checkpoints: expected at least two, got {len(series)}")
         most = asked_count(len(series), self.dim, self.explained, True)
-        if self.keep_basis and self.explained is None:
+        if self.keep_basis and self.explained is None and self.dim != "auto":
             self._check_space(most)
         self._step = _pca.column_step(torch.empty(len(series), 0, device="cpu"))
         self._columns = Columns(series, self.dtype, self._chunk_bytes, self._step)
@@ -133,16 +134,13 @@ class Analysis:
             gram = self._done.gram
             found = self._spectrum(gram)
             ratio = found.explained(max(found.rank, 1))
-            count = min(most, found.rank)
-            if self.explained is not None:
-                count = min(int((ratio.cumsum(0) < self.explained).sum()) + 1, count)
-            if self.dim is not None and count < self.dim:
-                series.notes.append(
-                    f"dim = {self.dim} is above the numerical rank: kept {count} directions"
-                )
+            chosen = choose(found, len(series), most, self.dim, self.explained, True)
+            if chosen.warning is not None:
+                series.notes.append(chosen.warning)
             if self.keep_basis:
-                self._kept(lambda: self._basis_pass(pieces, found, count))
-        return self._facts() | numbers.of_gram(gram, ratio) | self._kept_facts(ratio, count)
+                self._kept(lambda: self._check_space(chosen.dim))
+                self._kept(lambda: self._basis_pass(pieces, found, chosen))
+        return self._facts() | numbers.of_gram(gram, ratio) | self._kept_facts(ratio, chosen)
 
     def _check_space(self, dim: int) -> None:
         """That the subspace will fit on the disk: before hours of reading, not after."""
@@ -172,7 +170,8 @@ class Analysis:
             self._report("Gram matrix", 0, end)
             self._save_now_and_then()
 
-    def _basis_pass(self, pieces: Pieces, found: _pca.Spectrum, count: int) -> None:
+    def _basis_pass(self, pieces: Pieces, found: _pca.Spectrum, chosen: Choice) -> None:
+        count = chosen.dim
         coefficients = _pca.coefficients(found, count)
         series, numel = self.series, self.series.numel
         known = {
@@ -190,7 +189,7 @@ class Analysis:
             subspace.KIND,
             subspace.VERSION,
             tensors | known,
-            {"shapes": series.shapes, "names": series.names},
+            {"shapes": series.shapes, "names": series.names, "choice": chosen.facts},
             resume=self._done.basis_column > 0,
         ) as file:
             if not file.resumed:
@@ -303,14 +302,11 @@ class Analysis:
             "norm_of_first": self._done.square**0.5,
         }
 
-    def _kept_facts(self, ratio: Tensor, count: int) -> dict[str, Any]:
+    def _kept_facts(self, ratio: Tensor, chosen: Choice) -> dict[str, Any]:
+        share = ratio[: chosen.dim]
+        said = described(chosen.dim, self.series.numel, self.dtype, chosen.facts, share)
+        kept: dict[str, Any] = {"dim": chosen.dim, "explained_variance": float(share.sum())}
+        known = {"choice": chosen.facts, "report": said}
         if not self.keep_basis:
-            return {"subspace": None}
-        path = str(self.folder / SUBSPACE)
-        return {
-            "subspace": {
-                "path": path,
-                "dim": count,
-                "explained_variance": float(ratio[:count].sum()),
-            }
-        }
+            return {"subspace": None, **known}
+        return {"subspace": {"path": str(self.folder / SUBSPACE), **kept}, **known}

@@ -16,6 +16,10 @@ _PAGE = Template(
     HEAD
     + """$warnings
 $figures
+<h2>Directions</h2>
+<div class="card scroll"><table class="plain"><tbody>
+$choice
+</tbody></table></div>
 <details><summary>Checkpoints</summary>
 <div class="card scroll"><table>
 <thead><tr><th>checkpoint</th><th>number</th><th>from the first</th><th>step</th>
@@ -90,6 +94,7 @@ def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path
         + _listed("Notes", results["notes"]),
         figures="\n".join(figure(image, *_CAPTIONS[image.name]) for image in images),
         rows="\n".join(f"<tr>{tds(row)}</tr>" for row in _rows(results)),
+        choice=pairs(results["report"]),
         settings=pairs(
             {
                 key: results[key]
