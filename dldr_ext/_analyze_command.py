@@ -22,10 +22,10 @@ from ._checkpoint_options import (
     Key,
     Paths,
     SkipBad,
-    checked_dim,
     one_line_errors,
     series,
 )
+from ._options import directions
 from .cli import missing
 
 
@@ -89,7 +89,7 @@ def analyze(
     """
     if dim is not None and explained is not None:
         raise typer.BadParameter("expected --dim or --explained, got both", param_hint="--dim")
-    directions = checked_dim(dim)
+    wanted = None if dim is None else directions(dim)
     problem = missing("matplotlib")
     if problem:
         typer.echo(problem, err=True)
@@ -109,7 +109,7 @@ def analyze(
         results = Analysis(
             found,
             output,
-            dim=directions,
+            dim=wanted,
             explained=explained,
             dtype=getattr(torch, dtype.value),
             keep_basis=subspace,

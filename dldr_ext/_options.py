@@ -19,6 +19,17 @@ def count(text: str | int) -> int:
     return int(text) if isinstance(text, int) or text.isdecimal() else int(value)
 
 
+def directions(text: str) -> int | str:
+    """A number of directions, or "auto"."""
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(
+            f"expected a number of at least 1, or auto, got {text}", param_hint="--dim"
+        )
+    return int(text)
+
+
 def usable_device(name: str) -> torch.device:
     """The device that ``--device`` names, if the ops run there."""
     try:

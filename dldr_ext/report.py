@@ -220,7 +220,7 @@ def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path
             epochs=config["epochs"],
             half=f"{config['epochs'] / 2:g}",
             snapshots=config["snapshots"],
-            dim=config["dim"],
+            dim=" or ".join(map(str, sorted({run["dim"] for run in results["runs"]}))),
             shift="one pixel" if config["shift"] == 1 else f"{config['shift']} pixels",
             budget=config["passes_in_subspace"],
             batch=config["pbfgs_batch_size"],

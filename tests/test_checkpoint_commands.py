@@ -64,6 +64,26 @@ def test_analyze_as_json(run, tmp_path, capsys):
     assert {path.name for path in out.iterdir()} == (FILES | PLOTS) - {"subspace.safetensors"}
 
 
+def test_analyze_chooses_the_directions(tmp_path, capsys):
+    model, found, _ = states(16)
+    folder, out = write(tmp_path / "run", found), tmp_path / "out"
+    selected = [name for name, p in model.named_parameters() if p.requires_grad]
+    include = [part for name in selected for part in ("--include", name)]
+    arguments = ["analyze", str(folder), "-o", str(out), "--dim", "auto", *include]
+    code, printed, _ = call(capsys, *arguments)
+    assert code == 0 and 'dim = "auto"' in printed
+    expected = Trajectory.from_checkpoints(folder, model).subspace("auto")
+    subspace = Subspace.load(out / "subspace.safetensors")
+    assert subspace.dim == expected.dim > 1
+    assert subspace.report() == expected.report()
+    assert subspace.choice["why"] in (out / "report.html").read_text()
+    code, printed, _ = call(capsys, *arguments, "--json", "--no-subspace")
+    result = json.loads(printed)
+    assert result["choice"] == expected.choice
+    lines = [f"{name:<11} {text}" for name, text in result["report"].items()]
+    assert "\n".join(lines) == expected.report()
+
+
 def test_files_are_put_in_order(run, tmp_path, capsys):
     folder, _, _ = run
     files = sorted(map(str, folder.iterdir()))
@@ -96,6 +116,8 @@ def test_a_bad_checkpoint(run, tmp_path, capsys, command):
     ("arguments", "code", "message"),
     [
         (["--dim", "0"], 2, "--dim"),
+        (["--dim", "most"], 2, "expected a number of at least 1, or auto, got most"),
+        (["--dim", "auto"], 1, "dim: 'auto' needs 8 snapshots or more"),
         (["--dim", "9"], 1, "dim: expected 1 <= dim <= 5 (6 centred snapshots), got 9"),
         (["--dim", "2", "--explained", "0.9"], 2, "expected --dim or --explained, got both"),
         (["--explained", "2"], 1, "explained: expected 0 < explained <= 1, got 2.0"),

@@ -402,11 +402,21 @@ def test_one_dimension_has_no_plane():
     assert {entry["dim"] for entry in results["runs"]} == {1}
 
 
+def test_the_dimension_may_be_chosen_by_the_trajectory(tmp_path):
+    config = run.Config("digits", dim="auto", epochs=2, threads=1)
+    results, plane = run.run(config, lambda *_: None)
+    dims = {entry["dim"] for entry in results["runs"]}
+    assert len(dims) == 1 and dims <= set(range(2, 25))
+    page = run.save(results, plane, tmp_path)[0].read_text()
+    assert f"the {dims.pop()} principal" in page and '"auto"' in json.dumps(results["config"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"data": "cifar"}, "data: expected mnist5k or digits, got 'cifar'"),
         ({"dim": 0}, "dim: expected at least 1, got 0"),
+        ({"dim": "most"}, "dim: expected a number or 'auto', got 'most'"),
         ({"seeds": 0}, "seeds: expected at least 1, got 0"),
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),

@@ -141,7 +141,7 @@ def _mean_curve(curves: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray
 
 def _spectrum(results: dict[str, Any]) -> Figure:
     """Explained variance, single and summed up."""
-    dim = results["config"]["dim"]
+    dim = results["runs"][0]["dim"]
     figure, axes = new_figure("How much of the SGD trajectory the directions explain")
     for i, ratio in enumerate(results["explained_variance_ratio_by_seed"]):
         order = np.arange(1, len(ratio) + 1)

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from .. import build_info
+from .. import Subspace, build_info
 from .._library import device_problem
+from .._random_walk import SHORTEST
 from . import methods
 from .data import DESCRIPTIONS, SIZES, Dataset, load
 from .landscape import Landscape, landscape
@@ -40,7 +41,7 @@ class Config:
     """
 
     data: str = "mnist5k"
-    dim: int = 40
+    dim: int | str = 40  # or "auto"
     seeds: int = 1
     epochs: int | None = None  # None: the recipe's
     threads: int | None = None  # None: torch's own choice
@@ -54,19 +55,28 @@ class Config:
         if self.dtype not in methods.DTYPES:
             raise ValueError(f"dtype: expected one of {list(methods.DTYPES)}, got {self.dtype!r}")
         for name, value in (
-            ("dim", self.dim),
+            ("dim", self.least),
             ("seeds", self.seeds),
             ("epochs", 1 if self.epochs is None else self.epochs),
             ("threads", 1 if self.threads is None else self.threads),
         ):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if self.dim > self.first_half:
+        if self.least > self.first_half:
             raise ValueError(
                 f"dim: expected at most {self.first_half}, got {self.dim}: the first half of "
                 f"{self.recipe.epochs} epochs has {self.first_half} steps, and each gives at most "
                 "one snapshot; more epochs allow more"
             )
+
+    @property
+    def least(self) -> int:
+        """Directions that there has to be room for."""
+        if not isinstance(self.dim, str):
+            return self.dim
+        if self.dim != "auto":
+            raise ValueError(f"dim: expected a number or 'auto', got {self.dim!r}")
+        return SHORTEST
 
     @property
     def recipe(self) -> Recipe:
@@ -83,7 +93,7 @@ class Config:
     def snapshots(self) -> int:
         """Snapshots after the initial weights: as the recipe has it, at least two a direction."""
         wanted = self.recipe.snapshots_per_epoch * self.recipe.epochs // 2
-        return min(self.first_half, max(wanted, 2 * self.dim))
+        return min(self.first_half, max(wanted, 2 * self.least))
 
 
 def run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape | None]:
@@ -145,14 +155,18 @@ def _run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape 
         results["explained_variance_ratio_by_seed"].append(ratio.tolist())
         explained = float(ratio[: subspace.dim].sum())
         results["runs"] += [
-            _record(outcome, task, config, subspace.numel, explained) for outcome in outcomes
+            _record(outcome, task, config, subspace, explained) for outcome in outcomes
         ]
     results["explained_variance_ratio"] = results["explained_variance_ratio_by_seed"][0]
     return results, plane
 
 
 def _record(
-    outcome: methods.Outcome, task: methods.Task, config: Config, numel: int, explained: float
+    outcome: methods.Outcome,
+    task: methods.Task,
+    config: Config,
+    subspace: Subspace,
+    explained: float,
 ) -> dict[str, Any]:
     """One entry of "runs". Here, after all training, the test part is read: once per model."""
     test = task.data.test
@@ -160,8 +174,8 @@ def _record(
     return {
         "method": outcome.method,
         "seed": task.seed,
-        "dim": config.dim,
-        "numel": numel,
+        "dim": subspace.dim,
+        "numel": subspace.numel,
         "test_accuracy": accuracy(outcome.model, test.images, test.labels),
         "data_passes": outcome.passes,
         "seconds": round(outcome.seconds, 3),
