@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._cut import Run, Share
 from ._params import dtype_name
 from ._recording import wide_dtype
 from ._saved import KIND, VERSION, counted, matching
-from ._share import Run, Share
 from .storage import Reader, Stream, save
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from . import ops
+from ._cut import Run, cut, layout_of
 from ._params import named_parameters
 from ._placements import local_shards, replicas_of
 from ._ranks import Ranks, members
-from ._share import Run, cut, layout_of
 from ._shared_file import read_columns
 from .dcp import is_dcp, read_subspace, saved_shape
 from .distributed import LocalSubspace, ShardedSubspace

@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from . import _pca
 from ._agreement import all_or_none
 from ._choice import choose
+from ._cut import Layout, Share, stand_ins
 from ._params import check_matches, dtype_name, flatten
 from ._placements import entries
 from ._ranks import listed, together
 from ._recording import check_current, given_anchor, wide_dtype
-from ._share import Layout, Share, stand_ins
 from ._shared_file import write_file
 from ._shared_parts import NoColumns, Piece, join_parts, open_file, open_folder, rank_folder
 from ._stored_rows import formed

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from . import ops
-from ._share import Run, cut, runs_of
+from ._cut import Run, cut, runs_of
 from .distributed import LocalSubspace, ShardedSubspace
 from .optim._base import SubspaceOptimizer
 from .subspace import Subspace

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from . import ops
 from ._affine import AffineSubspace
+from ._cut import Layout, cut, layout_of
 from ._params import flatten, local_shard
 from ._placements import entries, local_columns, local_shards, replicas_of
 from ._ranks import Ranks, members
 from ._rows import empty_rows
 from ._sharding import checked_whole, shard_if_needed
-from ._share import Layout, cut, layout_of
 from .subspace import Subspace
 from .trajectory import Trajectory
 

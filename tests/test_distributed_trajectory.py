@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
 
 from dldr_ext import LocalSubspace, ShardedSubspace, Trajectory, storage
-from dldr_ext._share import Share, runs_of
+from dldr_ext._cut import Share, runs_of
 from dldr_ext.checkpoints.pieces import Pieces
 from dldr_ext.distributed import local_columns, local_shards
 

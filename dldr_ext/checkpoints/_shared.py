@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._share import Share
+from .._cut import Share
 from .._shared_trajectory import SharedTrajectory
 from .errors import CheckpointError
 from .pieces import Pieces
