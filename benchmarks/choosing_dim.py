@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT))
 from dldr_ext import Subspace, Trajectory  # noqa: E402
 from dldr_ext.demo import data, methods  # noqa: E402
 from dldr_ext.demo.model import accuracy  # noqa: E402
-from dldr_ext.demo.recipe import RECIPES, batches, snapshot_steps  # noqa: E402
+from dldr_ext.demo.recipe import RECIPES, batches, learning_rate, snapshot_steps  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Training:
-    """At a constant rate; the whole of it is sampled."""
+    """The whole of it is sampled."""
 
     batch_size: int
     lr: float
@@ -35,12 +35,15 @@ class Training:
     snapshots: int = 80  # besides the first
     shift: int = 1
     adam: bool = False
+    decay: bool = False  # of the rate, as in the demo
 
 
 TRAININGS = {
     "slow": Training(24, 0.005, 1000),
     "large-batches": Training(300, 0.1, 300, snapshots=60),
     "full-batch": Training(10**9, 0.1, 400, shift=0),
+    "early": Training(24, 0.1, 100, snapshots=100),
+    "decay": Training(24, 0.1, 2000, snapshots=40, decay=True),
     "adam": Training(64, 1e-3, 800, adam=True),
 }
 # The recipe of the demo, whose first half is sampled; "mnist" in half the epochs.
@@ -73,6 +76,9 @@ def trained(task: methods.Task, training: Training) -> tuple[nn.Module, Trajecto
     stream = batches(train, size, training.shift, task.generator(0))
     for step in range(1, training.steps + 1):
         images, labels = next(stream)
+        if training.decay:
+            done = (step - 1) / training.steps
+            optimizer.param_groups[0]["lr"] = learning_rate(task.recipe, done)
         optimizer.zero_grad()
         functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
