@@ -1,9 +1,9 @@
 """The formulas of `dldr plan` against this machine: peak memory, and time at its bandwidth.
 
 Run from the repository's root: ``python benchmarks/plan_check.py``. Memory is the peak of the
-resident set, phase by phase in a process of its own, above what torch and the package take. Time is
-measured beside a read of a large buffer; the prediction is the floor at the bandwidth of that
-round over the share in ``dldr_ext.plan.EFFICIENCY``, which comes from runs of other sizes.
+resident set, phase by phase in a process of its own, above what torch and the package take. A time
+is predicted as `dldr plan` does it: from a smaller problem, timed just before. Both are taken
+beside reads of a large buffer, so that a memory that changes its speed does not count as an error.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,31 +21,23 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dldr_ext import PBFGS, Subspace, Trajectory, _pca, ops  # noqa: E402
+from dldr_ext import PBFGS, Trajectory  # noqa: E402
 from dldr_ext._devices import Device, measure  # noqa: E402
-from dldr_ext._measure import Spread, multiply_rate, reader, seconds  # noqa: E402
-from dldr_ext.bench import Problem, resnet18_sizes  # noqa: E402
+from dldr_ext._measure import Spread, multiply_rate  # noqa: E402
+from dldr_ext._shares import (  # noqa: E402
+    FallingLoss,
+    speedometer,
+    timed,
+    with_shares,
+    works,
+)
+from dldr_ext.bench import resnet18_sizes  # noqa: E402
 from dldr_ext.plan import Job, plan  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "plan_check.json"
 WITHIN = 0.15
 # Any will do where only memory is asked for.
 NOWHERE = Device("none", 1e12, 1e9, 1e9, 1e9, 1e9, None, None, 1e9, "none")
-
-
-class FallingLoss:
-    """A closure with one fixed gradient and no memory of its own, whose first trials all pass."""
-
-    def __init__(self, params: list[torch.Tensor]) -> None:
-        self.params = params
-        self.gradients = [torch.full_like(p, 1e-3) for p in params]
-        self.calls = 0
-
-    def __call__(self) -> float:
-        self.calls += 1
-        for param, gradient in zip(self.params, self.gradients, strict=True):
-            param.grad = gradient
-        return -1e30 * self.calls
 
 
 class Peak:
@@ -113,71 +105,19 @@ def memory(job: Job) -> dict:
     return {"job": asdict(job), "phases": phases}
 
 
-def works(job: Job) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The steps of the plan that are timed, as the package runs them."""
-    dtype = getattr(torch, job.dtype)
-    problem = Problem(resnet18_sizes(job.numel), job.snapshots)
-    rows, scale = problem.stored(dtype)
-    del problem.basis
-    basis = rows[: job.dim]
-    part = None if scale is None else scale[: job.dim]
-    theta = problem.theta[: job.dim]
-    yield "project", lambda: ops.project(basis, problem.gradients, scale=part)
-    yield (
-        "reconstruct_",
-        lambda: ops.reconstruct_(problem.params, problem.origin, basis, theta, scale=part),
-    )
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-
-    def record() -> None:
-        for t in range(len(rows)):
-            ops.gram_append_(rows, gram, t, problem.gradients, problem.origin, scale=scale)
-
-    yield "record", record
-    c = torch.randn(job.dim, job.snapshots, dtype=torch.float64)
-    if scale is None:
-        yield "gram", lambda: _pca.exact_gram(rows)
-        yield "form_basis", lambda: ops.form_basis(rows, c)
-        params = [torch.zeros_like(p).requires_grad_() for p in problem.params]
-        optimizer = PBFGS(params, Subspace(basis, torch.zeros(job.numel)))
-        closure = FallingLoss(params)
-        for _ in range(2):
-            optimizer.step(closure)
-        yield "P-BFGS step", lambda: optimizer.step(closure)
-    direction = torch.randn(job.numel)
-    yield (
-        "line-search trial",
-        lambda: ops.trial_(problem.params, problem.origin, direction, 0.3),
-    )
-
-
 def times(job: Job, device: Device, rounds: int) -> dict:
     """Measured over predicted seconds of each step, quartiles over rounds."""
-    data = torch.ones(1 << 27, dtype=torch.int64)
-    target = torch.empty_like(data[: len(data) // 2])
-    read = reader(data)
+    device = with_shares(device, job)
+    read = speedometer(torch.ones(1 << 27, dtype=torch.int64))
     found = {}
     for name, work in works(job):
-        work(), read()
-        ratios, took = [], []
-        for _ in range(rounds):
-            if name == "line-search trial":
-                speed = 8 * len(data) / seconds(lambda: target.copy_(data[: len(target)]))
-                own = seconds(work)
-            else:
-                before = seconds(read)
-                own = seconds(work)
-                speed = 8 * len(data) / min(before, seconds(read))
-            here = replace(device, read=speed, copy=speed)
-            step = next(s for s in plan(job, here).steps if s.name == name)
-            # the plan's is the mean of a whole trajectory
-            predicted = step.seconds * (job.snapshots if name == "record" else 1)
-            ratios.append(own / predicted)
-            took.append(own)
-        spread = Spread.of(ratios)
+        work()
+        pairs = [timed(name, work, job, device, read) for _ in range(rounds)]
+        spread = Spread.of([own * device.shares[name] / floor for own, floor in pairs])
         found[name] = {
             "ratio": vars(spread),
-            "seconds": vars(Spread.of(took)),
+            "seconds": vars(Spread.of([own for own, _ in pairs])),
+            "share": device.shares[name],
             "within": abs(spread.median - 1) <= WITHIN,
         }
     return {"job": asdict(job), "steps": found}
@@ -189,6 +129,7 @@ MEMORY = [
     Job(10_000_000, 40, 81),
     Job(4_000_000, 16, 41, "float32"),
     Job(4_000_000, 100, 120),
+    Job(4_000_000, 40, 81, "int8"),
 ]
 TIMES = [
     Job(10_000_000, 48, 50, "bfloat16"),

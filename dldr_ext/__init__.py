@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .averaging import greedy_soup, uniform_soup, weight_averaging_subspace
     from .distributed import LocalSubspace, ShardedSubspace
     from .grouped import GroupedSubspace, layer_groups
+    from .implicit import ImplicitSubspace
     from .optim import PBFGS, PSGD, InSubspace, Status, StepRecord, virtual_batch
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "PBFGS",
     "PSGD",
     "GroupedSubspace",
+    "ImplicitSubspace",
     "InSubspace",
     "LocalSubspace",
     "ShardedSubspace",
@@ -57,6 +59,7 @@ _LATER = {
     "optim": ("PBFGS", "PSGD", "InSubspace", "Status", "StepRecord", "virtual_batch"),
     "averaging": ("greedy_soup", "uniform_soup", "weight_averaging_subspace"),
     "grouped": ("GroupedSubspace", "layer_groups"),
+    "implicit": ("ImplicitSubspace",),
     "distributed": ("LocalSubspace", "ShardedSubspace"),
     "callbacks": (),
 }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class AffineSubspace(ABC):
-    """The weights w0 + P theta: the common part of `Subspace` and `GroupedSubspace`.
+    """The weights w0 + P theta: what `Subspace`, `GroupedSubspace` and `ImplicitSubspace` share.
 
     Attributes
     ----------
@@ -58,18 +58,28 @@ class AffineSubspace(ABC):
         """Of theta and of projections: float32, or float64 for a float64 basis."""
         return self.origin.dtype
 
-    def project(self, tensors: Sequence[Tensor | None] | Tensor) -> Tensor:
+    def project(self, tensors: Sequence[Tensor | None] | Tensor, *, exact: bool = False) -> Tensor:
         """Coordinates P^T g of a gradient (or any vector).
 
         Parameters
         ----------
         tensors : sequence of Tensor or None
             One for each parameter, in order; None counts as zeros. Or one flat vector (n,).
+        exact : bool
+            Coordinates c of the orthogonal projection P c of g instead: G c = P^T g is solved in
+            float64, with G = P^T P of the basis as it is stored. The two differ by the rounding of
+            the basis, which 8 bits make visible. Of a loss at w0 + P theta, P^T g is the gradient
+            in theta whatever the rounding. G is made once, in one pass of n d^2 float64 products.
 
         Returns
         -------
         Tensor, shape (d,)
             float32 (float64 for a float64 basis).
+
+        Raises
+        ------
+        ValueError
+            ``exact`` with a basis whose rows are linearly dependent, or that is cut over ranks.
         """
         listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         if self.shapes is not None and len(listed) == len(self.shapes):
@@ -80,15 +90,19 @@ class AffineSubspace(ABC):
             ]
         if all(isinstance(tensor, Tensor) for tensor in listed):
             self._check_list(listed, "tensors")
-        return self._project(listed)
+        c = self._project(listed)
+        return self._solve(c) if exact else c
 
-    def coordinates(self, params: Iterable[Any] | Tensor) -> Tensor:
+    def coordinates(self, params: Iterable[Any] | Tensor, *, exact: bool = False) -> Tensor:
         """Coordinates P^T (w - w0) of weights, shape (d,).
 
         The difference is taken first: it is small, and the projections of w and of w0 would cancel.
+        With ``exact`` those of the nearest point of the subspace, as in `project`: w0 + P theta
+        gives theta back, in 8 bits too.
         """
         listed = self._weights(params)
-        return self._project([flatten(listed, self.origin.dtype).sub_(self.origin)])
+        c = self._project([flatten(listed, self.origin.dtype).sub_(self.origin)])
+        return self._solve(c) if exact else c
 
     @abstractmethod
     def reconstruct(self, theta: Tensor) -> Tensor:
@@ -103,6 +117,10 @@ class AffineSubspace(ABC):
         """One basis vector, a column of P, shape (n,), in the dtype of the origin: a copy."""
 
     # The same for optimizers, which checked their lists once: no check but those of the ops.
+
+    def nearest(self, params: Iterable[Any]) -> Tensor:
+        """Coordinates of the point nearest to the weights: exact ones where it matters, (d,)."""
+        return self.coordinates(params)
 
     @abstractmethod
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -150,13 +168,13 @@ class AffineSubspace(ABC):
         """
 
     @abstractmethod
-    def quantize(self, format: str) -> Self:
+    def quantize(self, format: str) -> AffineSubspace:
         """The same subspace with the basis in 8 bits: see `Subspace.quantize`."""
 
     @abstractmethod
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> Self:
+    ) -> AffineSubspace:
         """The same subspace on another device or with another dtype: see `Subspace.to`."""
 
     @abstractmethod
@@ -175,6 +193,10 @@ class AffineSubspace(ABC):
     @abstractmethod
     def _project(self, tensors: Sequence[Any]) -> Tensor:
         """P^T g, differentiable."""
+
+    def _solve(self, coordinates: Tensor) -> Tensor:
+        """(P^T P)^-1 c."""
+        raise ValueError(f"exact: expected False for a {type(self).__name__}, got True")
 
     @abstractmethod
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:

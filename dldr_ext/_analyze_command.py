@@ -36,6 +36,8 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     float64 = "float64"
+    int8 = "int8"
+    float8_e4m3fn = "float8_e4m3fn"
 
 
 def analyze(

@@ -1,4 +1,4 @@
-"""What a stored basis may be: checks, and the 8-bit formats with one scale per row and block."""
+"""What a stored basis may be: checks, and its 8-bit formats."""
 
 from __future__ import annotations
 
@@ -6,52 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from . import _pca, ops
+from ._eight_bits import LARGEST, STORED, blocks, decoded, rounded, scale_of
 from ._params import DTYPES, dtype_name, type_name
 from ._rows import empty_rows, readable_rows
 
-# The 8-bit formats, and the largest magnitude that each uses.
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _FORMATS = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
-
-# A block whose largest magnitude is below this is stored as zeros: its scale would be subnormal.
-_SMALLEST = 448 * torch.finfo(torch.float32).tiny
-
-
-def blocks(columns: int) -> int:
-    """Number of scale blocks in a row."""
-    return -(-columns // ops.SCALE_BLOCK)
 
 
 def quantize(basis: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, Tensor]:
     """Rounds a basis (d, n) to 8 bits, chunk by chunk; returns it and its scale."""
     if format not in _FORMATS:
         raise ValueError(f"format: expected one of {sorted(_FORMATS)}, got {format!r}")
-    dtype = _FORMATS[format]
-    rows, columns = basis.shape
-    result = empty_rows(rows, columns, dtype=dtype, device=basis.device)
-    scales = torch.empty((rows, blocks(columns)), dtype=torch.float32, device=basis.device)
     step = _pca.column_step(basis)
-    for begin in range(0, columns, step):
-        chunk = _chunk(basis, scale, begin, step)
-        width = chunk.shape[1]
-        chunk = functional.pad(chunk, (0, -width % ops.SCALE_BLOCK))
-        chunk = chunk.view(rows, -1, ops.SCALE_BLOCK)
-        peak = chunk.abs().amax(2, keepdim=True)
-        if not bool(peak.isfinite().all()):
-            raise ValueError("basis: expected finite values, got NaN or Inf")
-        peak = torch.where(peak < _SMALLEST, 0, peak)
-        inverse = torch.where(peak > 0, LARGEST[dtype] / peak, 0)
-        # A rounding error of the product may pass the largest value by an ulp.
-        values = (chunk * inverse).clamp_(-LARGEST[dtype], LARGEST[dtype])
-        if dtype == torch.int8:
-            values.round_()
-        block = begin // ops.SCALE_BLOCK
-        result[:, begin : begin + width] = values.view(rows, -1)[:, :width].to(dtype)
-        scales[:, block : block + peak.shape[1]] = peak[:, :, 0] / LARGEST[dtype]
-    return result, scales
+    places = range(0, basis.shape[1], step)
+    pieces = ((begin, values(basis, scale, begin, step, torch.float32)) for begin in places)
+    return rounded(pieces, basis.shape, _FORMATS[format], basis.device)
 
 
 def dequantize(basis: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -59,15 +30,15 @@ def dequantize(basis: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     result = empty_rows(*basis.shape, dtype=dtype, device=basis.device)
     step = _pca.column_step(basis)
     for begin in range(0, basis.shape[1], step):
-        result[:, begin : begin + step] = _chunk(basis, scale, begin, step)
+        result[:, begin : begin + step] = values(basis, scale, begin, step, torch.float32)
     return result
 
 
 def checked_basis(basis: Any) -> Tensor:
     if not isinstance(basis, Tensor):
         raise TypeError(f"basis: expected a tensor, got {type_name(basis)}")
-    if basis.dtype not in (*DTYPES, *LARGEST):
-        expected = ", ".join(map(dtype_name, (*DTYPES, *LARGEST)))
+    if basis.dtype not in STORED:
+        expected = ", ".join(map(dtype_name, STORED))
         raise TypeError(f"basis: expected a dtype of {expected}, got {dtype_name(basis.dtype)}")
     if basis.layout != torch.strided:
         raise TypeError(f"basis: expected a dense tensor, got {basis.layout}")
@@ -123,16 +94,15 @@ def checked_origin(origin: Any, basis: Tensor) -> Tensor:
         raise ValueError(f"origin: expected device {basis.device}, as basis, got {origin.device}")
     wide = torch.float64 if basis.dtype == torch.float64 else torch.float32
     origin = origin.detach().to(wide).contiguous()
-    if not bool(origin.isfinite().all()):
+    if not bool(torch.stack(torch.aminmax(origin)).isfinite().all()):  # no mask of n numbers
         raise ValueError("origin: expected finite values, got NaN or Inf")
     return origin
 
 
-def _chunk(basis: Tensor, scale: Tensor | None, begin: int, step: int) -> Tensor:
-    """Columns [begin, begin + step) in float32; ``begin`` is a multiple of the block size."""
-    chunk = basis[:, begin : begin + step].to(torch.float32)
-    if scale is not None:
-        block = begin // ops.SCALE_BLOCK
-        factors = scale[:, block : block + blocks(chunk.shape[1])]
-        chunk = chunk * factors.repeat_interleave(ops.SCALE_BLOCK, 1)[:, : chunk.shape[1]]
-    return chunk
+def values(
+    basis: Tensor, scale: Tensor | None, begin: int, step: int, dtype: torch.dtype
+) -> Tensor:
+    """Columns [begin, begin + step) as numbers; ``begin`` is a multiple of the block size."""
+    chunk = basis[:, begin : begin + step]
+    factors = scale_of(scale, begin, begin + chunk.shape[1])
+    return chunk.to(dtype) if factors is None else decoded(chunk, factors, dtype)

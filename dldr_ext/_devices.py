@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
@@ -32,6 +33,7 @@ class Device:
     disk : sequential reads
     source : where the figures are from
     measured : on this machine (else nominal)
+    shares : of its floor that each step of a plan reaches, by name, where measured
     """
 
     name: str
@@ -45,6 +47,7 @@ class Device:
     disk: float
     source: str
     measured: bool = False
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 # Data sheets give NVLink and PCIe as the sum of both ways: half of it here. No GPU reads at its

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._stored_rows import StoredRows, column_pieces
+from ._stored_rows import Matrix, column_pieces
 
 MAX_DIM = 1024
 
@@ -35,6 +35,7 @@ _WEIGHTS, _WEIGHTS_OF_FLOAT64 = 2.0**-48, 2.0**-104
 
 # Of a float64 chunk: near a CPU's caches; on a GPU enough to be worth its launches.
 _CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
+_PIECE = 1 << 22  # elements of a flat vector
 
 
 class Spectrum(NamedTuple):
@@ -76,7 +77,9 @@ def exact_spectrum(gram: Tensor, double: bool, weights: Tensor, *, center: bool)
         One point of the trajectory: how large the weights are.
     center : bool
     """
-    square = float(torch.linalg.vector_norm(weights, dtype=torch.float64)) ** 2
+    # Piece by piece: each is copied to float64.
+    norms = [torch.linalg.vector_norm(w, dtype=torch.float64) for w in weights.split(_PIECE)]
+    square = float(torch.stack(norms).square().sum())
     if double:
         return _spectrum(gram, center, _FLOAT64_SUMS, _WEIGHTS_OF_FLOAT64 * square)
     return _spectrum(gram, center, _FLOAT64_SUMS_OF_FLOAT32, _WEIGHTS * square)
@@ -110,7 +113,7 @@ def coefficients(found: Spectrum, dim: int, *, center: bool = True) -> Tensor:
     return result - result.mean(1, keepdim=True) if center else result
 
 
-def exact_gram(snapshots: Tensor | StoredRows, *, relative: bool = False) -> Tensor:
+def exact_gram(snapshots: Matrix, *, relative: bool = False) -> Tensor:
     """Gram matrix summed in float64 throughout, chunk by chunk; shape (T, T), float64.
 
     The float32 sums of `ops.gram` are off by up to 1e-7 of the largest eigenvalue, which a
@@ -119,7 +122,7 @@ def exact_gram(snapshots: Tensor | StoredRows, *, relative: bool = False) -> Ten
 
     Parameters
     ----------
-    snapshots : Tensor or StoredRows, shape (T, n)
+    snapshots : Tensor, StoredRows or ScaledRows, shape (T, n)
     relative : bool
         Of the differences from the first row. Raw weights differ by little, so that the Gram
         matrix of the weights themselves would lose these differences.
@@ -134,10 +137,15 @@ def exact_gram(snapshots: Tensor | StoredRows, *, relative: bool = False) -> Ten
     return gram
 
 
-def column_step(matrix: Tensor | StoredRows) -> int:
+def column_step(matrix: Matrix) -> int:
     """Columns of a chunk: a multiple of 4096 set by the number of rows and the kind of device."""
-    size = _CHUNK_BYTES.get(matrix.device.type, _CHUNK_BYTES["cpu"])
-    return max(4096, size // (8 * len(matrix)) // 4096 * 4096)
+    return columns_together(len(matrix), matrix.device)
+
+
+def columns_together(rows: int, device: torch.device) -> int:
+    """The same for so many rows."""
+    size = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cpu"])
+    return max(4096, size // (8 * rows) // 4096 * 4096)
 
 
 def orthonormalize_(basis: Tensor) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 from ._devices import TABLE, Device, measure
 from ._library import cuda_loaded
 from ._options import count, usable_device
+from ._shares import with_shares
 from .plan import SHORT, Job, Plan, plan
 
 # A message that would take less takes as long as any short one: some microseconds.
@@ -71,7 +72,10 @@ def plan_command(
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Work out what a run takes: memory, bytes, time and communication. Allocates nothing.
+    """Work out what a run takes: memory, bytes, time and communication.
+
+    Formulas alone for a device by name; a device of this machine is measured first, which takes
+    some seconds and up to half of its free memory.
 
     \b
     Examples:
@@ -99,14 +103,14 @@ def plan_command(
     except ValueError as error:
         option, _, reason = str(error).partition(": ")
         raise typer.BadParameter(reason, param_hint=f"--{option.replace('_', '-')}") from None
-    found = plan(job, _device(device))
+    found = plan(job, _device(device, job))
     if as_json:
         typer.echo(json.dumps(asdict(found) | {"fits": _fits(found)}, indent=1))
     else:
         _print(found)
 
 
-def _device(name: str) -> Device:
+def _device(name: str, job: Job) -> Device:
     if name.lower() in TABLE:
         return TABLE[name.lower()]
     if name == "this":
@@ -116,7 +120,8 @@ def _device(name: str) -> Device:
             f"expected one of {', '.join(TABLE)}, cpu, cuda, this; got {name}",
             param_hint="--device",
         )
-    return measure(usable_device(name))
+    where = usable_device(name)
+    return with_shares(measure(where), job, where)
 
 
 def _fits(found: Plan) -> bool:
@@ -215,7 +220,9 @@ def _notes(found: Plan) -> str:
     if found.job.closure_seconds == 0:
         notes.append("The model's own passes are not counted: --closure-seconds adds them.")
     if any(step.expected is not None for step in found.steps):
-        notes.append("Expected: with the share of the floor measured on one machine.")
+        notes.append(
+            "Expected: at the share of its floor that each step of a smaller run reached just now."
+        )
     if found.job.storage == "disk":
         notes.append(f"Disk: {_bytes(found.device.disk)}/s (nominal).")
     return "\n".join(notes)

@@ -4,44 +4,52 @@ from __future__ import annotations
 
 import operator
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import _pca
 from ._choice import checked_auto, choose
-from ._stored_rows import StoredRows, combined
+from ._stored_rows import Matrix, combined, formed
 from .subspace import Subspace
 
+if TYPE_CHECKING:
+    from .trajectory import Trajectory
+
 _DEFAULT_DIM = 40
+_Kind = TypeVar("_Kind")
 
 
 def principal_subspace(
-    snapshots: Tensor | StoredRows,
+    snapshots: Matrix,
     gram: Tensor | None,
     origin: Tensor,
     dtype: torch.dtype,
+    form: Callable[..., _Kind],
     *,
     double: bool,
     center: bool,
     most: int,
     dim: int | str | None = None,
     explained: float | None = None,
-    warn: bool = True,
+    stacklevel: int,
     **known: Any,
-) -> Subspace:
+) -> _Kind:
     """The subspace that principal component analysis finds.
 
     Parameters
     ----------
-    snapshots : Tensor or StoredRows, shape (T, n)
+    snapshots : Tensor, StoredRows or ScaledRows, shape (T, n)
     gram : Tensor, shape (T, T), float64, or None
         Their Gram matrix, if it is known to all digits.
     origin : Tensor, shape (n,)
         A point of the trajectory: w0.
     dtype : torch.dtype
         Of the basis.
+    form : callable
+        Makes the subspace of the coefficients, as `dense` does.
     double : bool
         Snapshots and weights are float64.
     center : bool
@@ -49,10 +57,10 @@ def principal_subspace(
         Number of directions at most.
     dim, explained
         What was asked for: as in `Trajectory.subspace`.
-    warn : bool
-        Whether fewer directions than were asked for are worth a warning.
+    stacklevel : int
+        Of a warning; 0 for none.
     **known
-        Further arguments of `Subspace`.
+        Further arguments of ``form``.
 
     Raises
     ------
@@ -68,17 +76,59 @@ def principal_subspace(
             "is no direction to keep"
         )
     count, facts, warning = choose(found, len(snapshots), most, dim, explained, center)
-    if warning is not None and warn:
-        warnings.warn(warning, UserWarning, stacklevel=3)
+    if warning is not None and stacklevel:
+        warnings.warn(warning, UserWarning, stacklevel=stacklevel)
     coefficients = _pca.coefficients(found, count, center=center).to(snapshots.device)
-    return Subspace(
-        combined(snapshots, coefficients, dtype, _pca.column_step(snapshots)),
+    return form(
+        snapshots,
+        coefficients,
         origin,
+        dtype,
         explained_variance_ratio=found.explained(count),
         singular_values=found.values[:count].sqrt(),
         choice=facts,
         **known,
     )
+
+
+def principal_of(
+    trajectory: Trajectory,
+    form: Callable[..., _Kind],
+    dim: int | str | None,
+    explained: float | None,
+    start: str | int,
+    center: bool,
+    dtype: torch.dtype | None,
+) -> _Kind:
+    """`principal_subspace` of a trajectory; arguments as of `Trajectory.subspace`."""
+    count, dtype, origin = trajectory._asked(dim, explained, start, center, dtype)
+    return principal_subspace(
+        trajectory.snapshots,
+        trajectory.gram if trajectory.dtype == torch.float64 else None,
+        origin,
+        dtype,
+        form,
+        double=trajectory._double(),
+        center=center,
+        most=count,
+        dim=dim,
+        explained=explained,
+        shapes=trajectory.shapes,
+        names=trajectory.names,
+        stacklevel=4,
+    )
+
+
+def dense(
+    snapshots: Matrix,
+    coefficients: Tensor,
+    origin: Tensor,
+    dtype: torch.dtype,
+    **known: Any,
+) -> Subspace:
+    """The subspace with the basis coefficients @ snapshots, formed chunk by chunk."""
+    basis, scale = formed(snapshots, coefficients, dtype, _pca.column_step(snapshots))
+    return Subspace(basis, origin, scale=scale, **known)
 
 
 def asked_count(length: int, dim: int | str | None, explained: float | None, center: bool) -> int:
@@ -98,7 +148,7 @@ def asked_count(length: int, dim: int | str | None, explained: float | None, cen
     return _pca.checked_dim(dim, limit, f"{length} {'centred ' * center}snapshots")
 
 
-def weights_at(snapshots: Tensor | StoredRows, anchor: Tensor, start: str | int) -> Tensor:
+def weights_at(snapshots: Matrix, anchor: Tensor, start: str | int) -> Tensor:
     """The weights (n,) of one snapshot, or their mean, in the dtype of the anchor."""
     count = len(snapshots)
     if start == "mean":

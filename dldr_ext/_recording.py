@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ._eight_bits import LARGEST
 from ._params import check_matches, dtype_name, flatten, type_name
 
 
@@ -68,8 +69,11 @@ def why_not_finite(what: Recorded, params: Sequence[Tensor], anchor: Tensor) -> 
         for p, piece in zip(params, pieces, strict=True)
         if p.numel()
     )
+    holds = ""  # 8 bits hold what their scales, float32, hold
+    if what.dtype not in LARGEST:
+        most = torch.finfo(what.dtype).max
+        holds = f"{dtype_name(what.dtype)} holds {most:.3g} at most, and "
     return (
-        f"a difference from the anchor of {largest:.3g} overflows: {dtype_name(what.dtype)} "
-        f"holds {torch.finfo(what.dtype).max:.3g} at most, and its square must stay below "
-        f"{torch.finfo(wide_dtype(what.dtype)).max:.3g}; not recorded"
+        f"a difference from the anchor of {largest:.3g} overflows: {holds}its square must stay "
+        f"below {torch.finfo(wide_dtype(what.dtype)).max:.3g}; not recorded"
     )

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._params import DTYPES, check_matches, dtype_name, named_parameters, numel
+from ._eight_bits import STORED
+from ._params import check_matches, dtype_name, named_parameters, numel
 from ._recording import wide_dtype
-from ._stored_rows import StoredRows
+from ._stored_rows import Matrix, StoredRows, as_stored
 from .storage import Reader, Stream, save
 from .stores import DiskStore, FolderLock, MemoryStore, Store
 from .stores.disk import HEADER, HEADER_KIND, HEADER_VERSION
@@ -35,17 +36,15 @@ class Loaded(NamedTuple):
 def save_trajectory(
     path: str | os.PathLike[str],
     metadata: Mapping[str, Any],
-    snapshots: Tensor | StoredRows,
+    snapshots: Matrix,
     gram: Tensor,
     anchor: Tensor,
 ) -> None:
     """Writes one file; stored rows are streamed."""
-    rows: Tensor | Stream = (
-        snapshots
-        if isinstance(snapshots, Tensor)
-        else Stream(snapshots.dtype, snapshots.shape, iter(snapshots))
-    )
-    tensors = {"snapshots": rows, "gram": gram, "anchor": anchor}
+    rows, scale = as_stored(snapshots)
+    tensors = {"snapshots": _streamed(rows), "gram": gram, "anchor": anchor}
+    if scale is not None:
+        tensors["scale"] = _streamed(scale)
     save(path, _KIND, _VERSION, tensors, {**metadata, "length": len(snapshots)})
 
 
@@ -63,11 +62,17 @@ def load_trajectory(path: str | os.PathLike[str], params: Iterable[Any]) -> Load
         except RuntimeError as error:
             raise file.error(f"capacity: {saved.capacity} snapshots do not fit: {error}") from error
         anchor = torch.empty(size, dtype=wide_dtype(saved.dtype), device=device)
-        snapshots, gram = store.restore(length)
+        restored = store.restore(length)
         file.read_into("anchor", anchor)
-        file.read_into("snapshots", snapshots)
-        file.read_into("gram", gram)
+        file.read_into("snapshots", restored.rows)
+        file.read_into("gram", restored.gram)
+        if restored.scale is not None:
+            file.read_into("scale", restored.scale)
     return Loaded(listed, saved.names, saved.dtype, saved.capacity, "device", anchor, store)
+
+
+def _streamed(rows: Tensor | StoredRows) -> Tensor | Stream:
+    return rows if isinstance(rows, Tensor) else Stream(rows.dtype, rows.shape, iter(rows))
 
 
 def _load_folder(path: Path, params: list[Tensor], names: list[str] | None) -> Loaded:
@@ -116,7 +121,7 @@ def _matching(file: Reader, params: Sequence[Tensor], names: list[str] | None) -
 
 
 def _description(file: Reader) -> _Description:
-    dtypes = {dtype_name(dtype): dtype for dtype in DTYPES}
+    dtypes = {dtype_name(dtype): dtype for dtype in STORED}
     shapes, names, dtype = (_field(file, name) for name in ("shapes", "names", "dtype"))
     if not isinstance(shapes, list) or not all(map(_is_shape, shapes)):
         raise _wrong(file, "shapes", "a list of shapes", shapes)

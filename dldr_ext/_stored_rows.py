@@ -1,15 +1,22 @@
-"""Rows that do not lie in the memory they are worked on in: read in pieces, ahead on CUDA."""
+"""Rows that are not a plain matrix in memory, worked on in pieces.
+
+They lie on disk or on the host (`StoredRows`; read ahead on CUDA), or have scales (`ScaledRows`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import ops
+from ._eight_bits import LARGEST, blocks, decoded, rounded
 from ._rows import empty_rows
+
+Index = int | slice | tuple[int | slice, slice]
+_Buffer = TypeVar("_Buffer")
 
 
 class RowReader(Protocol):
@@ -46,15 +53,12 @@ class StoredRows:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[t] for t in range(self._count))
 
-    def __getitem__(self, index: int | slice | tuple[int | slice, slice]) -> Tensor:
-        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
-        if not isinstance(columns, slice) or columns.step not in (None, 1):
-            raise TypeError(f"columns: expected a slice of step 1, got {columns!r}")
-        begin, end, _ = columns.indices(self.shape[1])
+    def __getitem__(self, index: Index) -> Tensor:
+        rows, begin, end = _parsed(index, self.shape[1])
         if isinstance(rows, slice):
-            return self._read(range(self._count)[rows], begin, max(begin, end))
+            return self._read(range(self._count)[rows], begin, end)
         row = range(self._count)[rows]
-        return self._read(range(row, row + 1), begin, max(begin, end))[0]
+        return self._read(range(row, row + 1), begin, end)[0]
 
     def narrow(self, begin: int, end: int) -> StoredRows:
         """Some columns, not read yet."""
@@ -71,18 +75,24 @@ class StoredRows:
         this one is worked on.
         """
         total = self.shape[1]
+        places = [(begin, min(begin + step, total)) for begin in range(0, total, step)]
+        for (begin, _), piece in zip(places, self.read_columns(places), strict=True):
+            yield begin, piece
+
+    def read_columns(self, places: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        """Columns [begin, end) of each of several places, as in `pieces`."""
+        width = max((end - begin for begin, end in places), default=0)
 
         def make() -> Tensor:
-            size = (self._count, min(step, total))
-            return empty_rows(*size, dtype=self.dtype, device=self.device)
+            return empty_rows(self._count, width, dtype=self.dtype, device=self.device)
 
         def load(i: int, out: Tensor) -> None:
-            begin = i * step
-            end = min(begin + step, total)
+            begin, end = places[i]
             self._fill(range(self._count), begin, end, out[:, : end - begin])
 
-        for i, buffer in enumerate(staged(load, -(-total // step), make, self.device)):
-            yield i * step, buffer[:, : min(step, total - i * step)]
+        filled = staged(load, len(places), make, self.device)
+        for (begin, end), buffer in zip(places, filled, strict=True):
+            yield buffer[:, : end - begin]
 
     def _read(self, rows: range, begin: int, end: int) -> Tensor:
         out = torch.empty((len(rows), end - begin), dtype=self.dtype, device=self.device)
@@ -94,12 +104,98 @@ class StoredRows:
             self._reader.read(row, self._begin + begin, self._begin + end, place)
 
 
+class ScaledRows:
+    """The numbers (T, n) that 8-bit rows stand for, with their scales: like an array of float32.
+
+    ``rows[t]`` is row t and ``rows[s:t, a:b]`` a matrix of some rows and columns, both copies;
+    ``rows[:]`` is all of it, T n numbers. ``len``, ``shape``, ``device`` and iterating over the
+    rows are as for a tensor.
+
+    Attributes
+    ----------
+    codes : Tensor or StoredRows, shape (T, n)
+        What is stored: int8 or float8_e4m3fn.
+    scale : Tensor or StoredRows, shape (T, ceil(n / 256)), float32
+        Element i of row t stands for ``codes[t, i] * scale[t, i // 256]``.
+    skip : int
+        Columns that both have in front of the first one: a part of a matrix begins in a block.
+    """
+
+    dtype = torch.float32
+
+    def __init__(
+        self, codes: Tensor | StoredRows, scale: Tensor | StoredRows, skip: int = 0
+    ) -> None:
+        self.codes, self.scale, self.skip = codes, scale, skip
+        self.shape = torch.Size((len(codes), codes.shape[1] - skip))
+        self.device = codes.device
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __repr__(self) -> str:
+        return (
+            f"ScaledRows(shape={tuple(self.shape)}, stored as {self.codes.dtype}, "
+            f"device={self.device})"
+        )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[t] for t in range(len(self)))
+
+    def __getitem__(self, index: Index) -> Tensor:
+        rows, begin, end = _parsed(index, self.shape[1])
+        part = self.narrow(begin, end)
+        codes, scale = part.codes[rows], part.scale[rows]
+        if isinstance(rows, slice):
+            return decoded(codes, scale, self.dtype)[:, part.skip :]
+        return decoded(codes[None], scale[None], self.dtype)[0, part.skip :]
+
+    def narrow(self, begin: int, end: int) -> ScaledRows:
+        """Some columns, not read yet."""
+        begin, end = begin + self.skip, end + self.skip
+        block, skip = divmod(begin, ops.SCALE_BLOCK)
+        codes = columns(self.codes, begin - skip, end)
+        return ScaledRows(codes, columns(self.scale, block, blocks(end)), skip)
+
+    def pieces(self, step: int) -> Iterator[tuple[int, Tensor]]:
+        """All columns, ``step`` at a time, a multiple of 256: exact, hence in float64."""
+        for begin, codes, scale in self.stored_pieces(step):
+            yield begin, decoded(codes, scale, torch.float64)[:, self.skip :]
+
+    def stored_pieces(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Where each of `pieces` begins; its codes and scale, `skip` columns in front of it."""
+        total, size = self.shape[1], ops.SCALE_BLOCK
+        places = [(b, min(b + step, total) + self.skip) for b in range(0, total, step)]
+        parts = [(begin // size, blocks(end)) for begin, end in places]
+        read = zip(_read(self.codes, places), _read(self.scale, parts), strict=True)
+        for (begin, _), (codes, scale) in zip(places, read, strict=True):
+            yield begin, codes, scale.contiguous()
+
+
+Matrix = Tensor | StoredRows | ScaledRows
+
+
+def scaled(codes: Tensor, scale: Tensor | None) -> Tensor | ScaledRows:
+    """Rows in memory, with their scale if they have one."""
+    return codes if scale is None else ScaledRows(codes, scale)
+
+
+def as_stored(matrix: Matrix) -> tuple[Tensor | StoredRows, Tensor | StoredRows | None]:
+    """The numbers that are stored, and their scale if they have one."""
+    return (matrix.codes, matrix.scale) if isinstance(matrix, ScaledRows) else (matrix, None)
+
+
+def columns(matrix: Any, begin: int, end: int) -> Any:
+    """Columns [begin, end) of any `Matrix`, not read yet."""
+    return matrix[:, begin:end] if isinstance(matrix, Tensor) else matrix.narrow(begin, end)
+
+
 def staged(
-    load: Callable[[int, Tensor], None],
+    load: Callable[[int, _Buffer], None],
     count: int,
-    make: Callable[[], Tensor],
+    make: Callable[[], _Buffer],
     device: torch.device,
-) -> Iterator[Tensor]:
+) -> Iterator[_Buffer]:
     """Buffers that ``load(i, buffer)`` has filled, i = 0, ..., count - 1, each for a short while.
 
     On CUDA there are two: while one is worked on, the next is loaded on a stream of its own. (This
@@ -135,24 +231,65 @@ def staged(
         current.wait_stream(side)  # the buffers go back to the current stream
 
 
-def column_pieces(matrix: Tensor | StoredRows, step: int) -> Iterator[tuple[int, Tensor]]:
+def column_pieces(matrix: Matrix, step: int) -> Iterator[tuple[int, Tensor]]:
     """All columns, ``step`` at a time; a piece is valid until the next one."""
-    if isinstance(matrix, StoredRows):
+    if not isinstance(matrix, Tensor):
         yield from matrix.pieces(step)
         return
     for begin in range(0, matrix.shape[1], step):
         yield begin, matrix[:, begin : begin + step]
 
 
-def combined(
-    matrix: Tensor | StoredRows, coefficients: Tensor, dtype: torch.dtype, step: int
-) -> Tensor:
+def stored_pieces(matrix: Matrix, step: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """`column_pieces` as they are stored: each with its scale, if there is one."""
+    if isinstance(matrix, ScaledRows):
+        yield from matrix.stored_pieces(step)
+        return
+    for begin, piece in column_pieces(matrix, step):
+        yield begin, piece, None
+
+
+def combined(matrix: Matrix, coefficients: Tensor, dtype: torch.dtype, step: int) -> Tensor:
     """coefficients @ matrix, as `ops.form_basis`; stored rows ``step`` columns at a time."""
     if isinstance(matrix, Tensor):
         return ops.form_basis(matrix, coefficients, dtype=dtype)
     size = (len(coefficients), matrix.shape[1])
     result = empty_rows(*size, dtype=dtype, device=matrix.device)
-    for begin, piece in matrix.pieces(step):
-        part = ops.form_basis(piece, coefficients, dtype=dtype)
+    for begin, part in _combined_pieces(matrix, coefficients, dtype, step):
         result[:, begin : begin + part.shape[1]] = part
     return result
+
+
+def formed(
+    matrix: Matrix, coefficients: Tensor, dtype: torch.dtype, step: int
+) -> tuple[Tensor, Tensor | None]:
+    """`combined` in any storage dtype, and the scale of an 8-bit one: chunk by chunk."""
+    if dtype not in LARGEST:
+        return combined(matrix, coefficients, dtype, step), None
+    size = (len(coefficients), matrix.shape[1])
+    pieces = _combined_pieces(matrix, coefficients, torch.float32, step)
+    return rounded(pieces, size, dtype, matrix.device)
+
+
+def _combined_pieces(
+    matrix: Matrix, coefficients: Tensor, dtype: torch.dtype, step: int
+) -> Iterator[tuple[int, Tensor]]:
+    skip = matrix.skip if isinstance(matrix, ScaledRows) else 0
+    for begin, piece, scale in stored_pieces(matrix, step):
+        part = ops.form_basis(piece, coefficients, scale=scale, dtype=dtype)
+        yield begin, part[:, skip:]
+
+
+def _read(matrix: Tensor | StoredRows, places: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    if not isinstance(matrix, Tensor):
+        return matrix.read_columns(places)
+    return (matrix[:, begin:end] for begin, end in places)
+
+
+def _parsed(index: Index, width: int) -> tuple[int | slice, int, int]:
+    """The rows that an index asks for, and where its columns begin and end."""
+    rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+    if not isinstance(columns, slice) or columns.step not in (None, 1):
+        raise TypeError(f"columns: expected a slice of step 1, got {columns!r}")
+    begin, end, _ = columns.indices(width)
+    return rows, begin, max(begin, end)

@@ -20,7 +20,7 @@ from ._affine import AffineSubspace
 from ._params import flatten, local_shard, named_parameters
 from ._principal import weights_at
 from ._ranks import Ranks, members
-from ._stored_rows import combined
+from ._stored_rows import formed
 from .subspace import Subspace
 from .trajectory import Trajectory
 
@@ -238,16 +238,16 @@ class LocalSubspace(_Cut):
         if found.rank == 0:
             raise ValueError("trajectory: the snapshots do not differ: there is no direction")
         count = min(_pca.checked_dim(dim, most - 1, f"{most} centred snapshots"), found.rank)
-        basis = origin.new_empty(count, 0)
+        basis, scale = origin.new_empty(count, 0), None
         if trajectory is not None:
             combine = _pca.coefficients(found, count).to(ranks.device)
             rows = trajectory.snapshots
-            basis = combined(rows, combine, trajectory.dtype, _pca.column_step(rows))
+            basis, scale = formed(rows, combine, trajectory.dtype, _pca.column_step(rows))
         return cls(
             basis, origin, listed[0].device_mesh, replicas=replicas,
             shapes=[tuple(p.shape) for p in shards], names=names,
             explained_variance_ratio=found.explained(count),
-            singular_values=found.values[:count].sqrt(),
+            singular_values=found.values[:count].sqrt(), scale=scale,
         )  # fmt: skip
 
     def addend(self, lists: Sequence[Sequence[Tensor]], size: int) -> Tensor:

@@ -134,6 +134,11 @@ class GroupedSubspace(AffineSubspace):
             one.with_origin(piece) for one, piece in zip(self.subspaces, pieces, strict=True)
         )
 
+    def nearest(self, params: Iterable[Any]) -> Tensor:
+        """Coordinates of the point nearest to the weights: exact ones in 8 bits, (d,)."""
+        exact = any(one.scale is not None for one in self.subspaces)
+        return self.coordinates(params, exact=exact)
+
     def quantize(self, format: str) -> GroupedSubspace:
         """The same subspace with all bases in 8 bits: see `Subspace.quantize`."""
         return GroupedSubspace(one.quantize(format) for one in self.subspaces)
@@ -218,6 +223,9 @@ class GroupedSubspace(AffineSubspace):
     def _project(self, tensors: Sequence[Any]) -> Tensor:
         pieces = zip(self.subspaces, self._pieces(tensors), strict=True)
         return torch.cat([one._project(piece) for one, piece in pieces])
+
+    def _solve(self, coordinates: Tensor) -> Tensor:
+        return torch.cat([one._solve(c) for one, c in self._coordinates(coordinates)])
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
         origins = [None] * len(self._sizes) if origin is None else origin.split(self._sizes)

@@ -44,23 +44,8 @@ SHORT = {
 STORAGES = ("device", "host", "disk")
 SHARDS = ("none", "basis", "all")
 
-# Share that the CPU kernels reach of the bandwidth, and of the rate of a matrix product where they
-# are bound by that, medians on two threads of an AMD EPYC (Zen 4): of benchmarks/results/cpu.json
-# (mean of its two sizes), and for what is not there of roofline.json beside it ("of_ceiling",
-# "of_multiply"; `dldr bench --json`). No GPU kernel has been measured yet.
-EFFICIENCY: dict[str, dict[str, float]] = {
-    "project": {"float32": 0.94, "bfloat16": 0.87, "int8": 0.86},
-    "reconstruct_": {"float32": 0.95, "bfloat16": 0.88, "int8": 0.77},
-    "gram_append_": {"float32": 0.94, "bfloat16": 0.62, "int8": 0.60},
-    "gram64": {"float32": 0.14, "bfloat16": 0.17},
-    "form_basis": {"float32": 0.30, "bfloat16": 0.34, "int8": 0.28},
-    "trial_": {"float32": 0.75},
-}
-
 # float64 columns that a basis is made from at a time (`_pca`), on the CPU and on CUDA.
 _CHUNK = {True: 1 << 25, False: 1 << 29}
-# Of the flat weights, while the basis is checked: |w| and three masks.
-_CHECKS = 7
 # Accepted steps after which the point is made from theta again.
 _ANCHOR_EVERY = 32
 # Bytes of a coordinate on its way to other ranks: float64.
@@ -165,8 +150,7 @@ class Step:
     bytes : that must move in the device's memory
     flops : that must be done
     floor : least seconds
-    expected : seconds with the share of the floor that the kernels were measured to reach; None
-        where they have not been measured
+    expected : seconds with the share of the floor that was measured (``Device.shares``), or None
     calls : in a whole run
     """
 
@@ -246,10 +230,8 @@ def _memory(job: Job, device: Device) -> list[Memory]:
     passing = min(job.block + 1, t) * row if away else 0.0
     chunk = min(_CHUNK[device.link is None], 8.0 * n * t)
     basis = job.dim * row
-    # The norm of the weights is summed in a float64 copy, before there is a basis.
-    searching = max(8.0 * n, basis + _CHECKS * n)
     record = model + wide * n + kept["device"] + passing
-    form = model + 2 * wide * n + kept["device"] + chunk + searching
+    form = model + 2 * wide * n + kept["device"] + chunk + basis
     # origin, point, direction, and the gradient at the accepted point
     train = model + basis + 4 * wide * n + chunk  # which allocators keep
     return [
@@ -270,34 +252,22 @@ def _steps(job: Job, device: Device) -> list[Step]:
         + (reconstruct + trial) / _ANCHOR_EVERY
     )  # fmt: skip
     found = [
-        _step(job, device, "record", "gram_append_", n * (b * (t + 1) / 2 + 2 * wide), 0, t),
-        _step(job, device, "gram", "gram64", n * t * b, n * t * (t + 1), 1),
-        _step(job, device, "form_basis", "form_basis", n * (t + d) * b, 2 * n * t * d, 1),
-        _step(job, device, "project", "project", n * (d * b + wide), 0, 0),
-        _step(job, device, "reconstruct_", "reconstruct_", reconstruct, 0, 0),
-        _step(job, device, "line-search trial", "trial_", trial, 0, 0),
-        _step(job, device, "P-BFGS step", "project", step, 0, job.steps),
+        _step(job, device, "record", n * (b * (t + 1) / 2 + 2 * wide), 0, t),
+        _step(job, device, "gram", n * t * b, n * t * (t + 1), 1),
+        _step(job, device, "form_basis", n * (t + d) * b, 2 * n * t * d, 1),
+        _step(job, device, "project", n * (d * b + wide), 0, 0),
+        _step(job, device, "reconstruct_", reconstruct, 0, 0),
+        _step(job, device, "line-search trial", trial, 0, 0),
+        _step(job, device, "P-BFGS step", step, 0, job.steps),
     ]
     return found if job.storage == "device" else _from_storage(job, device, found)
 
 
-def _step(
-    job: Job, device: Device, name: str, op: str, size: float, flops: float, calls: float
-) -> Step:
-    speed = device.copy if op == "trial_" else device.read
-    moving, multiplying = size / speed, flops / device.float64
-    expected = None
-    if device.measured and device.link is None:
-        share = _share(EFFICIENCY[op], job.dtype)
-        expected = max(moving, multiplying / share) if flops else moving / share
-    return Step(name, size, flops, max(moving, multiplying), expected, calls)
-
-
-def _share(shares: dict[str, float], dtype: str) -> float:
-    """Of a format, or of the next one that was measured."""
-    near = {"float64": "float32", "float16": "bfloat16", "float8_e4m3fn": "int8"}
-    found = shares.get(near.get(dtype, dtype))
-    return list(shares.values())[-1] if found is None else found
+def _step(job: Job, device: Device, name: str, size: float, flops: float, calls: float) -> Step:
+    speed = device.copy if name == "line-search trial" else device.read
+    floor = max(size / speed, flops / device.float64)
+    share = device.shares.get(name)
+    return Step(name, size, flops, floor, None if share is None else floor / share, calls)
 
 
 def _from_storage(job: Job, device: Device, steps: list[Step]) -> list[Step]:

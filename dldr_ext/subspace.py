@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _basis, _choice, _pca, _snapshots, ops, storage
-from ._affine import AffineSubspace
+from ._exact import ReadableSubspace
 from ._params import (
     DTYPES,
     dtype_name,
@@ -24,7 +24,7 @@ from ._rows import empty_rows
 KIND, VERSION = "subspace", 1
 
 
-class Subspace(AffineSubspace):
+class Subspace(ReadableSubspace):
     """The weights w = w0 + P theta: a basis, and the point that theta = 0 stands for.
 
     Parameters
@@ -101,18 +101,6 @@ class Subspace(AffineSubspace):
             f"device={self.device})"
         )
 
-    def report(self) -> str:
-        """What was kept and why: several lines.
-
-        The snapshots, the number of directions that was asked for and the one that was kept, why
-        no more, what the rank guard dropped, and the share of the variance beside the one that a
-        random walk of as many snapshots has along as many directions. Where it is not known how
-        the directions were chosen, as for random ones, it says so.
-        """
-        ratio = self.explained_variance_ratio
-        said = _choice.described(self.dim, self.numel, self.dtype, self.choice, ratio)
-        return "\n".join(f"{name:<11} {text}" for name, text in said.items())
-
     def reconstruct(self, theta: Tensor) -> Tensor:
         """Flat weights w0 + P theta, shape (n,); differentiable in theta."""
         return ops.reconstruct(self.origin, self.basis, theta, scale=self.scale)
@@ -146,6 +134,10 @@ class Subspace(AffineSubspace):
             The parameters (their current values, copied), or one flat vector (n,).
         """
         return self._with(self.basis, flatten(self._weights(params), self.origin.dtype), self.scale)
+
+    def nearest(self, params: Iterable[Any]) -> Tensor:
+        """Coordinates of the point nearest to the weights: exact ones in 8 bits, (d,)."""
+        return self.coordinates(params, exact=self.scale is not None)
 
     def quantize(self, format: str) -> Subspace:
         """The same subspace with the basis in 8 bits.
@@ -205,7 +197,10 @@ class Subspace(AffineSubspace):
         scale = None if scale is None else scale.to(device)
         if basis is self.basis:
             return self
-        return self._with(basis, origin, scale)
+        result = self._with(basis, origin, scale)
+        if dtype == self.dtype:
+            result._gram = self._gram
+        return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves as a safetensors file; an earlier file is replaced once all is written."""
@@ -309,6 +304,9 @@ class Subspace(AffineSubspace):
     def _project(self, tensors: Sequence[Any]) -> Tensor:
         return ops.project(self.basis, tensors, scale=self.scale)
 
+    def _values(self, begin: int, step: int) -> Tensor:
+        return _basis.values(self.basis, self.scale, begin, step, torch.float64)
+
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
         ops.reconstruct_(tensors, origin, self.basis, theta, scale=self.scale)
 
@@ -318,12 +316,8 @@ class Subspace(AffineSubspace):
         found = {name: getattr(self, name) for name in known}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
-    def _facts(self) -> dict[str, Any]:
-        """The same for what is no tensor."""
-        return {"shapes": self.shapes, "names": self.names, "choice": self.choice}
-
     def _with(self, basis: Tensor, origin: Tensor, scale: Tensor | None) -> Subspace:
-        return Subspace(
+        result = Subspace(
             basis,
             origin,
             scale=scale,
@@ -333,6 +327,9 @@ class Subspace(AffineSubspace):
             names=self.names,
             choice=self.choice,
         )
+        if basis is self.basis:
+            result._gram = self._gram
+        return result
 
     def _per_direction(self, argument: str, value: Any) -> Tensor | None:
         if value is None:

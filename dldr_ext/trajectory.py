@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import _pca
-from ._params import DTYPES, dtype_name, flatten, named_parameters, numel
-from ._principal import asked_count, principal_subspace, weights_at
+from ._eight_bits import STORED
+from ._in_memory import implicit, into_subspace
+from ._params import dtype_name, flatten, named_parameters, numel
+from ._principal import asked_count, dense, principal_of, principal_subspace, weights_at
 from ._recording import check_current, given_anchor, why_not_finite, wide_dtype
 from ._saved import load_trajectory, save_trajectory
-from ._stored_rows import StoredRows
+from ._stored_rows import Matrix, columns
 from .checkpoints.record import from_checkpoints
 from .grouped import GroupedSubspace, group_slices
-from .stores import RecordingCost, check_storage, new_store
+from .implicit import ImplicitSubspace
+from .stores import RecordingCost, SpentStore, check_storage, new_store
 from .subspace import Subspace
 
 
@@ -33,7 +37,8 @@ class Trajectory:
     capacity : int
         Most snapshots. Memory is touched only as snapshots come in.
     dtype : torch.dtype
-        Of the stored deltas: float32, bfloat16, float16 or float64.
+        Of the stored deltas: float32, bfloat16, float16 or float64; int8 or float8_e4m3fn, with a
+        float32 scale for each block of 256.
     storage : "device", "host" or "disk"
         Where the snapshots are kept: with the parameters; in (pinned) memory of the host; in files
         of the folder ``path``, where they outlive the process. All give the same numbers to the
@@ -50,6 +55,8 @@ class Trajectory:
     snapshots). The Gram matrix is that of the stored rows and grows with each snapshot in the
     same pass over memory.
     """
+
+    _lent: Sequence[weakref.ref[Tensor]] = ()  # snapshots that implicit subspaces read
 
     def __init__(
         self,
@@ -75,8 +82,8 @@ class Trajectory:
         self.numel = numel(self.params)
         self.device = self.params[0].device
         self.capacity = _capacity(capacity)
-        if dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
+        if dtype not in STORED:
+            expected = ", ".join(map(dtype_name, STORED))
             found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
             raise ValueError(f"dtype: expected one of {expected}, got {found}")
         if self.numel == 0:
@@ -96,6 +103,8 @@ class Trajectory:
         return self._store.length
 
     def __repr__(self) -> str:
+        if isinstance(self._store, SpentStore):
+            return f"Trajectory(spent, numel={self.numel})"
         return (
             f"Trajectory({len(self)} of {self.capacity} snapshots, numel={self.numel}, "
             f"dtype={dtype_name(self.dtype)}, device={self.device}"
@@ -108,12 +117,13 @@ class Trajectory:
         return self._anchor
 
     @property
-    def snapshots(self) -> Tensor | StoredRows:
+    def snapshots(self) -> Matrix:
         """The stored deltas X, shape (T, n): a view.
 
         On disk, and for parameters on CUDA in host memory, an array that reads what it is asked
         for: ``snapshots[t]`` is a row, ``snapshots[:, a:b]`` some columns, each a copy on the
-        parameters' device.
+        parameters' device. In 8 bits too: what is read is float32, ``snapshots.codes`` and
+        ``snapshots.scale`` are what is stored.
         """
         return self._store.snapshots()
 
@@ -183,6 +193,18 @@ class Trajectory:
         found = _pca.stored_spectrum(self.gram, self.dtype)
         return found.explained(found.rank)
 
+    @overload
+    def subspace(
+        self, dim: int | str | None = ..., *, materialize: Literal[True] = ...,
+        explained: float | None = ..., start: str | int = ..., center: bool = ...,
+        dtype: torch.dtype | None = ...,
+    ) -> Subspace: ...  # fmt: skip
+    @overload
+    def subspace(
+        self, dim: int | str | None = ..., *, materialize: Literal[False],
+        explained: float | None = ..., start: str | int = ..., center: bool = ...,
+        dtype: torch.dtype | None = ...,
+    ) -> ImplicitSubspace: ...  # fmt: skip
     def subspace(
         self,
         dim: int | str | None = None,
@@ -191,7 +213,8 @@ class Trajectory:
         start: str | int = "first",
         center: bool = True,
         dtype: torch.dtype | None = None,
-    ) -> Subspace:
+        materialize: bool = True,
+    ) -> Subspace | ImplicitSubspace:
         """The principal directions of the trajectory.
 
         Parameters
@@ -208,11 +231,14 @@ class Trajectory:
         center : bool
             Subtract the mean of the snapshots, as a principal component analysis does.
         dtype : torch.dtype, optional
-            Of the basis: float32, bfloat16, float16 or float64. Default: the snapshots'.
+            Of the basis: any that snapshots may have. Default: theirs.
+        materialize : bool
+            False: no basis is stored, the snapshots stand in for it: see `ImplicitSubspace`. For
+            snapshots in the memory that the parameters are in.
 
         Returns
         -------
-        Subspace
+        Subspace, or ImplicitSubspace unless materialised
             Signs are such that the largest entry, by magnitude, of each eigenvector over the
             snapshots is positive.
 
@@ -228,20 +254,10 @@ class Trajectory:
             ``dim`` is above the numerical rank: the directions up to the rank are returned.
             "auto" finds nothing but noise: one direction is returned.
         """
-        count, dtype, origin = self._asked(dim, explained, start, center, dtype)
-        return principal_subspace(
-            self.snapshots,
-            self.gram if self.dtype == torch.float64 else None,
-            origin,
-            dtype,
-            double=self._double(),
-            center=center,
-            most=count,
-            dim=dim,
-            explained=explained,
-            shapes=self.shapes,
-            names=self.names,
-        )
+        form: Callable[..., Any] = dense if materialize else implicit(self, dtype)
+        return principal_of(self, form, dim, explained, start, center, dtype)
+
+    into_subspace = into_subspace
 
     def grouped_subspace(
         self,
@@ -271,22 +287,22 @@ class Trajectory:
         """
         count, dtype, origin = self._asked(dim, explained, start, center, dtype)
         parts = group_slices(groups, len(self.params))
-        spaces, begin = [], 0
+        spaces, end = [], 0
         for i, part in enumerate(parts):
-            columns = slice(begin, begin + numel(self.params[part]))
-            begin = columns.stop
+            begin, end = end, end + numel(self.params[part])
             try:
                 one = principal_subspace(
-                    self._columns(columns),
+                    columns(self.snapshots, begin, end),
                     None,
-                    origin[columns],
+                    origin[begin:end],
                     dtype,
+                    dense,
                     double=self._double(),
                     center=center,
                     most=count,
                     dim=dim,
                     explained=explained,
-                    warn=dim == "auto",
+                    stacklevel=3 if dim == "auto" else 0,
                     shapes=self.shapes[part],
                     names=None if self.names is None else self.names[part],
                 )
@@ -303,7 +319,7 @@ class Trajectory:
         ValueError
             Nothing was recorded.
         """
-        if self._anchor is None or len(self) == 0:
+        if len(self) == 0 or self._anchor is None:
             raise ValueError("the trajectory is empty: nothing to save")
         save_trajectory(path, self._metadata(), self.snapshots, self.gram, self._anchor)
 
@@ -356,12 +372,9 @@ class Trajectory:
     ) -> tuple[int, torch.dtype, Tensor]:
         """The most directions that were asked for, the dtype of the basis and the origin."""
         dtype = self.dtype if dtype is None else dtype
-        if dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
-            raise ValueError(
-                f"dtype: expected one of {expected}, got {dtype}; for int8 or float8_e4m3fn use "
-                "Subspace.quantize"
-            )
+        if dtype not in STORED:
+            expected = ", ".join(map(dtype_name, STORED))
+            raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
         self._check_length()
         count = asked_count(len(self), dim, explained, center)
         assert self._anchor is not None
@@ -372,12 +385,6 @@ class Trajectory:
         return all(
             dtype == torch.float64 for dtype in (self.dtype, *(p.dtype for p in self.params))
         )
-
-    def _columns(self, columns: slice) -> Tensor | StoredRows:
-        rows = self.snapshots
-        if isinstance(rows, StoredRows):
-            return rows.narrow(columns.start, columns.stop)
-        return rows[:, columns]
 
 
 def _capacity(capacity: int) -> int:

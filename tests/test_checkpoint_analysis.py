@@ -14,9 +14,9 @@ from dldr_ext.checkpoints.numbers import effective_dimension
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 4,096 columns, read 1,000 at a time."""
+    """Chunks of 4,096 columns, read 1,024 at a time."""
     monkeypatch.setattr("dldr_ext._pca._CHUNK_BYTES", {"cpu": 1})
-    monkeypatch.setattr("dldr_ext.checkpoints.columns._WINDOW", 1000)
+    monkeypatch.setattr("dldr_ext.checkpoints.columns._WINDOW", 1024)
 
 
 class Wide(torch.nn.Module):
@@ -39,7 +39,10 @@ def walk(folder, count=6, dtype=torch.float32):
     return write(folder, found), model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_subspace_is_that_of_the_trajectory_to_the_bit(tmp_path, small_chunks, dtype):
     folder, model = walk(tmp_path / "run", dtype=torch.float64)
     expected = Trajectory.from_checkpoints(folder, model, dtype=dtype).subspace(3)

@@ -121,7 +121,7 @@ def test_a_bad_checkpoint(run, tmp_path, capsys, command):
         (["--dim", "9"], 1, "dim: expected 1 <= dim <= 5 (6 centred snapshots), got 9"),
         (["--dim", "2", "--explained", "0.9"], 2, "expected --dim or --explained, got both"),
         (["--explained", "2"], 1, "explained: expected 0 < explained <= 1, got 2.0"),
-        (["--dtype", "int8"], 2, "--dtype"),
+        (["--dtype", "int16"], 2, "--dtype"),
         (["--include", "nothing"], 1, "expected floating-point tensors, found none"),
         (["--key", "ema"], 1, "expected the key 'ema', found a dict with the keys"),
         (["nowhere.pt"], 1, "nowhere.pt: not found"),

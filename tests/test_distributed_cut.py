@@ -14,7 +14,8 @@ from test_distributed import MAKE, closure_of, part, problem, train
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh
 
-from dldr_ext.distributed import LocalSubspace, ShardedSubspace, cut
+from dldr_ext import Trajectory
+from dldr_ext.distributed import LocalSubspace, ShardedSubspace, cut, local_shards
 
 HOWS = ["default", "wolfe", "sr1", "residual", "psgd"]
 
@@ -74,6 +75,27 @@ def random_shards() -> torch.Tensor:
 
 def test_random_directions_are_orthonormal_across_shards(ranks: RankGroup) -> None:
     assert all(torch.equal(c, torch.zeros(5)) for c in ranks.all(random_shards))
+
+
+def shards_in_8_bits() -> torch.Tensor:
+    model, _, _ = problem(torch.float32)
+    fully_shard(model, mesh=DeviceMesh("cpu", range(dist.get_world_size())))
+    shards = local_shards(model.parameters())
+    trajectory = Trajectory(shards, 5, torch.int8)
+    for _ in range(5):
+        trajectory.record()
+        with torch.no_grad():
+            for shard in shards:
+                shard.add_(torch.randn_like(shard))
+    subspace = LocalSubspace.from_trajectory(trajectory, model.named_parameters(), 3)
+    assert subspace.local is not None and subspace.local.dtype == torch.int8
+    rows = [subspace.project_many([[subspace.direction(i)]])[0] for i in range(3)]
+    return torch.stack(rows)
+
+
+def test_shards_recorded_in_8_bits(ranks: RankGroup) -> None:
+    for products in ranks.all(shards_in_8_bits):
+        torch.testing.assert_close(products, torch.eye(3), rtol=0, atol=0.01)
 
 
 @given(st.integers(1, 5000), st.integers(1, 9))

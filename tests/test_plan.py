@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dldr_ext._devices import TABLE, Device, measure
-from dldr_ext.plan import EFFICIENCY, Job, plan
+from dldr_ext.plan import Job, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = os.environ.get("DLDR_EVERY_CASE") == "1"
@@ -64,7 +63,7 @@ def test_memory_by_hand():
     chunk = 1 << 29
     assert found["P-BFGS"].device == model + basis + 16 * n + chunk
     assert found["forming the basis"].device == pytest.approx(
-        model + 8 * n + t * 2 * n + basis + 7 * n + chunk
+        model + 8 * n + t * 2 * n + basis + chunk
     )
     assert {m.host for m in found.values()} == {m.disk for m in found.values()} == {0.0}
 
@@ -112,14 +111,28 @@ def test_run_adds_up():
     assert found.run["all"] == sum(v for k, v in found.run.items() if k != "all")
 
 
-def test_expected_only_where_the_kernels_were_measured():
-    cpu = replace(UNIT, measured=True, link=None)
-    job = Job(1000, 4, 10)
-    steps = named(plan(job, cpu).steps)
-    share = EFFICIENCY["project"]["bfloat16"]
-    assert steps["project"].expected == pytest.approx(steps["project"].floor / share)
+def test_expected_only_where_steps_were_measured():
+    some = replace(UNIT, shares={"project": 0.5, "gram": 0.25})
+    steps = named(plan(Job(1000, 4, 10), some).steps)
+    assert steps["project"].expected == 2 * steps["project"].floor == steps["project"].seconds
+    assert steps["gram"].expected == 4 * steps["gram"].floor
+    assert steps["record"].expected is None
     for device in TABLE.values():
-        assert all(step.expected is None for step in plan(job, device).steps)
+        assert all(step.expected is None for step in plan(Job(1000, 4, 10), device).steps)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int8"])
+def test_shares_of_this_machine(monkeypatch, dtype):
+    from dldr_ext import _shares
+
+    monkeypatch.setattr(_shares, "_ROWS", 1 << 20)
+    job = Job(10**12, 4, 10, dtype, ranks=8, shard="all", storage="disk")
+    found = _shares.with_shares(UNIT, job)
+    steps = named(plan(job, found).steps)
+    unmeasured = {name for name, step in steps.items() if step.expected is None}
+    assert unmeasured == ({"gram", "form_basis"} if dtype == "int8" else set())
+    assert min(found.shares.values()) > 0 and replace(found, shares={}) == UNIT
+    assert _shares._fitting(replace(job, numel=7), "cpu") == 7
 
 
 @pytest.mark.parametrize(
@@ -169,22 +182,3 @@ def plan_check():
 def test_peak_memory_of_a_run_is_as_planned(job):
     for phase, found in plan_check().memory(job)["phases"].items():
         assert found["within"], (phase, found)
-
-
-def test_shares_are_those_of_the_results():
-    """The factors in the source are what the files of results hold, to two digits."""
-    folder = ROOT / "benchmarks" / "results"
-    if not folder.exists():
-        pytest.skip("needs the folder benchmarks/ of a source checkout")
-    first, second = (
-        json.loads((folder / name).read_text())["results"] for name in ("cpu.json", "roofline.json")
-    )
-    for op, shares in EFFICIENCY.items():
-        for dtype, share in shares.items():
-            name = op if op == "trial_" else f"{op} {dtype}"
-            sizes = {f"{name}{t} {size}" for t in ("", " t=40") for size in ("resnet18", "25M")}
-            rows = [r for r in first if r["case"] in sizes] or [
-                r for r in second if r["case"] == name
-            ]
-            found = [r.get("of_multiply", r["of_ceiling"])["median"] for r in rows]
-            assert share == pytest.approx(sum(found) / len(found), abs=0.006), name

@@ -139,7 +139,7 @@ def test_large_chunks_are_added_in_order(tiles, monkeypatch):
     # A plan with one chunk: what the op does with 1,024 tiles of a chunk.
     ops.gram_block_(rows, whole, 0, 3)
     monkeypatch.setattr(products, "_MOST_CHUNKS", tiles)
-    pieces = list(products._in_order(rows))
+    pieces = [rows[:, a:b] for a, b in products._in_order(0, rows.shape[1])]
     assert len(pieces) == 1 + max(0, 8 - tiles)
     for piece in pieces:
         if tiles > 1 and piece is pieces[0]:
@@ -318,9 +318,11 @@ def test_the_programs_of_the_page(tmp_path, monkeypatch, capsys):
     if not page.exists():
         pytest.skip("needs the folder docs/ of a source checkout")
     text = page.read_text()
-    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
     names = {}
-    exec(first + second, names)
+    exec("".join(programs), names)
     assert names["subspace"].dim == 10 and len(names["trajectory"]) == 31
-    assert "RecordingCost(snapshots=30" in capsys.readouterr().out
+    assert names["small"].dtype == torch.int8 and names["exact"].dtype == torch.float32
+    printed = capsys.readouterr().out
+    assert "RecordingCost(snapshots=30" in printed and "Trajectory(spent" in printed

@@ -31,6 +31,7 @@ inline void form_rows(const FormBasisArgs& args, int64_t row, const double* pane
 
 template <class T>
 void form_basis_chunks(const FormBasisArgs& args, int64_t begin, int64_t end) {
+  constexpr int64_t kLine = kCacheLine / static_cast<int64_t>(sizeof(T));
   const int64_t snapshots = args.snapshots.rows;
   // A panel holds vectors of VecD::lanes elements, those of all snapshots side by side: it is read
   // from front to back.
@@ -39,7 +40,12 @@ void form_basis_chunks(const FormBasisArgs& args, int64_t begin, int64_t end) {
   const int64_t chunks_end = args.plan.chunk_end(end - 1);
   for (int64_t at = args.plan.chunk_begin(begin); at < chunks_end; at += kFormTile) {
     const int64_t count = min_of(kFormTile, chunks_end - at);
+    // While this tile is worked on, the next one comes into L2.
+    const int64_t ahead = min_of(kFormTile, chunks_end - at - count);
     for (int64_t t = 0; t < snapshots; ++t) {
+      const T* next =
+          static_cast<const T*>(args.snapshots.data) + t * args.snapshots.stride + at + kFormTile;
+      for (int64_t i = 0; i < ahead; i += kLine) __builtin_prefetch(next + i, 0, 2);
       widen_row<T>(args.snapshots, t, at, count, row.data);
       for (int64_t i = count; i < kFormTile; ++i) row.data[i] = 0;
       for (int64_t i = 0; i < count; i += VecD::lanes) {

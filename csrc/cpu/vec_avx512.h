@@ -52,15 +52,34 @@ inline __m512 load16(const int8_t* p) {
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
 }
-inline __m512 load16(const f8e4m3* p) {
+inline __m512 decode16(__m128i raw) {
   // Placed one bit below the sign, e4m3 reads as a float16 that is 2^8 too small.
-  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   const __m128i largest = _mm_set1_epi8(0x7f);
   const __mmask16 number = _mm_cmpneq_epi8_mask(_mm_and_si128(raw, largest), largest);
   const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(raw), 7),
                                         _mm256_set1_epi16(static_cast<short>(0xbf80)));
   return _mm512_mask_mul_ps(_mm512_set1_ps(__builtin_nanf("")), number, _mm512_cvtph_ps(half),
                             _mm512_set1_ps(256.0f));
+}
+inline __m512 load16(const f8e4m3* p) {
+  return decode16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// Eight; no more than eight are read.
+inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256 load8(const bf16* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+inline __m256 load8(const f16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline __m256 load8(const int8_t* p) {
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
+}
+inline __m256 load8(const f8e4m3* p) {
+  return low_half(decode16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
 template <class V, class T>
@@ -70,10 +89,7 @@ inline V load(const T* p) {
   } else if constexpr (std::is_same_v<T, double>) {
     return {_mm512_loadu_pd(p)};
   } else {
-    // Eight numbers: copied, so that no more than eight are read.
-    T block[16] = {};
-    __builtin_memcpy(block, p, 8 * sizeof(T));
-    return {_mm512_cvtps_pd(low_half(load16(block)))};
+    return {_mm512_cvtps_pd(load8(p))};
   }
 }
 

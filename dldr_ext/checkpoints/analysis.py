@@ -21,10 +21,11 @@ from torch import Tensor
 
 from .. import _pca, ops, storage, subspace
 from .._choice import Choice, choose, described
+from .._eight_bits import blocks, empty_scale, row_bytes
 from .._params import dtype_name
 from .._principal import asked_count
 from .._recording import wide_dtype
-from .._stored_rows import column_pieces
+from .._stored_rows import column_pieces, formed
 from . import numbers
 from .columns import Columns
 from .errors import CheckpointError
@@ -143,8 +144,8 @@ class Analysis:
 
     def _check_space(self, dim: int) -> None:
         """That the subspace will fit on the disk: before hours of reading, not after."""
-        wide = wide_dtype(self.dtype).itemsize
-        needed = self.series.numel * (dim * self.dtype.itemsize + wide)
+        numel, wide = self.series.numel, wide_dtype(self.dtype).itemsize
+        needed = dim * row_bytes(numel, self.dtype) + wide * numel
         left = self.folder / f".{SUBSPACE}.part"  # which it has already, if it goes on
         free = shutil.disk_usage(self.folder).free
         free += left.stat().st_size if left.exists() else 0
@@ -173,17 +174,21 @@ class Analysis:
         count = chosen.dim
         coefficients = _pca.coefficients(found, count)
         series, numel = self.series, self.series.numel
-        tensors = {
-            "basis": torch.empty((count, numel), dtype=self.dtype, device="meta"),
-            "origin": torch.empty(numel, dtype=self._columns.wide, device="meta"),
+        known = {
             "explained_variance_ratio": found.explained(count),
             "singular_values": found.values[:count].sqrt(),
         }
+        large = {
+            "basis": torch.empty((count, numel), dtype=self.dtype, device="meta"),
+            "origin": torch.empty(numel, dtype=self._columns.wide, device="meta"),
+            "scale": empty_scale(count, numel, self.dtype, "meta"),
+        }
+        tensors = {name: tensor for name, tensor in large.items() if tensor is not None}
         with PartialFile(
             self.folder / SUBSPACE,
             subspace.KIND,
             subspace.VERSION,
-            tensors,
+            tensors | known,
             {"shapes": series.shapes, "names": series.names, "choice": chosen.facts},
             resume=self._done.basis_column > 0,
         ) as file:
@@ -192,9 +197,12 @@ class Analysis:
             try:
                 for begin in range(self._done.basis_column, numel, self._columns.width):
                     anchor, rows = self._columns.read(pieces, begin)
-                    basis = ops.form_basis(rows, coefficients, dtype=self.dtype)
+                    basis, scale = formed(rows, coefficients, self.dtype, self._step)
                     for row, part in enumerate(basis):
                         file.write("basis", row * numel + begin, part)
+                    for row, part in enumerate(() if scale is None else scale):
+                        at = row * blocks(numel) + begin // ops.SCALE_BLOCK
+                        file.write("scale", at, part)
                     file.write("origin", begin, anchor)
                     end = begin + len(anchor)
                     self._done = self._done._replace(basis_column=end)
@@ -202,8 +210,8 @@ class Analysis:
                     self._save_now_and_then(file)
             finally:
                 file.sync()
-            for name in ("explained_variance_ratio", "singular_values"):
-                file.write(name, 0, tensors[name])
+            for name, tensor in known.items():
+                file.write(name, 0, tensor)
             file.finish()
 
     def _spectrum(self, gram: Tensor) -> _pca.Spectrum:

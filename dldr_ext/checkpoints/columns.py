@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._eight_bits import empty_scale, scale_of
 from .._recording import wide_dtype
+from .._stored_rows import ScaledRows, scaled
 from .pieces import Pieces
 from .series import Series, finite
 
@@ -35,7 +37,7 @@ class Columns:
         self._anchor = torch.empty(self.width, dtype=self.wide, device="cpu")
         self._window = torch.empty(min(_WINDOW, self.width), dtype=self.wide, device="cpu")
 
-    def read(self, pieces: Pieces, begin: int) -> tuple[Tensor, Tensor]:
+    def read(self, pieces: Pieces, begin: int) -> tuple[Tensor, Tensor | ScaledRows]:
         """Columns ``begin``, ``begin + 1``, ...: the anchor (k,) and the rows (T, k).
 
         Valid until the next call.
@@ -43,6 +45,7 @@ class Columns:
         count = min(self.width, self.series.numel - begin)
         anchor = self._anchor[:count]
         rows = self._rows[: len(self.series) * count].view(len(self.series), count)
+        scale = empty_scale(len(self.series), count, self.dtype, "cpu")
         for t in range(len(self.series)):
             for at in range(0, count, len(self._window)):
                 columns = slice(at, min(at + len(self._window), count))
@@ -50,8 +53,10 @@ class Columns:
                 self.series.read(pieces, t, begin + at, part)
                 if t == 0:
                     anchor[columns] = part
-                ops.store_snapshot_(rows[t : t + 1, columns], 0, [part], anchor[columns])
-            if not finite(rows[t]):
+                own = scale_of(scale, at, columns.stop, t)
+                ops.store_snapshot_(rows[t : t + 1, columns], 0, [part], anchor[columns], scale=own)
+            # Numbers of 8 bits are; their scale is not if what they stand for is not.
+            if not finite(rows[t] if scale is None else scale[t]):
                 problem = f"a difference from the first checkpoint overflows {self.dtype}"
                 raise self.series.error(t, problem)
-        return anchor, rows
+        return anchor, scaled(rows, scale)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._eight_bits import empty_scale, scale_of
 from .._recording import wide_dtype
+from .._stored_rows import scaled
 from ..stores import DiskStore, MemoryStore, Store
 from ..stores.deferred import DeferredStore
 from ..stores.disk import HEADER
@@ -161,9 +163,9 @@ def _record(
         if progress is not None:
             progress(read, read + sum(map(series.row_bytes, range(t, len(series)))))
     if isinstance(store, MemoryStore):
-        rows, gram = store.restore(t)
+        rows, scale, gram = store.restore(t)
         products = torch.empty((t, t), dtype=gram.dtype, device=gram.device)
-        ops.gram_block_(rows, products, 0, t)
+        ops.gram_block_(rows, products, 0, t, scale=scale)
         gram.copy_(products)
     trajectory._anchor = anchor
 
@@ -182,8 +184,10 @@ def _check_same(
                 same = same and torch.equal(there, anchor[columns])
             if t == last:
                 row = torch.empty((1, len(part)), dtype=dtype, device=anchor.device)
-                ops.store_snapshot_(row, 0, [there], anchor[columns])
-                same = same and torch.equal(row, trajectory.snapshots[t : t + 1, columns])
+                scale = empty_scale(1, len(part), dtype, anchor.device)
+                ops.store_snapshot_(row, 0, [there], anchor[columns], scale=scale)
+                stored = trajectory.snapshots[t : t + 1, columns]
+                same = same and torch.equal(scaled(row, scale)[:], stored)
     if not same:
         raise ValueError(
             f"path: expected the folder of a trajectory of {dtype}, capacity {capacity}, of these "
@@ -201,11 +205,13 @@ def _append(store: Store, row: _Row, anchor: Tensor, t: int) -> bool:
         lazily: Any = row
         return store.append(lazily, anchor)
     if isinstance(store, MemoryStore):
-        out = store.restore(t + 1)[0][t:]
+        restored = store.restore(t + 1)
         for columns, part in row.parts():
-            target = out[:, columns]
-            ops.store_snapshot_(target, 0, [part.to(anchor.device)], anchor[columns])
-            if not finite(target):
+            target = restored.rows[t:, columns]
+            scale = scale_of(restored.scale, columns.start, columns.stop, t)
+            ops.store_snapshot_(target, 0, [part.to(anchor.device)], anchor[columns], scale=scale)
+            # Numbers of 8 bits are; their scale is not if what they stand for is not.
+            if not finite(target if scale is None else scale):
                 store.restore(t)
                 return False
         return True

@@ -200,7 +200,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._check_subspace(name, subspace)
             if self._ranks is not None:
                 self._ranks.agree(_claims_of(subspace), "change_subspace")
-        theta = subspace.coordinates(self._params)
+        theta = subspace.nearest(self._params)
         m = overlap(subspace, self._subspace)
         self._subspace = subspace
         self._theta = theta.to(device=self._vector_device, dtype=torch.float64)
@@ -425,7 +425,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if theta0 is None:
             return torch.zeros(dim, dtype=torch.float64, device=self._vector_device)
         if isinstance(theta0, str) and theta0 == "current":
-            theta = self._subspace.coordinates(self._params)
+            theta = self._subspace.nearest(self._params)
         elif isinstance(theta0, Tensor):
             theta = theta0.detach()
         else:

@@ -14,6 +14,7 @@ from .disk import DiskStore
 from .host import HostStore
 from .lock import FolderLock
 from .memory import MemoryStore
+from .spent import SpentStore
 
 __all__ = [
     "DiskStore",
@@ -21,6 +22,7 @@ __all__ = [
     "HostStore",
     "MemoryStore",
     "RecordingCost",
+    "SpentStore",
     "Store",
     "check_storage",
     "new_store",

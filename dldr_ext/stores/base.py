@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._stored_rows import StoredRows
+from .._eight_bits import row_bytes
+from .._stored_rows import Matrix
 
 
 class RecordingCost(NamedTuple):
@@ -59,7 +60,8 @@ class Store(ABC):
 
     @property
     def row_bytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+        """Of a stored row, with its scale if it has one."""
+        return row_bytes(self.numel, self.dtype)
 
     def append(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
         """Stores flat(params) - anchor as one more row.
@@ -84,7 +86,7 @@ class Store(ABC):
         return self._gram[: self.length, : self.length]
 
     @abstractmethod
-    def snapshots(self) -> Tensor | StoredRows:
+    def snapshots(self) -> Matrix:
         """The rows, shape (T, n)."""
 
     def close(self) -> None:  # noqa: B027  (most have nothing to close)

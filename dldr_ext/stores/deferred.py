@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._stored_rows import StoredRows
+from .._eight_bits import LARGEST, blocks, empty_scale
+from .._stored_rows import ScaledRows, StoredRows
 from .base import Store
 from .products import Seconds, multiply_by_rows, multiply_on_cpu
 
@@ -22,7 +23,8 @@ _FREE_SHARE = 8  # of the free memory of a GPU, one in so many bytes is taken fo
 class DeferredStore(Store):
     """Rows out of the fast memory: the Gram matrix lags behind and catches up in blocks of k rows.
 
-    Each pass reads the earlier rows once for all k. A subclass keeps the rows: `_put`, `read`.
+    Each pass reads the earlier rows once for all k. A subclass keeps the rows: `_put`, `read`,
+    `read_scale`.
 
     Attributes
     ----------
@@ -37,12 +39,19 @@ class DeferredStore(Store):
         self.block = 1
         self._multiplied = 0
 
-    def snapshots(self) -> StoredRows:
-        return StoredRows(self, self.length)
+    def snapshots(self) -> StoredRows | ScaledRows:
+        rows = StoredRows(self, self.length)
+        if self.dtype not in LARGEST:
+            return rows
+        return ScaledRows(rows, StoredRows(_Scales(self), self.length))
 
     @abstractmethod
     def read(self, row: int, begin: int, end: int, out: Tensor) -> None:
         """Copies columns [begin, end) of a row into ``out``, on the parameters' device."""
+
+    @abstractmethod
+    def read_scale(self, row: int, begin: int, end: int, out: Tensor) -> None:
+        """The same for the scale of a row, of 8-bit rows: blocks [begin, end)."""
 
     @abstractmethod
     def _put(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
@@ -72,15 +81,32 @@ class DeferredStore(Store):
         return max(1, min(_MOST_ROWS, free // _FREE_SHARE // self.row_bytes))
 
 
+class _Scales:
+    """The scales of a store, read like rows."""
+
+    dtype = torch.float32
+
+    def __init__(self, store: DeferredStore) -> None:
+        self.numel, self.device, self.read = blocks(store.numel), store.device, store.read_scale
+
+
 def next_block(seconds: Seconds, count: int) -> int:
     """The k whose arithmetic takes four times the reading, after a pass for ``count`` rows."""
     each = max(seconds.computing, 1e-9) / count
     return max(1, min(_MOST_ROWS, math.ceil(_COMPUTING_SHARE * seconds.reading / each)))
 
 
-def stored(params: Sequence[Tensor], anchor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """flat(params) - anchor, rounded to ``dtype``; None if it, or its square, is not finite."""
+def stored(
+    params: Sequence[Tensor], anchor: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...] | None:
+    """flat(params) - anchor, rounded to ``dtype``, and its scale if it has one.
+
+    None if it, or its square, is not finite.
+    """
     row = torch.empty((1, len(anchor)), dtype=dtype, device=anchor.device)
+    scale = empty_scale(1, len(anchor), dtype, anchor.device)
     square = torch.zeros((1, 1), dtype=torch.float64, device=anchor.device)
-    ops.gram_append_(row, square, 0, params, anchor)
-    return row[0] if bool(square.isfinite()) else None
+    ops.gram_append_(row, square, 0, params, anchor, scale=scale)
+    if not bool(square.isfinite()):
+        return None
+    return (row[0],) if scale is None else (row[0], scale[0])

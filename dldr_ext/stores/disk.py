@@ -1,8 +1,8 @@
 """Rows in a folder: one safetensors file for each, memory-mapped to be read.
 
 `anchor.safetensors` holds the anchor and what the trajectory is of, `000000.safetensors`, ... one
-stored delta each. A row is in its file, on the disk, before it is counted; the Gram matrix is not
-kept, since the rows give it back to the bit.
+stored delta each, in 8 bits with its scale. A row is in its file, on the disk, before it is
+counted; the Gram matrix is not kept, since the rows give it back to the bit.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import storage
+from .._eight_bits import LARGEST, blocks
 from .._params import numel
 from .deferred import DeferredStore, stored
 from .lock import FolderLock
@@ -37,7 +38,7 @@ _MAPPED_BYTES, _AROUND_BYTES = 1 << 25, 1 << 17
 
 class _Row(NamedTuple):
     path: Path
-    offset: int  # of the numbers in the file
+    offset: int  # of the numbers in the file; scales follow them
 
 
 class DiskStore(DeferredStore):
@@ -118,13 +119,24 @@ class DiskStore(DeferredStore):
         self._lock.close()
 
     def read(self, row: int, begin: int, end: int, out: Tensor) -> None:
+        size = self.dtype.itemsize
+        out.copy_(self._bytes(row, begin * size, end * size).view(self.dtype), non_blocking=True)
+
+    def read_scale(self, row: int, begin: int, end: int, out: Tensor) -> None:
+        start = self.numel * self.dtype.itemsize
+        found = self._bytes(row, start + 4 * begin, start + 4 * end)
+        # A copy, since what follows 8-bit numbers need not be aligned.
+        out.copy_(found.clone().view(torch.float32))
+
+    def _bytes(self, row: int, begin: int, end: int) -> Tensor:
+        """Some of the bytes of a row, mapped."""
         if self._mapped > _MAPPED_BYTES:
             self._maps.clear()
             self._mapped = 0
         if row not in self._maps:
             self._maps[row] = self._map(self._rows[row])
-        out.copy_(self._maps[row][begin:end], non_blocking=True)
-        self._mapped += (end - begin) * self.dtype.itemsize + _AROUND_BYTES
+        self._mapped += end - begin + _AROUND_BYTES
+        return self._maps[row][begin:end]
 
     def _put(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
         if not self._lock.held:
@@ -139,8 +151,8 @@ class DiskStore(DeferredStore):
                 if not all(bool(part.isfinite().all()) for part in anchor.split(_PIECE)):
                     return False
                 self._write_header(anchor)
-            delta = storage.Stream(self.dtype, (self.numel,), self._pieces(params, anchor))
-            storage.save(path, _KIND, _VERSION, {"delta": delta}, {"of": self._metadata["id"]})
+            tensors = self._streams(params, anchor)
+            storage.save(path, _KIND, _VERSION, tensors, {"of": self._metadata["id"]})
         except _NotFinite:
             return False
         except OSError as error:
@@ -162,22 +174,41 @@ class DiskStore(DeferredStore):
         path = self._path / HEADER
         storage.save(path, HEADER_KIND, HEADER_VERSION, {"anchor": anchor}, self._metadata)
 
-    def _pieces(self, params: Sequence[Tensor], anchor: Tensor) -> Iterator[Tensor]:
-        """The row, some at a time: the memory is a piece, however long the row."""
-        for tensors, part in zip(_cut(params, _PIECE), anchor.split(_PIECE), strict=True):
-            piece = stored(tensors, part, self.dtype)
-            if piece is None:
-                raise _NotFinite
-            yield piece
+    def _streams(
+        self, params: Sequence[Tensor], anchor: Tensor
+    ) -> dict[str, Tensor | storage.Stream]:
+        """The row, some at a time: the memory is a piece and the scales, however long the row."""
+        scales: list[Tensor] = []
+
+        def pieces() -> Iterator[Tensor]:
+            for tensors, part in zip(_cut(params, _PIECE), anchor.split(_PIECE), strict=True):
+                piece = stored(tensors, part, self.dtype)
+                if piece is None:
+                    raise _NotFinite
+                scales.extend(piece[1:])
+                yield piece[0]
+
+        delta = storage.Stream(self.dtype, (self.numel,), pieces())
+        if self.dtype not in LARGEST:
+            return {"delta": delta}
+        # Written second, when all of them are there.
+        scale = storage.Stream(torch.float32, (blocks(self.numel),), iter(scales))
+        return {"delta": delta, "scale": scale}
 
     def _checked(self, path: Path) -> _Row:
         with storage.Reader(path, _KIND, _VERSION) as file:
             if file.metadata != {"of": self._metadata["id"]}:
                 raise file.error(f"expected a snapshot of this trajectory, found {file.metadata}")
-            if file.names() != {"delta"}:
-                raise file.error(f"expected one tensor 'delta', found {sorted(file.names())}")
-            file.check("delta", (self.numel,), self.dtype)
-            # The format has no gaps: the only tensor ends where the file ends.
+            expected = {"delta": ((self.numel,), self.dtype)}
+            if self.dtype in LARGEST:
+                expected["scale"] = ((blocks(self.numel),), torch.float32)
+            if file.names() != set(expected):
+                raise file.error(
+                    f"expected the tensors {sorted(expected)}, found {sorted(file.names())}"
+                )
+            for name, known in expected.items():
+                file.check(name, *known)
+            # The format has no gaps: the last tensor ends where the file ends.
             row = _Row(path, path.stat().st_size - self.row_bytes)
             if row.offset % self.dtype.itemsize:
                 raise file.error(f"expected aligned numbers, found them at byte {row.offset}")
@@ -194,7 +225,7 @@ class DiskStore(DeferredStore):
         mapped = torch.from_file(
             str(row.path), shared=False, size=size, dtype=torch.uint8, device="cpu"
         )
-        return mapped[row.offset :].view(self.dtype)
+        return mapped[row.offset :]
 
 
 class _NotFinite(Exception):
