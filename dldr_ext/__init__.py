@@ -20,8 +20,6 @@ from . import (  # noqa: E402  (the ops exist only once the library is loaded)
     _registrations,  # noqa: F401  (registers on import)
     ops,
 )
-from .subspace import Subspace  # noqa: E402
-from .trajectory import Trajectory  # noqa: E402
 
 if TYPE_CHECKING:
     from .averaging import greedy_soup, uniform_soup, weight_averaging_subspace
@@ -29,6 +27,8 @@ if TYPE_CHECKING:
     from .grouped import GroupedSubspace, layer_groups
     from .implicit import ImplicitSubspace
     from .optim import PBFGS, PSGD, InSubspace, Status, StepRecord, virtual_batch
+    from .subspace import Subspace
+    from .trajectory import Trajectory
 
 __version__ = "0.1.0"
 
@@ -57,6 +57,8 @@ __all__ = [
 
 # Loaded when first asked for: who wants the ops alone does not wait for the rest.
 _LATER = {
+    "subspace": ("Subspace",),
+    "trajectory": ("Trajectory",),
     "optim": ("PBFGS", "PSGD", "InSubspace", "Status", "StepRecord", "virtual_batch"),
     "averaging": ("greedy_soup", "uniform_soup", "weight_averaging_subspace"),
     "grouped": ("GroupedSubspace", "layer_groups"),

@@ -153,13 +153,13 @@ def counted() -> Any:
         count[0] += found.numel()
         return found
 
-    from dldr_ext import _shared_subspace
+    from dldr_ext import _load_columns
 
-    _shared_subspace.read_columns = read
+    _load_columns.read_columns = read
     try:
         yield count
     finally:
-        _shared_subspace.read_columns = before
+        _load_columns.read_columns = before
 
 
 @pytest.mark.parametrize("mode", ["columns", "sharded", "hybrid"])
