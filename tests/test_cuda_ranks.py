@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CUDA_TESTS_ON
 from rank_group import RankGroup
 from rank_problem import MAKE, closure_of, part, problem
 from torch.distributed.fsdp import fully_shard
@@ -17,11 +17,12 @@ from dldr_ext import PBFGS, LocalSubspace, ShardedSubspace, Subspace, shard_if_n
 
 pytestmark = pytest.mark.cuda
 SIZE = 2
+DEVICE = os.environ.get("DLDR_CUDA_TESTS_ON", "cuda")  # as in conftest.py
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    real = CUDA_TESTS_ON == "cuda"
+    real = DEVICE == "cuda"
     if real and torch.cuda.device_count() < SIZE:
         pytest.skip(f"needs {SIZE} GPUs, this machine has {torch.cuda.device_count()}")
     group = RankGroup(SIZE, 120.0, "nccl" if real else "gloo")
@@ -59,7 +60,7 @@ def train(how: str, kind: str, device: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["plain", "ddp", "columns", "shards"])
 @pytest.mark.parametrize("how", ["default", "consecutive", "wolfe", "residual", "psgd", "adam"])
 def test_as_one_process_on_the_whole_batch(ranks: RankGroup, how: str, kind: str) -> None:
-    alone, found = train(how, "alone", "cpu"), ranks.all(train, how, kind, CUDA_TESTS_ON)
+    alone, found = train(how, "alone", "cpu"), ranks.all(train, how, kind, DEVICE)
     assert all(one == found[0] for one in found)
     for key, value in found[0].items():
         torch.testing.assert_close(value, alone[key], rtol=1e-7, atol=1e-8)
@@ -76,7 +77,7 @@ def half(device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_in_sixteen_bits_are_scattered(ranks: RankGroup, dtype: torch.dtype) -> None:
-    ranks.all(half, CUDA_TESTS_ON, dtype)
+    ranks.all(half, DEVICE, dtype)
 
 
 def nan_on_one(device: str) -> list[str]:
@@ -91,7 +92,7 @@ def nan_on_one(device: str) -> list[str]:
 
 def test_nan_on_one_rank_is_seen_by_all(ranks: RankGroup) -> None:
     expected = ["ACCEPTED", "NON_FINITE_LOSS", "ACCEPTED"]
-    assert ranks.all(nan_on_one, CUDA_TESTS_ON) == [expected] * SIZE
+    assert ranks.all(nan_on_one, DEVICE) == [expected] * SIZE
 
 
 def cpu_weights() -> str:
