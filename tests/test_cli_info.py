@@ -91,13 +91,16 @@ def test_plan_as_tables(capsys, monkeypatch, width):
 
 
 def test_plan_measures_this_machine(capsys, monkeypatch):
-    from dldr_ext import _devices, _measure
+    from dldr_ext import _devices, _measure, _shares
 
     monkeypatch.setattr(_devices, "_BUFFER", 1 << 20)
     monkeypatch.setattr(_measure, "_MULTIPLY", 64)
+    monkeypatch.setattr(_shares, "_ROWS", 1 << 20)
     found = result(capsys, "plan", "--params", "1e6", "--device", "cpu")
     assert found["device"]["measured"]
-    assert all(step["expected"] >= step["floor"] > 0 for step in found["steps"])
+    for step in found["steps"]:
+        share = found["device"]["shares"][step["name"]]
+        assert step["expected"] == pytest.approx(step["floor"] / share) and share > 0
 
 
 @pytest.mark.parametrize(

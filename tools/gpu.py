@@ -30,6 +30,7 @@ import cuda_toolkit  # noqa: E402
 TESTS = {
     "tests: ops": ("test_ops.py", "test_ops_fused.py", "test_ops_errors.py", "test_ops_torch.py"),
     "tests: bits, streams, training": ("test_cuda*.py", "test_devices.py"),
+    "tests: subspaces": ("test_exact.py", "test_implicit.py"),
 }
 TOTAL = 525  # seconds for all stages
 # memcheck and racecheck watch our kernels alone; initcheck must see who wrote what is read
