@@ -32,6 +32,23 @@ def run(tmp_path):
     return write(tmp_path / "run", found), model, found
 
 
+def test_analyze_in_8_bits(run, tmp_path, capsys):
+    folder, _, _ = run
+    options = [
+        "--dim",
+        "3",
+        "--dtype",
+        "float8_e4m3fn",
+        "--json",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    code, printed, errors = call(capsys, "analyze", str(folder), *options)
+    assert code == 0 and not errors and json.loads(printed)["dtype"] == "float8_e4m3fn"
+    found = Subspace.load(tmp_path / "out" / "subspace.safetensors")
+    assert found.dim == 3 and found.dtype == torch.float8_e4m3fn
+
+
 def test_analyze(run, tmp_path, capsys):
     folder, model, _ = run
     out = tmp_path / "deep" / "out"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from samples import QUANTIZED
 from test_checkpoint_analysis import walk
-from test_cli import call, needs
 from test_trajectory_tiers import TIERS, recorded
 from torch import nn
 
@@ -341,24 +339,6 @@ def test_a_difference_of_checkpoints_that_overflows(dtype, tmp_path):
         Trajectory.from_checkpoints(tmp_path, model, dtype=dtype)
     with pytest.raises(CheckpointError, match=f"1.pt: a difference .* overflows {dtype}"):
         Analysis(Series(tmp_path), tmp_path / "out", dtype=dtype).run()
-
-
-def test_the_command(tmp_path, capsys):
-    needs("typer", "rich", "matplotlib")
-    folder, _ = walk(tmp_path / "run")
-    options = [
-        "--dim",
-        "3",
-        "--dtype",
-        "float8_e4m3fn",
-        "--json",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    code, output, errors = call(capsys, "analyze", str(folder), *options)
-    assert code == 0 and not errors and json.loads(output)["dtype"] == "float8_e4m3fn"
-    found = Subspace.load(tmp_path / "out" / "subspace.safetensors")
-    assert found.dim == 3 and found.dtype == torch.float8_e4m3fn
 
 
 def test_a_walk_costs_little_variance(tmp_path):
