@@ -55,7 +55,7 @@ def slope(x: list[float], y: list[float]) -> float:
 
 
 class Buffers:
-    """Memory for the largest problem; smaller ones use the front of it."""
+    """Memory for the largest problem; a smaller one has many places in it."""
 
     def __init__(self, rows: int, numel: int) -> None:
         self.rows = numbers(rows * numel, DTYPE)
@@ -63,11 +63,12 @@ class Buffers:
         self.params = torch.zeros(numel)
         self.origin = torch.ones(numel)
 
-    def works(self, n: int, t: int, d: int) -> dict[str, Callable[[], object]]:
-        rows, basis = self.rows[: t * n].view(t, n), self.rows[: d * n].view(d, n)
-        sizes = resnet18_sizes(n)
-        gradients, params = self.gradient[:n].split(sizes), self.params[:n].split(sizes)
-        origin, theta = self.origin[:n], torch.randn(d)
+    def works(self, n: int, t: int, d: int, place: int = 0) -> dict[str, Callable[[], object]]:
+        front = self.rows[place * t * n :]
+        rows, basis = front[: t * n].view(t, n), front[: d * n].view(d, n)
+        sizes, here = resnet18_sizes(n), slice(place * n, place * n + n)
+        gradients, params = self.gradient[here].split(sizes), self.params[here].split(sizes)
+        origin, theta = self.origin[here], torch.randn(d)
         gram = torch.zeros(t, t, dtype=torch.float64)
         c = torch.randn(d, t, dtype=torch.float64)
         return {
@@ -105,16 +106,17 @@ def timed(work: Callable[[], object]) -> float:
 def over_n(rounds: int) -> dict:
     """Seconds of each op for each n, and the slopes beyond the cache."""
     buffers = Buffers(T, SIZES[-1])
-    cases = {n: buffers.works(n, T, D) for n in SIZES}
+    # Each size goes over all of the memory: some of its pages are slower than others.
+    cases = {n: [buffers.works(n, T, D, i) for i in range(SIZES[-1] // n)] for n in SIZES}
     read = reader(buffers.rows[: 1 << 28])
-    took: dict[str, list[list[float]]] = {op: [] for op in cases[SIZES[0]]}
+    took: dict[str, list[list[float]]] = {op: [] for op in cases[SIZES[0]][0]}
     steady: dict[str, list[list[float]]] = {op: [] for op in took}
     for turn in range(-1, rounds):  # the first is not counted
         for op in took:
             row, level = [], []
             for n in SIZES:
                 before = seconds(read)
-                row.append(timed(cases[n][op]))
+                row.append(seconds(lambda: [work[op]() for work in cases[n]]) / len(cases[n]))  # noqa: B023
                 level.append(row[-1] / min(before, seconds(read)))
             if turn >= 0:
                 took[op].append(row)

@@ -133,11 +133,15 @@ def exact_gram(snapshots: Matrix, *, relative: bool = False) -> Tensor:
     """
     rows = len(snapshots)
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=snapshots.device)
-    for _, piece in column_pieces(snapshots, column_step(snapshots)):
-        chunk = piece.to(torch.float64)
+    step = column_step(snapshots)
+    # One for all pieces: allocators may give a chunk back each time, and fresh memory is slow.
+    size = rows * min(step, snapshots.shape[1])
+    buffer = torch.empty(size, dtype=torch.float64, device=snapshots.device)
+    for _, piece in column_pieces(snapshots, step):
+        chunk = buffer[: piece.numel()].view(piece.shape).copy_(piece)
         if relative:
-            chunk = chunk - chunk[:1]
-        gram += ops.gram(chunk.contiguous())
+            chunk -= chunk[:1].clone()
+        gram += ops.gram(chunk)
     return gram
 
 

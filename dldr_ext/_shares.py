@@ -16,7 +16,7 @@ from .plan import ITEMSIZE, Job, plan
 
 # Bytes of the stored rows: far beyond a cache, and read in some ten milliseconds.
 _ROWS = 1 << 29
-_ROUNDS = 3
+_ROUNDS = 5
 
 
 class FallingLoss:
