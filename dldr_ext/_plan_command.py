@@ -75,7 +75,7 @@ def plan_command(
     """Work out what a run takes: memory, bytes, time and communication.
 
     Formulas alone for a device by name; a device of this machine is measured first, which takes
-    some seconds and up to half of its free memory.
+    about 20 seconds and up to half of its free memory.
 
     \b
     Examples:

@@ -76,7 +76,7 @@ def with_shares(device: Device, job: Job, where: torch.device | str = "cpu") -> 
     """The device with the share of its floor that each step of the job reaches, measured now.
 
     With the job's d, T and format, and as many parameters as make its snapshots half a gigabyte:
-    all costs are proportional to n. Takes seconds, and up to half of the free memory.
+    all costs are proportional to n. Takes about 20 seconds, and up to half of the free memory.
     """
     small = replace(job, numel=_fitting(job, where), ranks=1, shard="none", storage="device")
     shares = {name: ratio for name, ratio in _ratios(small, device, where)}
