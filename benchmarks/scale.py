@@ -1,9 +1,10 @@
 """How cost grows with n, T and d, and a basis of more than 2^31 elements.
 
 Run from the repository's root: ``python benchmarks/scale.py``; ``--only n`` (or rows, large) runs
-one part and keeps the results of the others. Within a round every size is timed once, beside a read
-of a large buffer; slopes are fitted to each round of its own, so that a memory that changes its
-speed between rounds does not bend them. Takes 7 GB.
+one part and keeps the results of the others. Within a round every size is timed once, over the same
+memory piece by piece (some pages are slower than others), beside a read of a large buffer; slopes
+are fitted to each round of its own, so that a memory that changes its speed between rounds does not
+bend them. Takes 7 GB.
 """
 
 from __future__ import annotations

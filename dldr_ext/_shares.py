@@ -11,6 +11,7 @@ import torch
 from . import _pca, ops
 from ._devices import Device
 from ._measure import Work, reader, seconds
+from ._stored_rows import formed, scaled
 from .bench import Problem, free_memory, resnet18_sizes
 from .plan import ITEMSIZE, Job, plan
 
@@ -58,10 +59,10 @@ def works(job: Job, device: torch.device | str = "cpu") -> Iterator[tuple[str, W
         lambda: ops.reconstruct_(problem.params, origin, basis, theta, scale=part),
     )
     yield "record", record
-    if scale is None:
-        c = torch.randn(job.dim, job.snapshots, dtype=torch.float64, device=rows.device)
-        yield "gram", lambda: _pca.exact_gram(rows)
-        yield "form_basis", lambda: ops.form_basis(rows, c)
+    snapshots = scaled(rows, scale)
+    c = torch.randn(job.dim, job.snapshots, dtype=torch.float64, device=rows.device)
+    yield "gram", lambda: _pca.exact_gram(snapshots)
+    yield "form_basis", lambda: formed(snapshots, c, dtype, _pca.column_step(snapshots))
     params = [torch.zeros_like(p).requires_grad_() for p in problem.params]
     optimizer = PBFGS(params, Subspace(basis, torch.zeros_like(origin), scale=part))
     closure = FallingLoss(params)
