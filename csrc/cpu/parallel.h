@@ -17,10 +17,14 @@ constexpr int64_t kNumbersPerThread = 1 << 16;
 // more of them to the others.
 constexpr int64_t kPiecesPerThread = 8;
 
+// Which end of the chunks the threads begin at.
+enum class From { front, back };
+
 // Calls f(begin, end) over the chunks [first, last) of a plan on torch's threads; `rows` numbers
 // are touched for each element.
 template <class F>
-void parallel_chunks(const Plan& plan, int64_t first, int64_t last, int64_t rows, const F& f) {
+void parallel_chunks(const Plan& plan, int64_t first, int64_t last, int64_t rows, const F& f,
+                     From from = From::front) {
   if (first >= last) return;
   const int64_t numbers = plan.tile * plan.tiles_per_chunk * max_of(rows, 1);
   const int64_t most = ceil_div((last - first) * numbers, kNumbersPerThread);
@@ -29,13 +33,14 @@ void parallel_chunks(const Plan& plan, int64_t first, int64_t last, int64_t rows
   std::atomic<int64_t> next{first};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t at = next.fetch_add(piece); at < last; at = next.fetch_add(piece)) {
-      f(at, min_of(at + piece, last));
+      const int64_t end = min_of(at + piece, last);
+      from == From::front ? f(at, end) : f(first + last - end, first + last - at);
     }
   });
 }
 template <class F>
-void parallel_chunks(const Plan& plan, int64_t rows, const F& f) {
-  parallel_chunks(plan, 0, plan.chunks, rows, f);
+void parallel_chunks(const Plan& plan, int64_t rows, const F& f, From from = From::front) {
+  parallel_chunks(plan, 0, plan.chunks, rows, f, from);
 }
 
 // Sums of the chunks: chunks * width numbers, not initialised.

@@ -6,11 +6,16 @@
 namespace dldr {
 namespace {
 
+// From the back: a projection, which comes before it in a step, leaves the end of a basis in the
+// last cache, and this leaves the front to the next projection.
+constexpr From kFrom = From::back;
+
 void run(ReconstructArgs& args) {
   args.plan = make_plan(args.basis.numel);
   const CpuKernels& kernels = active_kernels();
-  parallel_chunks(args.plan, args.basis.rows,
-                  [&](int64_t begin, int64_t end) { kernels.reconstruct(args, begin, end); });
+  parallel_chunks(
+      args.plan, args.basis.rows,
+      [&](int64_t begin, int64_t end) { kernels.reconstruct(args, begin, end); }, kFrom);
 }
 
 Tensor reconstruct(const std::optional<Tensor>& origin, const Tensor& basis, const Tensor& theta,
@@ -43,9 +48,9 @@ std::tuple<Tensor, Tensor> reconstruct_residual(const Tensor& basis, const Tenso
   ResidualArgs& args = inputs.args;
   args.plan = make_plan(args.basis.numel);
   const CpuKernels& kernels = active_kernels();
-  parallel_chunks(args.plan, args.basis.rows, [&](int64_t begin, int64_t end) {
-    kernels.reconstruct_residual(args, begin, end);
-  });
+  parallel_chunks(
+      args.plan, args.basis.rows,
+      [&](int64_t begin, int64_t end) { kernels.reconstruct_residual(args, begin, end); }, kFrom);
   return {*inputs.direction, *inputs.residual};
 }
 
