@@ -89,7 +89,7 @@ def gradients(params: Sequence[Tensor]) -> list[Tensor]:
                 f"params[{i}]: expected a dense gradient, got {grad.layout} for shape "
                 f"{tuple(p.shape)}; build the layer with sparse=False"
             )
-        result.append(local_shard(grad, p))
+        result.append(grad if type(grad) is Tensor else local_shard(grad, p))
     return result
 
 

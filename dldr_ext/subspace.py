@@ -115,8 +115,6 @@ class Subspace(ReadableSubspace):
 
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
         """Coordinates of several lists of tensors, shape (len(lists), d): one pass for all."""
-        if len(lists) == 1:
-            return self._project(lists[0]).unsqueeze(0)
         return ops.project_many(self.basis, lists, scale=self.scale)
 
     def combine_residual(

@@ -68,7 +68,7 @@ def test_two_passes_over_the_basis_a_step(monkeypatch: pytest.MonkeyPatch) -> No
 
         monkeypatch.setattr(ops, name, counted)
     optimizer.step(batches.forward(0))
-    assert passes == ["project", "reconstruct_"] and optimizer.closure_calls == 1
+    assert passes == ["project_many", "reconstruct_"] and optimizer.closure_calls == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

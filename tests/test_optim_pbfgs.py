@@ -423,12 +423,13 @@ def test_two_passes_over_the_basis_a_step(monkeypatch: pytest.MonkeyPatch) -> No
 
         def counted(*args: object, real: object = real, name: str = name, **kwargs: object):
             if any(a is subspace.basis for a in args):
-                passes.append(name)
+                lists = f" {len(args[1])}" if name == "project_many" else ""
+                passes.append(name + lists)
             return real(*args, **kwargs)
 
         monkeypatch.setattr(ops, name, counted)
-    single, both = ["project", "reconstruct_"], ["project_many", "reconstruct_"]
-    outside = ["project_many", "reconstruct_residual"]
+    single, both, three = [[f"project_many {k}", "reconstruct_"] for k in (1, 2, 3)]
+    alone, outside, decayed = [[f"project_many {k}", "reconstruct_residual"] for k in (1, 2, 3)]
     for options, first, expected in (
         (PUBLISHED, single, single),
         ({}, single, both),
@@ -436,10 +437,10 @@ def test_two_passes_over_the_basis_a_step(monkeypatch: pytest.MonkeyPatch) -> No
         ({"curvature": "overlap"}, single, both),
         ({"update": "sr1", "lr": 16.0}, single, both),
         ({"update": "lbfgs"}, single, both),
-        ({"weight_decay": 0.1}, both, both),
+        ({"weight_decay": 0.1}, both, three),
         ({"max_iter": 2}, single * 2, [*both, *single]),
-        ({"residual_lr": 0.1}, ["project", "reconstruct_residual"], outside),
-        ({"residual_lr": 0.1, "weight_decay": 0.1}, outside, outside),
+        ({"residual_lr": 0.1}, alone, outside),
+        ({"residual_lr": 0.1, "weight_decay": 0.1}, outside, decayed),
     ):
         batches = Batches(0)
         subspace = random_subspace(batches.params, 4)

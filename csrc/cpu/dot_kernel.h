@@ -1,9 +1,9 @@
 // Products of several stored rows with one or two staged vectors at a time: the heart of project,
 // gram_append and gram_block. Included once for each instruction set.
 
-// Rows that are read side by side: enough streams and FMA chains to hide latency, few enough for
-// 16 registers; with two vectors there are twice as many sums.
-constexpr int kRowBlock = 4;
+// Rows that are read side by side are kRowBlock, where so many are left, then kFewRows, then one:
+// enough streams and FMA chains to hide latency, few enough for the registers.
+constexpr int kFewRows = 4;
 constexpr int64_t kCacheLine = 64;
 // How far ahead of the read position rows are prefetched, into L2: its misses wait in longer queues
 // than those of L1.
@@ -147,16 +147,18 @@ inline void dot_tiles(const Rows& rows, int64_t first, int64_t next, int64_t beg
   }
 }
 
-// The same for rows [first, last), R of them side by side, and then one by one.
+// The same for rows [first, last), R of them side by side, and then fewer.
 template <int R, int K, class T, class A>
 inline void dot_rows(const Rows& rows, int64_t first, int64_t last, int64_t begin, int64_t count,
                      const Products<A>& products, int64_t vector) {
   int64_t r = first;
   for (; r + R <= last; r += R) {
-    const int64_t next = r + 2 * R <= last ? r + R : r;
-    dot_tiles<R, K, T>(rows, r, next, begin, count, products, vector);
+    dot_tiles<R, K, T>(rows, r, min_of(r + R, last - R), begin, count, products, vector);
   }
-  for (; r < last; ++r) dot_tiles<1, K, T>(rows, r, r, begin, count, products, vector);
+  if constexpr (R > 1) {
+    constexpr int fewer = R > kFewRows ? kFewRows : 1;
+    dot_rows<fewer, K, T>(rows, r, last, begin, count, products, vector);
+  }
 }
 
 // The same for rows [first, last) and vectors [0, vectors). Every sum is made alone, in one order:
@@ -164,18 +166,20 @@ inline void dot_rows(const Rows& rows, int64_t first, int64_t last, int64_t begi
 template <class T, class A>
 void dot_all(const Rows& rows, int64_t first, int64_t last, int64_t begin, int64_t count,
              const Products<A>& products, int64_t vectors) {
+  // Blocks of 256 numbers are summed alone where each has a scale: too short for many rows.
+  constexpr int R = scaled_format<T>::value ? kFewRows : kRowBlock;
   if (vectors == 1) {
-    dot_rows<kRowBlock, 1, T>(rows, first, last, begin, count, products, 0);
+    dot_rows<R, 1, T>(rows, first, last, begin, count, products, 0);
     return;
   }
   // Rows that one pair of vectors has read are in cache for the next.
-  for (int64_t r = first; r < last; r += kRowBlock) {
-    const int64_t end = min_of(r + kRowBlock, last);
+  for (int64_t r = first; r < last; r += R) {
+    const int64_t end = min_of(r + R, last);
     int64_t v = 0;
     for (; v + 2 <= vectors; v += 2) {
       dot_rows<kPairRows, 2, T>(rows, r, end, begin, count, products, v);
     }
-    if (v < vectors) dot_rows<kRowBlock, 1, T>(rows, r, end, begin, count, products, v);
+    if (v < vectors) dot_rows<R, 1, T>(rows, r, end, begin, count, products, v);
   }
 }
 

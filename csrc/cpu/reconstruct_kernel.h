@@ -83,6 +83,20 @@ void combine_block(const Rows& rows, int64_t first, int64_t next, int64_t begin,
   }
 }
 
+// The same for rows from `first` on, R of them side by side, and then fewer.
+template <int R, int K, class T, class A>
+inline void combine_rows(const Rows& rows, int64_t first, int64_t begin, int64_t count,
+                         const A* const (&theta)[K], A* const (&out)[K]) {
+  int64_t r = first;
+  for (; r + R <= rows.rows; r += R) {
+    combine_block<R, K, T>(rows, r, min_of(r + R, rows.rows - R), begin, count, theta, out);
+  }
+  if constexpr (R > 1) {
+    constexpr int fewer = R > kFewRows ? kFewRows : 1;
+    combine_rows<fewer, K, T>(rows, r, begin, count, theta, out);
+  }
+}
+
 // The same for all rows. Each number is summed row by row: how rows are grouped changes no bit.
 template <int K, class T, class A>
 void combine_all(const Rows& rows, int64_t begin, int64_t count, const A* const (&theta)[K],
@@ -90,12 +104,7 @@ void combine_all(const Rows& rows, int64_t begin, int64_t count, const A* const 
   for (A* const one : out) {
     for (int64_t i = 0; i < ceil_div(count, kCacheLine) * kCacheLine; ++i) one[i] = 0;
   }
-  int64_t r = 0;
-  for (; r + kRowBlock <= rows.rows; r += kRowBlock) {
-    const int64_t next = r + 2 * kRowBlock <= rows.rows ? r + kRowBlock : r;
-    combine_block<kRowBlock, K, T>(rows, r, next, begin, count, theta, out);
-  }
-  for (; r < rows.rows; ++r) combine_block<1, K, T>(rows, r, r, begin, count, theta, out);
+  combine_rows<kRowBlock, K, T>(rows, 0, begin, count, theta, out);
 }
 
 template <class T>

@@ -10,7 +10,8 @@ struct VecD {
 };
 using RegF = VecF;
 using RegD = VecD;
-// Rows that dot_kernel.h reads side by side with two vectors.
+// Rows that dot_kernel.h reads side by side with one vector, and with two.
+constexpr int kRowBlock = 8;
 constexpr int kPairRows = 4;
 // The patch of gram_kernel.h, and the vectors of each row after which a line is fetched.
 constexpr int kGramRows = 5, kGramColumns = 5, kGramUnroll = 1;

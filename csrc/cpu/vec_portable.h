@@ -17,7 +17,8 @@ struct RegD {
   static constexpr int lanes = 2;
   double v[2];
 };
-// Rows that dot_kernel.h reads side by side with two vectors.
+// Rows that dot_kernel.h reads side by side with one vector, and with two.
+constexpr int kRowBlock = 4;
 constexpr int kPairRows = 2;
 // The patch of gram_kernel.h, and the vectors of each row after which a line is fetched.
 constexpr int kGramRows = 4, kGramColumns = 2, kGramUnroll = 4;

@@ -19,11 +19,11 @@ class Guard:
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
-        self._seen: list[tuple[int, int]] = []
+        self._seen: list[int] = []
 
     def remember(self) -> None:
         """The weights are now as they should be."""
-        self._seen = [(p._version, p.data_ptr()) for p in self._params]
+        self._seen = self._now()
 
     def check(self, owner: str, expected: Callable[[], Tensor]) -> None:
         """Refuses weights that are no longer those of the last `remember`.
@@ -40,7 +40,7 @@ class Guard:
         ValueError
             Naming the first parameter that differs.
         """
-        now = [(p._version, p.data_ptr()) for p in self._params]
+        now = self._now()
         if now == self._seen:
             return
         start, flat = 0, expected()
@@ -59,3 +59,7 @@ class Guard:
                     f"optimizer would undo that; call {owner}.resync() to go on from there"
                 )
         self._seen = now
+
+    def _now(self) -> list[int]:
+        # No tuples: the garbage collector would look at all of them, in each step.
+        return [p._version for p in self._params] + [p.data_ptr() for p in self._params]

@@ -117,6 +117,12 @@ def _of_objective(
 ) -> list[Tensor]:
     """Coordinates of gradients of the objective; the weights are projected in the same pass."""
     if objective.decay == 0.0:
-        return [f * row for f, row in zip(factors, project(*lists), strict=True)]
-    *rows, weights = project(*lists, [point], same=1)
-    return [f * row + objective.decay * weights for f, row in zip(factors, rows, strict=True)]
+        rows = list(project(*lists))
+    else:
+        *rows, weights = project(*lists, [point], same=1)
+    for f, row in zip(factors, rows, strict=True):
+        if f != 1.0:
+            row.mul_(f)
+        if objective.decay != 0.0:
+            row.add_(objective.decay * weights)
+    return rows
