@@ -131,6 +131,11 @@ def described(
     return lines
 
 
+def report(*known: Any) -> str:
+    """The same as text; arguments as in `described`."""
+    return "\n".join(f"{name:<11} {text}" for name, text in described(*known).items())
+
+
 def _directions(count: int) -> str:
     return f"{count} direction{'s' * (count != 1)}"
 

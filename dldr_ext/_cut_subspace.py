@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _choice
 from ._affine import AffineSubspace
 from ._ranks import Ranks
 from .subspace import Subspace
@@ -25,6 +26,7 @@ class CutSubspace(AffineSubspace):
         self._dim, self.local, self.ranks = dim, local, ranks
         self.explained_variance_ratio = None if local is None else local.explained_variance_ratio
         self.singular_values = None if local is None else local.singular_values
+        self.choice = None if local is None else local.choice  # see `Subspace`
 
     @property
     def dim(self) -> int:
@@ -49,6 +51,17 @@ class CutSubspace(AffineSubspace):
         result = torch.empty_like(self.origin)
         self._write([result], theta.detach(), self.origin)
         return result
+
+    def report(self) -> str:
+        """What was kept and why, as `Subspace.report` says it: of all ranks' columns."""
+        dtype = (self.origin if self.local is None else self.local.basis).dtype
+        ratio = self.explained_variance_ratio
+        return _choice.report(self.dim, self._total, dtype, self.choice, ratio)
+
+    @property
+    def _total(self) -> int:
+        """Columns of all ranks, as far as that is known."""
+        return self.numel
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the columns of this rank: ``name-00001-of-00004.safetensors`` for the path

@@ -69,8 +69,7 @@ class ReadableSubspace(AffineSubspace):
         the directions were chosen, as for random ones, it says so.
         """
         ratio = self.explained_variance_ratio
-        said = _choice.described(self.dim, self.numel, self.dtype, self.choice, ratio)
-        return "\n".join(f"{name:<11} {text}" for name, text in said.items())
+        return _choice.report(self.dim, self.numel, self.dtype, self.choice, ratio)
 
     def quantization_error(self, reference: AffineSubspace | None = None) -> QuantizationError:
         """How far rounding has taken the basis from an orthonormal one, and what it has lost.

@@ -54,6 +54,8 @@ class LocalSubspace(CutSubspace):
         self.shapes, self.names = known.get("shapes"), known.get("names")
         if local is None:  # every rank starts from the same guess of the curvature
             self.singular_values = known.get("singular_values")
+            self.explained_variance_ratio = known.get("explained_variance_ratio")
+            self.choice = known.get("choice")
         self.replicas, self._basis = replicas, basis
         self.layout: Layout | None = None  # where these columns are among all, if known
 
@@ -192,13 +194,17 @@ class LocalSubspace(CutSubspace):
         listed = [params] if isinstance(params, Tensor) else list(params)
         return super()._weights([local_shard(p) if isinstance(p, Tensor) else p for p in listed])
 
+    @property
+    def _total(self) -> int:
+        return self.numel if self.layout is None else self.layout.numel
+
     def _like(self, local: Subspace | None) -> LocalSubspace:
         basis, origin = (self._basis, self.origin) if local is None else (local.basis, local.origin)
         known = {} if local is None else {"scale": local.scale}
         known["explained_variance_ratio"] = self.explained_variance_ratio
         result = LocalSubspace(
             basis, origin, self.ranks.group, replicas=self.replicas, shapes=self.shapes,
-            names=self.names, singular_values=self.singular_values, **known,
+            names=self.names, singular_values=self.singular_values, choice=self.choice, **known,
         )  # fmt: skip
         result.layout = self.layout
         return result

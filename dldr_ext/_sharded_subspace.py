@@ -66,6 +66,7 @@ class ShardedSubspace(CutSubspace):
         self.shapes, self.names = subspace.shapes, subspace.names
         self.explained_variance_ratio = subspace.explained_variance_ratio
         self.singular_values = subspace.singular_values
+        self.choice = subspace.choice
 
     @classmethod
     def of_columns(
@@ -81,6 +82,7 @@ class ShardedSubspace(CutSubspace):
         result.shapes, result.names = known.get("shapes"), known.get("names")
         ratio, values = (known.get(k) for k in ("explained_variance_ratio", "singular_values"))
         result.explained_variance_ratio, result.singular_values = ratio, values
+        result.choice = known.get("choice")
         return result
 
     @classmethod
@@ -111,7 +113,7 @@ class ShardedSubspace(CutSubspace):
         return Subspace(
             basis, self.origin, shapes=self.shapes, names=self.names,
             explained_variance_ratio=self.explained_variance_ratio,
-            singular_values=self.singular_values,
+            singular_values=self.singular_values, choice=self.choice,
         )  # fmt: skip
 
     def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:

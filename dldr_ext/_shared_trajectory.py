@@ -171,7 +171,7 @@ class SharedTrajectory(Trajectory):
         told = {key: str(value) for key, value in asked.items()}
         self.ranks.agree({**told, "dtype": dtype_name(dtype)}, "subspace")
         found = self._spectrum(origin, center)
-        count, _, warning = choose(found, len(self), most, dim, explained, center)
+        count, facts, warning = choose(found, len(self), most, dim, explained, center)
         if warning is not None:
             warnings.warn(warning, UserWarning, stacklevel=2)
         basis, scale = torch.empty((count, 0), dtype=dtype, device=self.device), None
@@ -182,6 +182,7 @@ class SharedTrajectory(Trajectory):
             "scale": scale,
             "explained_variance_ratio": found.explained(count),
             "singular_values": found.values[:count].sqrt(),
+            "choice": facts,
         }
         if self.share.mesh is None:
             known |= {"shapes": self.shapes, "names": self.names}

@@ -160,7 +160,11 @@ class _Subspace:
     def state_dict(self) -> dict[str, Any]:
         subspace, runs, total = self._subspace, self._runs, self._total
         local = subspace if isinstance(subspace, Subspace) else subspace.local
-        known: dict[str, Any] = {"shapes": self._shapes, "names": subspace.names}
+        known: dict[str, Any] = {
+            "shapes": self._shapes,
+            "names": subspace.names,
+            "choice": subspace.choice,
+        }
         for key in ("explained_variance_ratio", "singular_values"):
             value = getattr(subspace, key)
             known[key] = None if value is None else value.tolist()

@@ -89,6 +89,7 @@ def start(path: Path, dtype: torch.dtype = torch.float64) -> Subspace:
     subspace = Subspace(
         subspace.basis, subspace.origin, shapes=subspace.shapes, names=subspace.names,
         singular_values=torch.arange(D, 0, -1), explained_variance_ratio=torch.full((D,), 1 / 7),
+        choice={"snapshots": 9, "rank": 8, "asked": "dim = 5", "why": "as asked for", "walk": None},
     )  # fmt: skip
     subspace.save(path)
     return subspace
@@ -106,6 +107,7 @@ def test_saved_on_four_ranks_and_resumed_on_two_and_one(
     found = rank_groups(4).all(save, mode, how, file, four)
     then = rank_groups(2).all(save, mode, how, four, two)
     assert then[0]["before"] == found[0]["theta"]  # to the bit
+    assert Subspace.load(two).choice == Subspace.load(file).choice is not None
     one = steps("alone", how, two, saved=back)
     assert one["before"] == then[0]["theta"] and one["steps"] == 9
     for key in ("theta", "weights"):
@@ -138,6 +140,7 @@ def held(mode: str, path: Path) -> dict[str, Any]:
         "values": subspace.singular_values,
         "ratio": subspace.explained_variance_ratio,
         "names": subspace.names,
+        "report": subspace.report(),
         "dim": subspace.dim,
     }
 
@@ -173,7 +176,7 @@ def test_a_file_of_one_process_is_read_by_columns(ranks: Any, mode: str, tmp_pat
         assert torch.equal(one["origin"], expected)
         assert torch.equal(one["values"], whole.singular_values)
         assert torch.equal(one["ratio"], whole.explained_variance_ratio)
-        assert one["dim"] == D and one["names"] == whole.names
+        assert one["dim"] == D and one["names"] == whole.names and one["report"] == whole.report()
     n = whole.numel * (2 if mode == "hybrid" else 1)
     assert sum(one["read"] for one in found) == (D + 1) * n
 
@@ -196,6 +199,7 @@ def test_a_quantised_basis_keeps_its_scales(ranks: Any, tmp_path: Path) -> None:
     again = Subspace.load(tmp_path / "dcp")
     assert torch.equal(again.basis, whole.basis) and torch.equal(again.scale, whole.scale)
     assert torch.equal(again.origin, whole.origin) and again.names == whole.names
+    assert again.report() == whole.report()
 
 
 def refused(mode: str, path: Path) -> str:

@@ -100,6 +100,7 @@ def analysed(mode: str, tier: str, path: Any, small: bool) -> dict[str, Any]:
         "basis": whole_basis(subspace, trajectory.params),
         "values": subspace.singular_values,
         "held": held[1],
+        "report": subspace.report(),
     }
 
 
@@ -114,6 +115,7 @@ def test_as_one_process(ranks: RankGroup, mode: str, tier: str, small: bool, tmp
     n = expected.numel
     assert sum(one.pop("held") for one in found) == n * (2 if mode == "hybrid" else 1)
     for one in found:
+        assert one.pop("report") == subspace.report()
         assert all(torch.equal(one[key], found[0][key]) for key in one)  # to the bit
     assert torch.equal(found[0]["gram"], found[0]["gram"].T)
     close = {"rtol": 1e-5, "atol": 1e-5}
