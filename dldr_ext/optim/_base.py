@@ -17,6 +17,7 @@ from .._affine import AffineSubspace
 from .._claims import Claims, described, digest, samples
 from .._params import check_matches, dtype_name, gradients, local_shard, numel
 from .._ranks import Ranks
+from . import _state
 from ._closure import Evaluator, Loss
 from ._guard import Guard
 from ._options import check_choice, check_number, trainable
@@ -30,8 +31,6 @@ _log = logging.getLogger("dldr_ext")
 
 # Weights further than this from origin + P theta, relative to their norm, count as moved.
 _MOVED = 1e-5
-# A loaded point further than this from origin + P theta belongs to another subspace.
-_FOREIGN = 1e-2
 # Entries of `history`.
 _HISTORY = 1000
 # Steps after which ranks compare theta and options: what each would do alone might differ.
@@ -124,7 +123,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         With a process group every rank must call it; one of them may write it to a file.
         """
-        handle = self.register_state_dict_post_hook(_give_out, prepend=True)
+        handle = self.register_state_dict_post_hook(_state.give_out, prepend=True)
         try:  # hooks see the whole
             return super().state_dict()
         finally:
@@ -140,9 +139,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             another subspace. Nothing has changed then.
         """
         if not isinstance(state_dict, dict):  # torch would fail on it
-            raise ValueError(_wrong_state(self, state_dict))
+            raise ValueError(_state.wrong(self, state_dict))
         # After hooks of the user's, which may change it; what torch checks comes next.
-        handle = self.register_load_state_dict_pre_hook(_take_in)
+        handle = self.register_load_state_dict_pre_hook(_state.take_in)
         try:
             with self._agreeing():
                 super().load_state_dict(state_dict)
@@ -214,42 +213,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         # torch keeps only the groups; a copy without theta would be none. Hooks stay behind, as
         # torch has it, since they may hold anything.
         return {k: v for k, v in self.__dict__.items() if not k.endswith("_hooks")}
-
-    def _give_out(self, state_dict: dict[str, Any]) -> None:
-        """Adds what is saved."""
-        self._before_saving()
-        state_dict["subspace"] = {
-            "theta": self._theta.detach().clone(),
-            "status": self._status.name,
-            "steps": self._steps,
-            "closure_calls": self._evaluator.calls,
-            "gradient_calls": self._evaluator.gradient_calls,
-            **self._own_state(),
-        }
-
-    def _take_in(self, state_dict: dict[str, Any]) -> None:
-        """Checks all of a state before any of it is used."""
-        name = type(self).__name__
-        if not (isinstance(state_dict, dict) and isinstance(state_dict.get("subspace"), dict)):
-            raise ValueError(_wrong_state(self, state_dict))
-        state = state_dict["subspace"]
-        counts = ("steps", "closure_calls", "gradient_calls")
-        expected = {"theta", "status", *counts, *self._own_state()}
-        if set(state) != expected:
-            raise ValueError(
-                f"{name}: state_dict: expected the keys {sorted(expected)} in 'subspace', got "
-                f"{sorted(map(str, state))}"
-            )
-        theta = self._saved_tensor(state, "theta", self._theta)
-        try:
-            status = Status[state["status"]]
-        except KeyError:
-            raise ValueError(
-                f"{name}: state_dict: status: expected a Status, got {state['status']!r}"
-            ) from None
-        own = self._checked_own_state(state, theta)
-        self._incoming = {"theta": theta, "status": status, "own": own}
-        self._incoming |= {count: int(state[count]) for count in counts}
 
     # What subclasses add.
 
@@ -380,29 +343,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             theta = self._first_theta(claims["optimizer"], theta0)
         return claims | {"theta": digest(theta)}
 
-    def _saved_tensor(self, state: dict[str, Any], key: str, like: Tensor) -> Tensor:
-        """A copy of a saved tensor, on the device and in the dtype of ``like``."""
-        value = state[key]
-        if not isinstance(value, Tensor) or value.shape != like.shape:
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(
-                f"{type(self).__name__}: state_dict: {key}: expected a tensor of shape "
-                f"{tuple(like.shape)}, got {got}"
-            )
-        return value.to(device=like.device, dtype=like.dtype, copy=True)
-
-    def _check_point(self, point: Tensor, origin: Tensor | None, theta: Tensor) -> None:
-        """Refuses a saved point that is not origin + P theta in this subspace."""
-        here = torch.empty_like(point)
-        self._subspace.combine_(here, self._to_basis(theta), origin)
-        distance = float(torch.linalg.vector_norm(here - point))
-        if not distance <= _FOREIGN * float(torch.linalg.vector_norm(point)):
-            raise ValueError(
-                f"{type(self).__name__}: state_dict: point: expected origin + P theta in this "
-                f"optimizer's subspace, got a point at distance {distance:.3g} from it; the state "
-                "was saved with another subspace"
-            )
-
     def _check_subspace(self, name: str, subspace: AffineSubspace) -> None:
         params = self._params
         if not isinstance(subspace, AffineSubspace):
@@ -490,19 +430,3 @@ def _options(group: dict[str, Any]) -> list[str]:
         f"{key} = {value.tolist() if isinstance(value, Tensor) else value!r}"
         for key, value in known.items()
     ]
-
-
-def _give_out(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    assert isinstance(optimizer, SubspaceOptimizer)
-    optimizer._give_out(state_dict)
-
-
-def _take_in(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    assert isinstance(optimizer, SubspaceOptimizer)
-    optimizer._take_in(state_dict)
-
-
-def _wrong_state(optimizer: SubspaceOptimizer, got: Any) -> str:
-    name = type(optimizer).__name__
-    found = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else type(got).__name__
-    return f"{name}: state_dict: expected what {name}.state_dict() returns, got {found}"

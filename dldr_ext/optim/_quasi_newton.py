@@ -21,6 +21,7 @@ from ._objective import Objective
 from ._pairs import Pairs
 from ._replay import Replay, buffer_list
 from ._scaler import ScaleKeeper
+from ._state import check_point, saved_tensor
 from ._trials import Start, Trials, read_together, search
 from ._walk import Walk
 from .history import Curvature
@@ -460,14 +461,15 @@ class QuasiNewton(SubspaceOptimizer):
         optional |= dict.fromkeys(self.flat_state[1:], self._walk.point)
         own = {key: kind(state[key]) for key, kind in numbers.items()}
         for key, like in optional.items():
-            own[key] = None if state[key] is None else self._saved_tensor(state, key, like)
-        own["point"] = self._saved_tensor(state, "point", self._walk.point)
+            own[key] = None if state[key] is None else saved_tensor(self, state, key, like)
+        own["point"] = saved_tensor(self, state, "point", self._walk.point)
         try:
             own["rule"] = self._rule.checked(state, len(theta))
         except ValueError as error:
             raise ValueError(f"PBFGS: state_dict: {error}") from None
         origin = own["moved_origin"]
-        self._check_point(own["point"], self._subspace.origin if origin is None else origin, theta)
+        origin = self._subspace.origin if origin is None else origin
+        check_point(self, own["point"], origin, theta)
         return own
 
     def _adopt(self, own: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from ._closure import Closure, Loss
 from ._first_order import FirstOrder
 from ._objective import Objective
 from ._options import check_flag, check_lr, check_number, names_options
+from ._state import saved_tensor
 from .status import Status
 
 __all__ = ["PSGD"]
@@ -110,7 +111,7 @@ class PSGD(FirstOrder):
         return {"momentum": self._momentum.clone()}
 
     def _checked_own_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
-        return {"momentum": self._saved_tensor(state, "momentum", theta)}
+        return {"momentum": saved_tensor(self, state, "momentum", theta)}
 
     def _carry(self, m: Tensor) -> None:
         self._momentum = torch.mv(m, self._momentum)
