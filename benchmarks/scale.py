@@ -4,8 +4,8 @@ Run from the repository's root: ``python benchmarks/scale.py``; ``--only n`` (or
 one part and keeps the results of the others. Within a round every size is timed once, over the same
 memory piece by piece (some pages are slower than others), beside a read of a large buffer; slopes
 are fitted to each round of its own, so that a memory that changes its speed between rounds does not
-bend them. What `form_basis` returns is new memory: the C library is told to keep what was used before
-(glibc), and how long the op takes where the system has to hand out all of it is measured beside that.
+bend them. The C library (glibc) is told to keep memory that was freed, for `form_basis` returns as
+much as it reads: how it goes where the system hands out all of that anew is measured beside it.
 Takes 10 GB.
 """
 
@@ -255,7 +255,7 @@ def draw(result: dict, path: Path) -> None:
         medians = [1e3 * s["median"] for s in found["seconds"]]
         low = [1e3 * (s["median"] - s["low"]) for s in found["seconds"]]
         high = [1e3 * (s["high"] - s["median"]) for s in found["seconds"]]
-        label = f"{op}: slope {found['slope_of_best']:.2f}"
+        label = f"{op}: slope {found['slope']['median']:.2f}"
         left.errorbar(part["numel"], medians, [low, high], marker="o", label=label)
     left.axvline(part["beyond_cache"], color="grey", linestyle=":")
     left.set(xscale="log", yscale="log", xlabel="n", ylabel="ms")
@@ -265,8 +265,9 @@ def draw(result: dict, path: Path) -> None:
         right.plot(found["rows"], medians, marker="o", label=line)
     right.set(xscale="log", yscale="log", xlabel="T or d", ylabel="ms")
     right.set_title(f"n = {result['rows']['numel']:,}")
+    right.set_ylim(top=4 * right.get_ylim()[1])  # room for the legend
     for axes in (left, right):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
