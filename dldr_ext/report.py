@@ -69,6 +69,22 @@ $cards
 </div>
 """
 
+TAIL = """</main>
+</body>
+</html>
+"""
+
+
+def folded(summary: str, rows: str) -> str:
+    """A table of two columns that is opened by a click."""
+    return f"""<details><summary>{summary}</summary>
+<div class="card scroll"><table class="plain"><tbody>
+{rows}
+</tbody></table></div>
+</details>
+"""
+
+
 _PAGE = Template(
     HEAD
     + """<div class="card scroll">
@@ -92,20 +108,10 @@ $method
 $runs
 </tbody></table></div>
 </details>
-<details><summary>Settings</summary>
-<div class="card scroll"><table class="plain"><tbody>
-$config
-</tbody></table></div>
-</details>
-<details><summary>Versions</summary>
-<div class="card scroll"><table class="plain"><tbody>
-$versions
-</tbody></table></div>
-</details>
-</main>
-</body>
-</html>
 """
+    + folded("Settings", "$config")
+    + folded("Versions", "$versions")
+    + TAIL
 )
 
 _CAPTIONS = {

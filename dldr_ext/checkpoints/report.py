@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ..report import HEAD, STYLE, figure, pairs, tds
+from ..report import HEAD, STYLE, TAIL, figure, folded, pairs, tds
 
 _MOST_PAIRS = 20  # near-duplicates that are listed
 
@@ -28,15 +28,9 @@ $choice
 $rows
 </tbody></table></div>
 </details>
-<details><summary>Settings</summary>
-<div class="card scroll"><table class="plain"><tbody>
-$settings
-</tbody></table></div>
-</details>
-</main>
-</body>
-</html>
 """
+    + folded("Settings", "$settings")
+    + TAIL
 )
 
 _CAPTIONS = {
