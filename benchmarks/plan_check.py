@@ -2,8 +2,9 @@
 
 Run from the repository's root: ``python benchmarks/plan_check.py``. Memory is the peak of the
 resident set, phase by phase in a process of its own, above what torch and the package take. A time
-is predicted as `dldr plan` does it: from a smaller problem, timed just before. Both are taken
-beside reads of a large buffer, so that a memory that changes its speed does not count as an error.
+is predicted as `dldr plan` does it: from a smaller problem, here timed just before in each round.
+Both are taken beside reads of a large buffer. So a memory that changes its speed does not count as
+an error.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from dldr_ext._devices import Device, measure  # noqa: E402
 from dldr_ext._measure import Spread, multiply_rate  # noqa: E402
 from dldr_ext._shares import (  # noqa: E402
     FallingLoss,
+    smaller,
     speedometer,
     timed,
-    with_shares,
     works,
 )
 from dldr_ext.bench import resnet18_sizes  # noqa: E402
@@ -107,20 +108,27 @@ def memory(job: Job) -> dict:
 
 def times(job: Job, device: Device, rounds: int) -> dict:
     """Measured over predicted seconds of each step, quartiles over rounds."""
-    device = with_shares(device, job)
+    small = smaller(job)
     read = speedometer(torch.ones(1 << 27, dtype=torch.int64))
+    steps, basis = dict(works(job)), dict(works(small))
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    took: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(-1, rounds):  # the first is not counted
+        for name, work in steps.items():
+            before, least = timed(name, basis[name], small, device, read)
+            own, floor = timed(name, work, job, device, read)
+            if turn >= 0:
+                ratios[name].append(own / (floor * before / least))
+                took[name].append(own)
     found = {}
-    for name, work in works(job):
-        work()
-        pairs = [timed(name, work, job, device, read) for _ in range(rounds)]
-        spread = Spread.of([own * device.shares[name] / floor for own, floor in pairs])
+    for name, values in ratios.items():
+        spread = Spread.of(values)
         found[name] = {
             "ratio": vars(spread),
-            "seconds": vars(Spread.of([own for own, _ in pairs])),
-            "share": device.shares[name],
+            "seconds": vars(Spread.of(took[name])),
             "within": abs(spread.median - 1) <= WITHIN,
         }
-    return {"job": asdict(job), "steps": found}
+    return {"job": asdict(job), "from": small.numel, "steps": found}
 
 
 MEMORY = [
@@ -134,7 +142,7 @@ MEMORY = [
 TIMES = [
     Job(10_000_000, 48, 50, "bfloat16"),
     Job(8_000_000, 24, 30, "float32"),
-    Job(16_000_000, 32, 36, "int8"),
+    Job(32_000_000, 32, 36, "int8"),
     Job(20_000_000, 20, 24, "bfloat16"),
 ]
 
