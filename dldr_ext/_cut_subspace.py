@@ -21,6 +21,7 @@ class CutSubspace(AffineSubspace):
     """What a rank holds: a `Subspace` of its columns, or None where it has none."""
 
     spans_ranks = True
+    _basis: Tensor  # (d, 0) in its dtype where `local` is None
 
     def __init__(self, dim: int, local: Subspace | None, ranks: Ranks) -> None:
         self._dim, self.local, self.ranks = dim, local, ranks
@@ -54,7 +55,7 @@ class CutSubspace(AffineSubspace):
 
     def report(self) -> str:
         """What was kept and why, as `Subspace.report` says it: of all ranks' columns."""
-        dtype = (self.origin if self.local is None else self.local.basis).dtype
+        dtype = (self._basis if self.local is None else self.local.basis).dtype
         ratio = self.explained_variance_ratio
         return _choice.report(self.dim, self._total, dtype, self.choice, ratio)
 

@@ -62,6 +62,7 @@ class ShardedSubspace(CutSubspace):
             columns = columns.clone() if columns is subspace.basis else columns
             local = Subspace(columns.to(origin.device), origin[begin:end], scale=scale)
         super().__init__(subspace.dim, local, ranks)
+        self._basis = subspace.basis.new_empty(subspace.dim, 0)
         self.origin = origin
         self.shapes, self.names = subspace.shapes, subspace.names
         self.explained_variance_ratio = subspace.explained_variance_ratio
@@ -77,6 +78,7 @@ class ShardedSubspace(CutSubspace):
         scale = known.pop("scale", None)
         local = Subspace(basis, origin, scale=scale) if basis.shape[1] else None
         CutSubspace.__init__(result, len(basis), local, ranks)
+        result._basis = basis.new_empty(len(basis), 0)
         result.origin = origin.new_empty(numel)  # of this dtype and length, until it is gathered
         result.origin = result._whole(origin)
         result.shapes, result.names = known.get("shapes"), known.get("names")

@@ -202,6 +202,25 @@ def test_a_quantised_basis_keeps_its_scales(ranks: Any, tmp_path: Path) -> None:
     assert again.report() == whole.report()
 
 
+def saved_with_an_empty_rank(folder: Path) -> list[Any]:
+    """32 weights on two ranks: the second has no columns."""
+    torch.manual_seed(0)
+    whole = Subspace.random([torch.zeros(32)], 3, dtype=torch.bfloat16)
+    subspace = ShardedSubspace(whole, "world")
+    dcp.save({"subspace": stateful(subspace)}, checkpoint_id=folder)
+    again = ShardedSubspace.load(folder, "world")
+    return [one.report() == whole.report() for one in (subspace, again)] + [again.local is None]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_rank_without_columns(rank_groups: Any, tmp_path: Path) -> None:
+    found = rank_groups(2).all(saved_with_an_empty_rank, tmp_path)
+    assert found == [[True, True, False], [True, True, True]]
+    torch.manual_seed(0)
+    whole = Subspace.random([torch.zeros(32)], 3, dtype=torch.bfloat16)
+    assert torch.equal(Subspace.load(tmp_path).basis, whole.basis)
+
+
 def refused(mode: str, path: Path) -> str:
     model, _, _, _ = network(mode)
     with pytest.raises(ValueError) as error:
