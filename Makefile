@@ -33,7 +33,7 @@ test-kernels: $(VENV)/.built
 
 # One wheel, several releases of torch.
 test-matrix: wheel
-	$(PYTHON) tests/matrix.py --wheel dist $(ARGS)
+	$(PYTHON) tests/build/matrix.py --wheel dist $(ARGS)
 
 # The same kernel tests under the address and undefined-behaviour sanitizers; the CUDA kernels also
 # under the thread sanitizer, and with every planted bug.

@@ -10,7 +10,7 @@ import torch
 from measure import reader, resnet18_sizes
 
 from dldr_ext import ops
-from dldr_ext.bench import Problem
+from dldr_ext.performance.roofline import Problem
 
 D = 40
 CASES = {"resnet18": resnet18_sizes(11_200_000), "25M": resnet18_sizes(25_000_000)}

@@ -72,8 +72,8 @@ def measure(
 ) -> dict[str, float]:
     """In this process; meant to be a fresh one."""
     from dldr_ext import Trajectory
+    from dldr_ext.analysis.analysis import Analysis
     from dldr_ext.checkpoints import Series
-    from dldr_ext.checkpoints.analysis import Analysis
 
     hollow = model(millions)
     torch.ones(64, 64) @ torch.ones(64, 64)  # what torch allocates once

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "support")]
 
 from measure import Spread, commit, paired, processor  # noqa: E402
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from dldr_ext._measure import Spread, paired, reader, seconds
-from dldr_ext.bench import resnet18_sizes
+from dldr_ext.performance.roofline import resnet18_sizes
+from dldr_ext.performance.timing import Spread, paired, reader, seconds
 
 __all__ = [
     "Objective", "Spread", "commit", "paired", "processor", "reader", "resnet18_sizes", "seconds",

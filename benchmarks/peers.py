@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from more_garbow_hillstrom import PROBLEMS
 from peers import OURS, Result, pbfgs, scipy_bfgs, scipy_trust_exact, torch_lbfgs

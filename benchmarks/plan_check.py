@@ -23,17 +23,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dldr_ext import PBFGS, Trajectory  # noqa: E402
-from dldr_ext._devices import Device, measure  # noqa: E402
-from dldr_ext._measure import Spread, multiply_rate  # noqa: E402
-from dldr_ext._shares import (  # noqa: E402
+from dldr_ext.performance.roofline import resnet18_sizes  # noqa: E402
+from dldr_ext.performance.timing import Spread, multiply_rate  # noqa: E402
+from dldr_ext.plan.calibration import (  # noqa: E402
     FallingLoss,
     smaller,
     speedometer,
     timed,
     works,
 )
-from dldr_ext.bench import resnet18_sizes  # noqa: E402
-from dldr_ext.plan import Job, plan  # noqa: E402
+from dldr_ext.plan.costs import Job, plan  # noqa: E402
+from dldr_ext.plan.devices import Device, measure  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "plan_check.json"
 WITHIN = 0.15

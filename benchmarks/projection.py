@@ -15,9 +15,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dldr_ext._devices import TABLE, Device  # noqa: E402
-from dldr_ext._plan_command import _bytes, _seconds  # noqa: E402
-from dldr_ext.plan import Job, Plan, plan  # noqa: E402
+from dldr_ext.cli.plan import _bytes, _seconds  # noqa: E402
+from dldr_ext.plan.costs import Job, Plan, plan  # noqa: E402
+from dldr_ext.plan.devices import TABLE, Device  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "projection.json"
 NUMELS, RANKS = (7 * 10**9, 13 * 10**9, 70 * 10**9), (1, 8, 64, 1024)

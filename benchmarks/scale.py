@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dldr_ext import ops  # noqa: E402
-from dldr_ext._measure import Spread, reader, seconds  # noqa: E402
-from dldr_ext.bench import resnet18_sizes  # noqa: E402
-from dldr_ext.plan import ITEMSIZE  # noqa: E402
+from dldr_ext.performance.roofline import resnet18_sizes  # noqa: E402
+from dldr_ext.performance.timing import Spread, reader, seconds  # noqa: E402
+from dldr_ext.plan.costs import ITEMSIZE  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 DTYPE = torch.bfloat16

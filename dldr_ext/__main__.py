@@ -1,5 +1,7 @@
 """`python -m dldr_ext`: the same as `dldr`."""
 
+from __future__ import annotations
+
 from .cli import main
 
 if __name__ == "__main__":

@@ -6,13 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
 
-from dldr_ext import (
-    InSubspace,
-    greedy_soup,
-    layer_groups,
-    uniform_soup,
-    weight_averaging_subspace,
-)
+from dldr_ext import InSubspace, greedy_soup, layer_groups, uniform_soup, weight_averaging_subspace
 
 
 def main(epochs=12, steps=60):

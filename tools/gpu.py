@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 import cuda_toolkit  # noqa: E402
 
 TESTS = {
-    "tests: ops": ("test_ops.py", "test_ops_fused.py", "test_ops_errors.py", "test_ops_torch.py"),
-    "tests: bits, streams, training": ("test_cuda*.py", "test_devices.py"),
-    "tests: subspaces": ("test_exact.py", "test_implicit.py"),
+    "tests: ops": ("ops/test_ops*.py",),
+    "tests: bits, streams, training": ("cuda/test_*.py",),
+    "tests: subspaces": ("subspace/test_exact.py", "subspace/test_implicit.py"),
 }
 TOTAL = 525  # seconds for all stages
 # memcheck and racecheck watch our kernels alone; initcheck must see who wrote what is read
@@ -60,7 +60,7 @@ class Outcome:
 def stages(options: argparse.Namespace, about: dict) -> list[Stage]:
     python, cpu = sys.executable, options.device == "cpu"
     scratch = ROOT / "build" / "gpu"
-    small = [python, str(ROOT / "tests" / "small_ops.py"), "--device", options.device]
+    small = [python, str(ROOT / "tests" / "support" / "small_ops.py"), "--device", options.device]
     # Warnings of other packages must not fail a test here, nor their pytest plugins.
     pytest = [python, "-m", "pytest", "-m", "cuda", "-W", "default", "-p", "no:cacheprovider"]
     pytest += ["--durations=5", "--tb=short", "--maxfail=40"]

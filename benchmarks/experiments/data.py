@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dldr_ext.demo import data as demo
+from dldr_ext.demo import data
 
 from . import cifar
 
@@ -78,7 +78,7 @@ def load(name: str, folder: Path | None = None) -> Problem:
         return _text()
     if folder is not None:
         return _cifar(name, folder)
-    digits = demo.load(name)
+    digits = data.load(name)
     train, validation, test = (
         Part(p.images, p.labels) for p in (digits.train, digits.validation, digits.test)
     )
@@ -134,7 +134,7 @@ def _text() -> Problem:
 def _cifar(name: str, folder: Path) -> Problem:
     images, labels, test_images, test_labels = cifar.read(name, folder)
     sizes = (len(labels) * 9 // 10, len(labels) - len(labels) * 9 // 10)
-    train, validation = demo.stratified_split(labels, sizes, seed=0)
+    train, validation = data.stratified_split(labels, sizes, seed=0)
     pixels = images[train].float()
     mean, std = (f(pixels, dim=(0, 2, 3)).view(3, 1, 1) for f in (torch.mean, torch.std))
     black = -mean / std

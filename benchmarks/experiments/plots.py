@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from dldr_ext.demo.plots import COLOURS
+from dldr_ext.reporting.figures import COLOURS
 
 from . import report
 from .methods import NAMES

@@ -10,7 +10,7 @@ from timing import Work
 from torch import Tensor
 
 from dldr_ext import ops
-from dldr_ext._rows import empty_rows
+from dldr_ext.tensors.alignment import empty_rows
 
 BF16 = torch.bfloat16
 FP32_PEER = "float32 mv(cat)"

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
-from . import contents
+from . import state_dicts
+from .discovery import INDEX_SUFFIXES
 from .errors import CheckpointError, reason
-from .found import INDEX_SUFFIXES
 
 _INDEX_LIMIT = 1 << 28  # bytes; the index of a model of 100,000 tensors has 10 MB
 _SAFETENSORS = {
@@ -101,7 +101,7 @@ def read_contents(path: Path, key: str | None = None) -> Contents:
     except OSError as error:
         raise CheckpointError(error.filename or path, reason(error)) from error
     try:
-        names = contents.plain_names(list(found.entries))
+        names = state_dicts.plain_names(list(found.entries))
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error
     return found._replace(entries=dict(zip(names, found.entries.values(), strict=True)))
@@ -146,7 +146,7 @@ def _read_index(path: Path, key: str | None) -> Contents:
             raise CheckpointError(path, f"{name}: expected in {shard}, which lacks it")
         entries[name] = shards[shard].entries[name]
     try:
-        names = contents.plain_names(list(entries))
+        names = state_dicts.plain_names(list(entries))
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error
     return Contents(
@@ -273,7 +273,7 @@ def _load(path: Path, *, fake: bool) -> Any:
 
 def _state_dict(path: Path, saved: Any, key: str | None) -> dict[str, Tensor]:
     try:
-        return contents.state_dict(saved, key)
+        return state_dicts.state_dict(saved, key)
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error
 

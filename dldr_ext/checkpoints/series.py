@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._params import DTYPES, dtype_name, named_parameters
-from .contents import plain_names
+from ..tensors.parameters import DTYPES, dtype_name, named_parameters
+from .discovery import find
 from .errors import CheckpointError
 from .formats import Contents, Entry, read_contents
-from .found import find
-from .pieces import Pieces
+from .reader import Pieces
+from .state_dicts import plain_names
 
 STATISTICS = ("running_mean", "running_var")
 _SHOWN = 5  # names in a note

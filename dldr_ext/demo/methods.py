@@ -27,7 +27,6 @@ from .recipe import Account, Recipe, batches, learning_rate, snapshot_steps
 
 #: Called with the method at work and the share of it that is done, 0 to 1.
 Progress = Callable[[str, float], None]
-
 #: The methods, in the order of the tables, and what people call them.
 NAMES = {
     "sgd": "SGD",
@@ -36,8 +35,6 @@ NAMES = {
     "pbfgs": "P-BFGS",
     "random": "random subspace",
 }
-
-
 #: What the basis may be stored as.
 DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 

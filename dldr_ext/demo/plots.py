@@ -8,39 +8,18 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..reporting.figures import COLOURS, STYLE, new_figure
 from .landscape import Landscape
 from .methods import NAMES
 
 #: File names, in the order of the report.
 FILES = ("accuracy.png", "spectrum.png", "trajectory.png")
-
-# Okabe and Ito's colours: told apart with any colour vision.
-COLOURS = {
-    "sgd": "#555555",
-    "sgd_half": "#999999",
-    "psgd": "#E69F00",
-    "pbfgs": "#0072B2",
-    "random": "#CC79A7",
-}
-STYLE: Any = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-}
 
 
 def draw(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list[Path]:
@@ -69,14 +48,6 @@ def draw(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list
                 figure.savefig(folder / name, dpi=150)
                 written.append(folder / name)
     return written
-
-
-def new_figure(title: str, size: tuple[float, float] = (7.2, 4.4)) -> tuple[Figure, Axes]:
-    """One plot with a title; the reports show several below each other."""
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontweight="bold")
-    return figure, axes
 
 
 def _accuracy(results: dict[str, Any]) -> Figure:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from .. import Subspace, build_info
-from .._library import device_problem
-from .._random_walk import SHORTEST
+from ..ops.library import device_problem
+from ..pca.random_walk import SHORTEST
 from . import methods
 from .data import DESCRIPTIONS, SIZES, Dataset, load
 from .landscape import Landscape, landscape
@@ -26,7 +26,6 @@ from .recipe import RECIPES, Recipe
 
 #: Called with seed, method and the share of it that is done, 0 to 1.
 Progress = Callable[[int, str, float], None]
-
 _PACKAGES = ("numpy", "matplotlib", "mlxtend", "scikit-learn")
 
 
@@ -292,8 +291,8 @@ def save(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list
     list of Path
         The files written, the report first.
     """
-    from ..report import write
     from .plots import draw
+    from .report import write
 
     folder.mkdir(parents=True, exist_ok=True)
     numbers = folder / "results.json"

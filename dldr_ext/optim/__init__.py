@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from ._virtual_batch import virtual_batch
-from .history import StepRecord
 from .in_subspace import InSubspace
 from .pbfgs import PBFGS
 from .psgd import PSGD
-from .status import Status
+from .status import Status, StepRecord
+from .step.closure import virtual_batch
 
 __all__ = ["PBFGS", "PSGD", "InSubspace", "Status", "StepRecord", "virtual_batch"]

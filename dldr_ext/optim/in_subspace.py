@@ -11,14 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._affine import AffineSubspace
-from .._claims import Claims
-from .._ranks import listed, together
-from ._closure import Closure, Loss
-from ._first_order import FirstOrder
+from ..collectives.consistency import Claims
+from ..collectives.process_group import listed, together
+from ..subspace.base import AffineSubspace
+from .first_order import FirstOrder
 from .status import Status
-
-__all__ = ["InSubspace"]
+from .step.closure import Closure, Loss
 
 
 class InSubspace(FirstOrder):

@@ -9,15 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._affine import AffineSubspace
-from .._ranks import listed, together
-from ._closure import Closure, Loss
-from ._options import names_options
-from ._pbfgs_options import checked
-from ._quasi_newton import QuasiNewton
+from ..collectives.process_group import listed, together
+from ..subspace.base import AffineSubspace
+from .options import checked, names_options
+from .quasi_newton import QuasiNewton
 from .status import Status
-
-__all__ = ["PBFGS"]
+from .step.closure import Closure, Loss
 
 
 class PBFGS(QuasiNewton):

@@ -10,16 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .._affine import AffineSubspace
-from .._ranks import listed, together
-from ._closure import Closure, Loss
-from ._first_order import FirstOrder
-from ._objective import Objective
-from ._options import check_flag, check_lr, check_number, names_options
-from ._state import saved_tensor
+from ..collectives.process_group import listed, together
+from ..subspace.base import AffineSubspace
+from .first_order import FirstOrder
+from .options import check_flag, check_lr, check_number, names_options
+from .state_dict import saved_tensor
 from .status import Status
-
-__all__ = ["PSGD"]
+from .step.closure import Closure, Loss
+from .step.objective import Objective
 
 
 class PSGD(FirstOrder):

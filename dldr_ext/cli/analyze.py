@@ -1,0 +1,151 @@
+"""`dldr analyze`: what the checkpoints of a run say, and the subspace that they span."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .checkpoint_options import (
+    AsGiven,
+    AsJson,
+    Bar,
+    Exclude,
+    Include,
+    Key,
+    Paths,
+    SkipBad,
+    one_line_errors,
+    series,
+)
+from .options import directions
+from .requirements import missing
+
+
+class Dtype(str, Enum):
+    """Of differences and basis."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+    int8 = "int8"
+    float8_e4m3fn = "float8_e4m3fn"
+
+
+def analyze(
+    checkpoints: Paths,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="Folder for report.html, plots, analysis.json and subspace."
+        ),
+    ] = Path("analysis"),
+    dim: Annotated[
+        str | None,
+        typer.Option(
+            metavar="INT|auto",
+            help="Directions to keep; auto: as many as the spectrum speaks for.",
+            show_default="40, or all",
+        ),
+    ] = None,
+    explained: Annotated[
+        float | None, typer.Option(help="Keep as many as explain this share, as 0.99.")
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the differences and the basis.")
+    ] = Dtype.bfloat16,
+    include: Include = None,
+    exclude: Exclude = None,
+    key: Key = None,
+    skip_bad: SkipBad = False,
+    as_given: AsGiven = False,
+    subspace: Annotated[
+        bool, typer.Option(help="Whether to write subspace.safetensors: dim n numbers.")
+    ] = True,
+    chunk_mb: Annotated[int, typer.Option(min=1, help="Megabytes in memory at a time.")] = 128,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Find the directions along which checkpoints differ: spectrum, drift, cosines, a subspace.
+
+    All floating-point tensors count, tied ones once, but for the running
+    statistics of batch norm. Files are read twice, in pieces: a model need
+    not fit into memory. An analysis that was interrupted goes on where it
+    was when called again.
+
+    \b
+    Examples:
+      dldr analyze runs/checkpoints --dim auto
+      dldr analyze runs/*.pt --dim 20 --exclude 'head.*' --output out
+      dldr analyze run1 --skip-bad --no-subspace --json > analysis.json
+    """
+    if dim is not None and explained is not None:
+        raise typer.BadParameter("expected --dim or --explained, got both", param_hint="--dim")
+    wanted = None if dim is None else directions(dim)
+    problem = missing("matplotlib")
+    if problem:
+        typer.echo(problem, err=True)
+        raise typer.Exit(2)
+    from ..analysis import plots, report
+    from ..analysis.analysis import Analysis
+
+    with one_line_errors("; the same command goes on from here"), Bar(quiet or as_json) as bar:
+        found = series(
+            checkpoints,
+            as_given,
+            include=include or (),
+            exclude=exclude or (),
+            key=key,
+            skip_bad=skip_bad,
+        )
+        results = Analysis(
+            found,
+            output,
+            dim=wanted,
+            explained=explained,
+            dtype=getattr(torch, dtype.value),
+            keep_basis=subspace,
+            chunk_bytes=chunk_mb << 20,
+            skip_bad=skip_bad,
+            progress=bar,
+        ).run()
+        (output / "analysis.json").write_text(json.dumps(results, indent=1) + "\n")
+        written = report.write(results, plots.draw(results, output), output)
+    for line in results["skipped"]:
+        typer.echo(f"dldr: left out {line}", err=True)
+    if as_json:
+        typer.echo(json.dumps(results))
+    elif not quiet:
+        _print(results, written)
+
+
+def _print(results: dict[str, Any], written: Path) -> None:
+    from ..analysis.report import duplicates, verdict
+
+    console = Console()
+    console.print(verdict(results), highlight=False)
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    dimension, kept = results["effective_dimension"], results["subspace"]
+    table.add_row("participation ratio", f"{dimension['participation_ratio']:.2f}")
+    table.add_row("distance, first to last", f"{results['drift']['from_first'][-1]:.4g}")
+    for name, text in results["report"].items():
+        table.add_row(name, text)
+    if kept is not None:
+        table.add_row("written", kept["path"])
+    table.add_row("read", f"{results['bytes'] / 1e9:.2f} GB, {results['seconds']:.1f} s")
+    for note in results["notes"]:
+        table.add_row("note", note)
+    for line in duplicates(results):
+        table.add_row("near-duplicate", line)
+    console.print(table)
+    console.print(f"Open {written}", highlight=False, soft_wrap=True)

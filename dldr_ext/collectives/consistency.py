@@ -1,0 +1,100 @@
+"""What each rank says of itself before it steps with others: pure functions of tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tensors.parameters import dtype_name
+
+Claims = dict[str, Any]  # of what json can carry
+# Elements of a tensor that are looked at one by one.
+_SAMPLES = 64
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def digest(*tensors: Tensor | None) -> str:
+    """A checksum of the bits of tensors: one read of each, the same on every device.
+
+    The sum of the words of each row as integers, and the words at 64 places of each.
+    """
+    found = hashlib.blake2b(digest_size=12)
+    for tensor in tensors:
+        if tensor is None or tensor.numel() == 0:
+            found.update(b"none")
+            continue
+        rows = tensor.detach().reshape(len(tensor) if tensor.ndim > 1 else 1, -1)
+        for row in rows:
+            words = row.contiguous().view(_WORDS[row.element_size()])
+            some = words[_places(len(words), words.device)].to(torch.int64)
+            both = torch.cat([words.sum(dtype=torch.int64).reshape(1), some])
+            found.update(both.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+def samples(params: Sequence[Tensor]) -> list[str]:
+    """A digest of a few elements of each parameter, by which to tell them apart."""
+    some = [p.detach().reshape(-1)[_places(p.numel(), p.device)].to(torch.float64) for p in params]
+    flat = torch.cat(some).cpu()
+    return [
+        hashlib.blake2b(part.numpy().tobytes(), digest_size=6).hexdigest()
+        for part in flat.split([len(one) for one in some])
+    ]
+
+
+def difference(claims: Sequence[Claims]) -> str | None:
+    """The first difference from rank 0 in words, or None.
+
+    An ``error`` of a rank comes first. Lists are compared entry by entry. ``samples`` need not be
+    equal, but must not be those of rank 0 in another order.
+    """
+    for rank, other in enumerate(claims):
+        if "error" in other:
+            return f"rank {rank} failed: {other['error']}"
+    first = claims[0]
+    for key, value in first.items():
+        for rank, other in enumerate(claims[1:], 1):
+            if key not in other:
+                return f"expected every rank to make the same calls, got another one on rank {rank}"
+            if other[key] != value:
+                found = _in_words(key, value, other[key], rank)
+                if found is not None:
+                    return found
+    return None
+
+
+def described(params: Sequence[Tensor]) -> list[str]:
+    """Shape and dtype of each parameter."""
+    return [f"{tuple(p.shape)} {dtype_name(p.dtype)}" for p in params]
+
+
+def _in_words(key: str, value: Any, other: Any, rank: int) -> str | None:
+    if key == "samples":
+        if sorted(value) != sorted(other):
+            return None  # weights that differ: they are about to be written
+        i = next(i for i, (a, b) in enumerate(zip(value, other, strict=True)) if a != b)
+        return (
+            "expected the parameters in the same order on every rank, got rank 0's params"
+            f"[{value.index(other[i])}] as params[{i}] on rank {rank}"
+        )
+    if isinstance(value, list) and isinstance(other, list):
+        if len(value) != len(other):
+            return f"{key}: expected {len(value)}, as on rank 0, got {len(other)} on rank {rank}"
+        i = next(i for i, (a, b) in enumerate(zip(value, other, strict=True)) if a != b)
+        return f"{key}[{i}]: expected {value[i]}, as on rank 0, got {other[i]} on rank {rank}"
+    if key in ("basis", "origin", "theta"):
+        return (
+            f"{key}: expected the same bits on every rank, got others on rank {rank} than on rank 0"
+        )
+    return f"{key}: expected {value}, as on rank 0, got {other} on rank {rank}"
+
+
+def _places(count: int, device: torch.device) -> Tensor:
+    """Up to 64 indices below ``count``, evenly spaced."""
+    if count <= _SAMPLES:
+        return torch.arange(count, device=device)
+    return torch.arange(_SAMPLES, device=device) * (count - 1) // (_SAMPLES - 1)

@@ -1,0 +1,58 @@
+"""DTensor parameters: what a rank holds of each, and how many ranks hold the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tensors.parameters import local_shard, named_parameters
+
+
+def local_shards(params: Iterable[Any]) -> list[Tensor]:
+    """What this rank holds of each parameter: views, which follow what is written."""
+    return [local_shard(p) for p in named_parameters(params)[0]]
+
+
+def local_columns(params: Iterable[Any]) -> Tensor:
+    """Where the elements of `local_shards` are among all n elements in flat order, int64."""
+    found, start = [], 0
+    for p in entries(params)[0]:
+        index: Any = torch.arange(start, start + p.numel()).view(p.shape)
+        if hasattr(p, "device_mesh"):
+            from torch.distributed.tensor import distribute_tensor  # a third of a second
+
+            index = index.to(p.device)
+            index = distribute_tensor(index, p.device_mesh, p.placements, src_data_rank=None)
+        found.append(local_shard(index).reshape(-1))
+        start += p.numel()
+    return torch.cat(found)
+
+
+def entries(params: Iterable[Any]) -> tuple[list[Any], list[str] | None]:
+    """`named_parameters`, of which some may be more than a Tensor."""
+    found, names = named_parameters(params)
+    return list(found), names
+
+
+def replicas_of(params: Sequence[Any]) -> int:
+    """How many ranks hold each weight, the same for all; refuses placements without a part."""
+    counts = []
+    for i, p in enumerate(params):
+        if not hasattr(p, "device_mesh"):
+            raise ValueError(f"params[{i}]: expected a DTensor (fully_shard), got a plain tensor")
+        if any(place.is_partial() for place in p.placements):
+            raise ValueError(f"params[{i}]: expected shards or replicas, got {p.placements}")
+        sizes = zip(p.placements, p.device_mesh.shape, strict=True)
+        count = 1
+        for place, size in sizes:
+            count *= size if place.is_replicate() else 1
+        counts.append(count)
+        if p.device_mesh != params[0].device_mesh or count != counts[0]:
+            raise ValueError(
+                f"params[{i}]: expected the mesh and the number of replicas of params[0] "
+                f"({params[0].device_mesh}, {counts[0]}), got {p.device_mesh}, {count}"
+            )
+    return counts[0]

@@ -1,0 +1,244 @@
+"""Line searches: pure functions of callables phi(alpha) = f(w + alpha u).
+
+A trial whose loss is NaN or infinite counts as rejected. None of them knows about tensors.
+References: Nocedal & Wright, Numerical Optimization (2nd edition, 2006), algorithms 3.1 (Armijo
+backtracking), 3.5 and 3.6 (strong Wolfe).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..status import Status
+
+Phi = Callable[[float], float]
+# While the slope stays negative the step grows by a factor between these.
+_GROWTH = (2.0, 10.0)
+# An interpolated point keeps this part of the bracket away from its ends.
+_MARGIN = 0.1
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Outcome of a line search.
+
+    Attributes
+    ----------
+    status : Status
+        ACCEPTED; DECREASED (strong Wolfe only: sufficient decrease without the curvature
+        condition); LINE_SEARCH_FAILED.
+    alpha : float
+        Accepted step; 0.0 after a failure.
+    loss : float
+        phi(alpha); NaN where it was not evaluated (`fixed`).
+    slope : float
+        phi'(alpha); NaN where it was not evaluated (all but `strong_wolfe`).
+    evaluations : int
+        Number of trials.
+    last : float
+        The trial evaluated last: where the weights are now. NaN if there was none.
+    """
+
+    status: Status
+    alpha: float
+    loss: float
+    slope: float
+    evaluations: int
+    last: float
+
+
+def fixed(alpha: float) -> SearchResult:
+    """No search: the step alpha, unseen."""
+    return SearchResult(Status.ACCEPTED, alpha, math.nan, math.nan, 0, math.nan)
+
+
+def armijo(
+    phi: Phi,
+    loss: float,
+    slope: float,
+    alpha: float,
+    *,
+    c1: float,
+    backtrack: float,
+    max_ls: int,
+    interpolate: bool = False,
+) -> SearchResult:
+    """The first of alpha, alpha * backtrack, alpha * backtrack^2, ... with sufficient decrease.
+
+    Parameters
+    ----------
+    phi : callable
+    loss, slope : float
+        phi(0) and phi'(0) < 0.
+    alpha : float
+        First trial.
+    c1 : float
+        Accepted is the first trial with phi(alpha) < phi(0) + c1 * alpha * phi'(0), strictly, as
+        in the published algorithm.
+    backtrack : float
+        Factor in (0, 1).
+    max_ls : int
+        Largest number of trials.
+    interpolate : bool
+        The next trial is the minimiser of the parabola through phi(0), phi'(0) and the last trial,
+        from the second on of the cubic through the last two (Nocedal & Wright, section 3.5), kept
+        between a tenth and half of the last trial; after one that is not finite it is
+        ``backtrack`` times that.
+    """
+    trial, previous = alpha, None
+    for m in range(max_ls):
+        if not interpolate:
+            trial = alpha * backtrack**m
+        value = phi(trial)
+        if math.isfinite(value) and value < loss + c1 * trial * slope:
+            return SearchResult(Status.ACCEPTED, trial, value, math.nan, m + 1, trial)
+        if interpolate and m + 1 < max_ls:
+            point = _Point(trial, value, math.nan)
+            trial = _shorter(_Point(0.0, loss, slope), previous, point, backtrack)
+            previous = point
+    return SearchResult(Status.LINE_SEARCH_FAILED, 0.0, math.nan, math.nan, max_ls, trial)
+
+
+@dataclass(frozen=True)
+class _Point:
+    alpha: float
+    loss: float
+    slope: float  # NaN: not evaluated
+
+
+def strong_wolfe(
+    phi: Phi,
+    dphi: Phi,
+    loss: float,
+    slope: float,
+    alpha: float,
+    *,
+    c1: float,
+    c2: float = 0.9,
+    backtrack: float = 0.5,
+    max_ls: int,
+) -> SearchResult:
+    """A step with sufficient decrease and |phi'(alpha)| <= c2 |phi'(0)|.
+
+    Brackets such a step by growing alpha, then zooms into the bracket with cubic (quadratic, where
+    a slope is missing) interpolation, kept off the ends of the bracket.
+
+    Parameters
+    ----------
+    phi, dphi : callable
+        Loss and slope. ``dphi(a)`` is called only right after ``phi(a)`` for the same a, and only
+        where a's loss is low enough to be of interest.
+    loss, slope : float
+        phi(0) and phi'(0) < 0.
+    alpha : float
+        First trial.
+    c1, c2 : float
+        0 < c1 < c2 < 1.
+    backtrack : float
+        Where a trial is not finite, the next one goes this part of the way to it.
+    max_ls : int
+        Largest number of trials. If they run out, the lowest point with sufficient decrease is
+        returned with status DECREASED, if there is one.
+    """
+    start = _Point(0.0, loss, slope)
+    low, high = start, None
+    last, count = math.nan, 0
+    while count < max_ls:
+        trial = alpha if high is None else _inside(low, high, backtrack)
+        if trial == low.alpha:  # the bracket has shrunk to a point
+            break
+        last, count = trial, count + 1
+        point = _Point(trial, phi(trial), math.nan)
+        enough = point.loss <= loss + c1 * trial * slope and point.loss < low.loss
+        if enough and math.isfinite(point.loss):
+            point = _Point(trial, point.loss, dphi(trial))
+            if not math.isfinite(point.slope):
+                point = _Point(trial, math.inf, math.nan)
+        if math.isnan(point.slope):  # too high, or not finite
+            high = point
+            continue
+        if abs(point.slope) <= -c2 * slope:
+            return SearchResult(Status.ACCEPTED, trial, point.loss, point.slope, count, trial)
+        if high is None:
+            if point.slope > 0.0:
+                low, high = point, low
+            else:
+                alpha = _beyond(low, point)
+                low = point
+        else:
+            if point.slope * (high.alpha - low.alpha) >= 0.0:
+                high = low
+            low = point
+    if low is start:
+        return SearchResult(Status.LINE_SEARCH_FAILED, 0.0, math.nan, math.nan, count, last)
+    return SearchResult(Status.DECREASED, low.alpha, low.loss, low.slope, count, last)
+
+
+def _inside(low: _Point, high: _Point, backtrack: float) -> float:
+    """The next trial inside a bracket."""
+    width = high.alpha - low.alpha
+    if width == 0.0 or not math.isfinite(high.loss):
+        return low.alpha + backtrack * width
+    part = (_minimiser(low, high) - low.alpha) / width
+    if not math.isfinite(part):
+        part = 0.5
+    return low.alpha + min(max(part, _MARGIN), 1.0 - _MARGIN) * width
+
+
+def _shorter(start: _Point, before: _Point | None, last: _Point, backtrack: float) -> float:
+    """The next trial of a search that goes back, from the losses of the last trials."""
+    if not math.isfinite(last.loss):
+        return backtrack * last.alpha
+    guess = math.nan
+    if before is not None and math.isfinite(before.loss):
+        guess = _cubic_minimiser(start, before, last)
+    if not math.isfinite(guess):
+        guess = _minimiser(start, last)
+    if not math.isfinite(guess):
+        guess = backtrack * last.alpha
+    return min(max(guess, _MARGIN * last.alpha), 0.5 * last.alpha)
+
+
+def _cubic_minimiser(start: _Point, before: _Point, last: _Point) -> float:
+    """Minimiser of the cubic through three losses and the slope at 0 (Nocedal & Wright,
+    section 3.5). NaN if there is none.
+    """
+
+    def beyond_the_tangent(point: _Point) -> float:  # a alpha + b, the cubic's two last terms
+        return (point.loss - start.loss - start.slope * point.alpha) / point.alpha**2
+
+    a = (beyond_the_tangent(last) - beyond_the_tangent(before)) / (last.alpha - before.alpha)
+    b = beyond_the_tangent(last) - a * last.alpha
+    square = b * b - 3.0 * a * start.slope
+    if not square >= 0.0:
+        return math.nan
+    bottom = b + math.sqrt(square)
+    return -start.slope / bottom if bottom > 0.0 else math.nan
+
+
+def _beyond(previous: _Point, point: _Point) -> float:
+    """The next, longer trial while the slope is still steep and negative."""
+    shortest, longest = (factor * point.alpha for factor in _GROWTH)
+    guess = _minimiser(previous, point)
+    return min(max(guess, shortest), longest) if guess > point.alpha else longest
+
+
+def _minimiser(a: _Point, b: _Point) -> float:
+    """Minimiser of the cubic through both losses and slopes (Nocedal & Wright, 3.59).
+
+    Of the parabola through both losses and a's slope where b's slope is unknown. NaN if there is
+    none.
+    """
+    width = b.alpha - a.alpha
+    if math.isnan(b.slope):
+        curvature = b.loss - a.loss - a.slope * width
+        return a.alpha - 0.5 * a.slope * width * width / curvature if curvature > 0 else math.nan
+    d1 = a.slope + b.slope - 3.0 * (a.loss - b.loss) / (a.alpha - b.alpha)
+    square = d1 * d1 - a.slope * b.slope
+    if not square >= 0.0:
+        return math.nan
+    d2 = math.copysign(math.sqrt(square), width)
+    bottom = b.slope - a.slope + 2.0 * d2
+    return b.alpha - width * (b.slope + d2 - d1) / bottom if bottom != 0.0 else math.nan

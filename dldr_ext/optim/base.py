@@ -1,0 +1,428 @@
+"""What every optimizer in a subspace does: parameters, theta, closures, saving."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..collectives.consistency import Claims, described, digest, samples
+from ..collectives.process_group import Ranks
+from ..subspace.base import AffineSubspace
+from ..tensors.parameters import check_matches, dtype_name, gradients, local_shard, numel
+from .algebra.transfer import overlap
+from .options import trainable
+from .state_dict import give_out, take_in, wrong
+from .status import Status, StepRecord
+from .step.closure import Evaluator, Loss
+from .step.write_guard import Guard
+
+_log = logging.getLogger("dldr_ext")
+# Weights further than this from origin + P theta, relative to their norm, count as moved.
+_MOVED = 1e-5
+# Entries of `history`.
+_HISTORY = 1000
+# Steps after which ranks compare theta and options: what each would do alone might differ.
+_COMPARE_EVERY = 32
+
+
+class SubspaceOptimizer(torch.optim.Optimizer):
+    """A ``torch.optim.Optimizer`` whose only unknowns are the d coordinates theta of a subspace.
+
+    Keeps theta in float64 (it is d numbers) and the rules that its subclasses share.
+    """
+
+    flat_state: tuple[str, ...] = ()  # entries of the state that have n numbers
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        subspace: AffineSubspace,
+        defaults: dict[str, Any],
+        theta0: Tensor | Literal["current"] | None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        name = type(self).__name__
+        # Leaves hold the gradients. What is written is the same but for DTensors: their shards.
+        self._leaves = trainable(name, params)
+        self._params = [local_shard(p) for p in self._leaves]
+        self._ranks = ranks
+        self._check_subspace(name, subspace)
+        self._subspace = subspace
+        super().__init__(self._leaves, defaults)
+        self._status = Status.INITIAL
+        self._evaluator = Evaluator(self._leaves)
+        if ranks is not None:
+            self._evaluator.inside = ranks.evaluation
+        self._history: deque[StepRecord] = deque(maxlen=_HISTORY)
+        self._steps = 0
+        self._guard = Guard(self._params)
+        self._incoming: dict[str, Any] | None = None  # a state that is being loaded
+        if ranks is not None:
+            ranks.agree(self._claims(theta0))
+        self._theta = self._first_theta(name, theta0)
+        given = "origin + P theta0" if theta0 is not None else None
+        self._place(name, given)
+
+    @property
+    def subspace(self) -> AffineSubspace:
+        """The subspace that the weights move in."""
+        return self._subspace
+
+    @property
+    def theta(self) -> Tensor:
+        """Coordinates (d,) of the weights, w = origin + P theta: a copy, in the ops' precision."""
+        return self._to_basis(self._theta.detach(), copy=True)
+
+    @property
+    def status(self) -> Status:
+        """How the last step ended."""
+        return self._status
+
+    @property
+    def history(self) -> deque[StepRecord]:
+        """Records of the last 1000 steps, the newest at the end; not part of `state_dict`."""
+        return self._history
+
+    @property
+    def closure_calls(self) -> int:
+        """Calls of closures so far, trials included: the passes over the data, in batches."""
+        return self._evaluator.calls
+
+    @property
+    def gradient_calls(self) -> int:
+        """Those of `closure_calls` that went through a backward pass."""
+        return self._evaluator.gradient_calls
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: the subspace was made for one list of parameters."""
+        if self.param_groups:
+            raise ValueError(
+                f"{type(self).__name__}: add_param_group: a subspace belongs to one list of "
+                "parameters; make a new subspace and a new optimizer for another list"
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as copies; see `load_state_dict`.
+
+        Beside torch's ``state`` (empty) and ``param_groups`` (all options) there is the key
+        ``subspace``, which holds tensors, numbers and strings only. Not included, because they
+        are not the optimizer's: the model, its buffers, torch's random state, the subspace.
+
+        With a process group every rank must call it; one of them may write it to a file.
+        """
+        handle = self.register_state_dict_post_hook(give_out, prepend=True)
+        try:  # hooks see the whole
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resumes from `state_dict`, bit for bit, and puts the model where it was saved.
+
+        Raises
+        ------
+        ValueError
+            The state of another optimizer, of another dimension or number of parameters, or of
+            another subspace. Nothing has changed then.
+        """
+        if not isinstance(state_dict, dict):  # torch would fail on it
+            raise ValueError(wrong(self, state_dict))
+        # After hooks of the user's, which may change it; what torch checks comes next.
+        handle = self.register_load_state_dict_pre_hook(take_in)
+        try:
+            with self._agreeing():
+                super().load_state_dict(state_dict)
+                self._compare("load_state_dict")
+        finally:
+            handle.remove()
+            self._incoming = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._incoming is not None:  # the last that torch does before hooks of the user's
+            new, self._incoming = self._incoming, None
+            self._set_theta(new["theta"])
+            self._status = new["status"]
+            self._steps = new["steps"]
+            self._evaluator.calls = new["closure_calls"]
+            self._evaluator.gradient_calls = new["gradient_calls"]
+            self._adopt(new["own"])
+            self._guard.remember()
+
+    def resync(self) -> None:
+        """Accepts weights that something else wrote, and goes on from their projection.
+
+        Without it a step refuses such weights. They are moved to the nearest point of the subspace
+        (with a warning in the logger ``dldr_ext`` if that is further than rounding); what B has
+        learnt stays.
+        """
+        name = type(self).__name__
+        self._set_theta(self._first_theta(name, "current"))
+        self._compare("resync")
+        self._place(name, "their projection on the subspace")
+
+    @torch.no_grad()
+    def change_subspace(self, subspace: AffineSubspace) -> None:
+        """Goes on in another subspace of the same parameters: DLDR with its basis refreshed.
+
+        theta becomes the projection of the model's weights, whoever wrote them, and what was
+        learnt is carried over by M = P'^T P: curvature as M B M^T, with its own typical size where
+        the old subspace knew nothing (`PBFGS`), momentum as M m (`PSGD`); the optimizer in
+        `InSubspace` starts anew. Options, counts and history stay.
+
+        Weights off the new subspace are moved onto it, which is logged as a warning;
+        ``subspace.with_origin(params)`` is the same one through the current weights.
+
+        Parameters
+        ----------
+        subspace : Subspace or GroupedSubspace
+            Of any dimension.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for the constructor's. Nothing has changed then.
+        """
+        name = type(self).__name__
+        with self._agreeing():
+            self._check_subspace(name, subspace)
+            if self._ranks is not None:
+                self._ranks.agree(_claims_of(subspace), "change_subspace")
+        theta = subspace.nearest(self._params)
+        m = overlap(subspace, self._subspace)
+        self._subspace = subspace
+        self._theta = theta.to(device=self._vector_device, dtype=torch.float64)
+        self._compare("change_subspace")
+        self._carry(m)
+        self._place(name, "their projection on the new subspace")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps only the groups; a copy without theta would be none. Hooks stay behind, as
+        # torch has it, since they may hold anything.
+        return {k: v for k, v in self.__dict__.items() if not k.endswith("_hooks")}
+
+    # What subclasses add.
+
+    def _before_saving(self) -> None:
+        """What the next step would do first anyway."""
+
+    def _own_state(self) -> dict[str, Any]:
+        """Further entries of the state dict."""
+        return {}
+
+    def _checked_own_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
+        """The same entries as loaded, checked and copied; changes nothing."""
+        return {}
+
+    def _adopt(self, own: dict[str, Any]) -> None:
+        """Takes over checked entries and writes the weights."""
+        raise NotImplementedError
+
+    def _carry(self, m: Tensor) -> None:
+        """Takes what was learnt into the new subspace, M = P'^T P, (d', d) float64 on the CPU."""
+        raise NotImplementedError
+
+    def _start_at(self, point: Tensor) -> None:
+        """Takes over the flat point origin + P theta that the model now stands at."""
+
+    def _expected_weights(self) -> Tensor:
+        """The flat weights as the last step left them."""
+        return self._subspace.reconstruct(self._to_basis(self._theta.detach()))
+
+    # What subclasses use.
+
+    @property
+    def _vector_device(self) -> torch.device:
+        """Where theta and other d-vectors are."""
+        return torch.device("cpu")
+
+    def _set_theta(self, theta: Tensor) -> None:
+        with torch.no_grad():
+            self._theta.copy_(theta)
+
+    def _record(self, loss: float, status: Status, **known: Any) -> None:
+        """Notes how an iteration ended."""
+        self._steps += 1
+        self._status = status
+        self._history.append(StepRecord(self._steps, loss, status, **known))
+
+    def _check_first_loss(self, loss: float) -> None:
+        """A first step has no good point to go back to, and a loop might never notice."""
+        if self._steps == 0 and not math.isfinite(loss):
+            raise ValueError(
+                f"{type(self).__name__}: closure: expected a finite loss in the first step, got "
+                f"{loss}"
+            )
+
+    def _check_untouched(self) -> None:
+        """Refuses weights that something else wrote since the last step."""
+        if self._ranks is not None:
+            # In place: others hold the list. A module may have moved its shards.
+            self._params[:] = [local_shard(p) for p in self._leaves]
+            if self._steps and self._steps % _COMPARE_EVERY == 0:
+                self._compare(f"step {self._steps}")
+        self._guard.check(type(self).__name__, self._expected_weights)
+
+    def _to_basis(self, vector: Tensor, copy: bool = False) -> Tensor:
+        """A d-vector as the ops take it: on the basis's device, in the ops' precision."""
+        subspace = self._subspace
+        return vector.to(device=subspace.device, dtype=subspace.coordinate_dtype, copy=copy)
+
+    def _gradients(self) -> list[Tensor]:
+        """What the last evaluation left, on this rank."""
+        return gradients(self._leaves)
+
+    def _projected(self, *lists: list[Tensor], same: int = 0) -> Tensor:
+        """c = P^T g of each list, (len(lists), d) float64. One pass over the basis.
+
+        Of several ranks the mean's, where the last ``same`` lists are the same on all.
+        """
+        return self._measured(None, *lists, same=same)[0]
+
+    def _measured(
+        self, loss: Loss | None, *lists: list[Tensor], same: int = 0
+    ) -> tuple[Tensor, Loss | None]:
+        """`_projected` and a loss; of several ranks their means, in one sum of d + 1 numbers."""
+        if self._ranks is None:
+            c = self._subspace.project_many(lists)
+        else:
+            c = self._subspace.addend(lists, self._ranks.size, same)
+            parts = [c.reshape(-1)]
+            if loss is not None:
+                own = torch.as_tensor(loss, dtype=torch.float64, device=c.device).detach()
+                parts.append(own.reshape(1) / self._ranks.size)
+            sums = self._ranks.sum_(torch.cat(parts), "coordinates and loss")
+            c = sums[: c.numel()].view(c.shape)
+            loss = loss if loss is None else sums[-1]
+        return c.to(device=self._vector_device, dtype=torch.float64), loss
+
+    def _mean(self, loss: Loss) -> Loss:
+        """The mean of the ranks' losses, as a tensor; alone the loss itself."""
+        if self._ranks is None:
+            return loss
+        own = torch.as_tensor(loss, dtype=torch.float64, device=self._ranks.device).detach()
+        return self._ranks.sum_(own.reshape(1) / self._ranks.size, "the loss")[0]
+
+    def _agreeing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._ranks is None else self._ranks.agreeing()
+
+    def _compare(self, what: str) -> None:
+        """Refuses to go on where ranks have come apart."""
+        if self._ranks is not None:
+            claims = {"options": _options(self.param_groups[0]), "steps": self._steps}
+            self._ranks.agree(claims | {"theta": digest(self._theta)}, what)
+
+    def _claims(self, theta0: Tensor | str | None) -> Claims:
+        """What must be the same on every rank. Reads basis and origin once."""
+        told = theta0 if isinstance(theta0, str) or theta0 is None else "a tensor"
+        claims: Claims = {
+            "optimizer": type(self).__name__,
+            "torch": torch.__version__,
+            "cpu_capability": torch.ops.dldr_ext._cpu_capability(),
+            "params": described(self._leaves),
+            "options": _options(self.defaults),
+            **_claims_of(self._subspace),
+            "theta0": told,
+        }
+        theta = theta0 if isinstance(theta0, Tensor) else None
+        if not self._subspace.spans_ranks:
+            claims["samples"] = samples(self._params)
+            theta = self._first_theta(claims["optimizer"], theta0)
+        return claims | {"theta": digest(theta)}
+
+    def _check_subspace(self, name: str, subspace: AffineSubspace) -> None:
+        params = self._params
+        if not isinstance(subspace, AffineSubspace):
+            raise TypeError(
+                f"{name}: subspace: expected a dldr_ext.Subspace or GroupedSubspace, got "
+                f"{type(subspace).__name__}"
+            )
+        if subspace.spans_ranks and self._ranks is None:
+            raise ValueError(
+                f"{name}: process_group: expected that of the {type(subspace).__name__}, got None"
+            )
+        if subspace.shapes is not None:
+            check_matches(params, subspace.shapes, subspace.names, what="subspace")
+        if numel(params) != subspace.numel:
+            raise ValueError(
+                f"{name}: params: expected {subspace.numel} elements in all, as in the subspace, "
+                f"got {numel(params)}"
+            )
+        if params[0].device != subspace.device:
+            raise ValueError(
+                f"{name}: subspace: expected it on {params[0].device}, where the parameters are, "
+                f"got {subspace.device}; see Subspace.to"
+            )
+
+    def _first_theta(self, name: str, theta0: Tensor | str | None) -> Tensor:
+        dim = self._subspace.dim
+        if theta0 is None:
+            return torch.zeros(dim, dtype=torch.float64, device=self._vector_device)
+        if isinstance(theta0, str) and theta0 == "current":
+            theta = self._subspace.nearest(self._params)
+        elif isinstance(theta0, Tensor):
+            theta = theta0.detach()
+        else:
+            raise TypeError(
+                f"{name}: theta0: expected a tensor of shape ({dim},), 'current' or None, got "
+                f"{theta0!r}"
+            )
+        if theta.shape != (dim,) or not theta.dtype.is_floating_point:
+            raise ValueError(
+                f"{name}: theta0: expected a floating-point tensor of shape ({dim},), got shape "
+                f"{tuple(theta.shape)} and dtype {theta.dtype}"
+            )
+        if not bool(theta.isfinite().all()):
+            raise ValueError(f"{name}: theta0: expected finite numbers, got NaN or infinity")
+        return theta.to(device=self._vector_device, dtype=torch.float64, copy=True)
+
+    def _place(self, name: str, given: str | None) -> None:
+        """Puts the model at origin + P theta and says so if it was elsewhere."""
+        with torch.no_grad():
+            point = self._subspace.reconstruct(self._to_basis(self._theta))
+            before = torch.cat([p.detach().reshape(-1).to(point.dtype) for p in self._params])
+            distance = float(torch.linalg.vector_norm(point - before))
+            norm = float(torch.linalg.vector_norm(before))
+            if point.numel():  # of several ranks one may have no weights
+                ops.trial_(self._params, point, point, 0.0)
+            self._start_at(point)
+            self._guard.remember()
+        first = self._ranks is None or self._ranks.rank == 0
+        if first and not distance <= _MOVED * norm:
+            _log.warning(
+                "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)%s",
+                name,
+                given or "the origin of the subspace",
+                distance,
+                norm,
+                "" if given else '; pass theta0="current" to start from the weights\' projection',
+            )
+
+
+def _claims_of(subspace: AffineSubspace) -> Claims:
+    claims: Claims = {
+        "subspace": type(subspace).__name__,
+        "dim": subspace.dim,
+        "names": subspace.names,
+        "coordinate_dtype": dtype_name(subspace.coordinate_dtype),
+    }
+    if not subspace.spans_ranks:
+        claims |= {"basis": subspace.digest(), "origin": digest(subspace.origin)}
+    return claims
+
+
+def _options(group: dict[str, Any]) -> list[str]:
+    known = {key: value for key, value in group.items() if key != "params"}
+    return [
+        f"{key} = {value.tolist() if isinstance(value, Tensor) else value!r}"
+        for key, value in known.items()
+    ]

@@ -1,0 +1,145 @@
+"""Arguments of the optimizers: their checks, which name what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ..tensors.parameters import unique_parameters
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+    high_open: bool = True,
+) -> float:
+    """A finite number in an interval, or an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name}: expected a number, got {value!r}")
+    above = value > low if low_open else value >= low
+    below = value < high if high_open else value <= high
+    if not (math.isfinite(value) and above and below):
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+        raise ValueError(f"{owner}: {name}: expected a number in {interval}, got {value!r}")
+    return float(value)
+
+
+def check_lr(owner: str, value: Any, *, low_open: bool = False) -> float | Tensor:
+    """A learning rate: a number or, as torch has it, a tensor of one element, which is kept."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        check_number(owner, "lr", value.item(), 0.0, low_open=low_open)
+        return value
+    return check_number(owner, "lr", value, 0.0, low_open=low_open)
+
+
+def check_count(owner: str, name: str, value: Any) -> int:
+    """An int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name}: expected an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{owner}: {name}: expected at least 1, got {value}")
+    return value
+
+
+def check_flag(owner: str, name: str, value: Any) -> bool:
+    """True or False, not what is merely true or false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name}: expected True or False, got {value!r}")
+    return value
+
+
+def check_choice(owner: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """One of a few values, or an error that lists them."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(
+            f"{owner}: {name}: expected one of {listed}, got {value!r}{_meant(value, choices)}"
+        )
+
+
+def names_options(init: Init) -> Init:
+    """Makes a constructor say which option was probably meant by an unknown one."""
+    known = [name for name in inspect.signature(init).parameters if name != "self"]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **options: Any) -> None:
+        for name in options:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__}: {name}: expected one of the options "
+                    f"{', '.join(known)}, got an unknown one{_meant(name, known)}"
+                )
+        init(self, *args, **options)
+
+    return checked  # type: ignore[return-value]
+
+
+def trainable(name: str, params: Iterable[Any]) -> list[Tensor]:
+    """The list of parameters; one group only, since theta has one learning rate."""
+    if not isinstance(params, Tensor) and isinstance(params, Iterable):
+        params = list(params)
+        for group in params:
+            options = sorted(set(group) - {"params"}) if isinstance(group, dict) else []
+            if options:
+                raise ValueError(
+                    f"{name}: params: expected no options of single parameter groups, got "
+                    f"{options}: the coordinates of a subspace belong to all parameters"
+                )
+    result = unique_parameters(params)
+    for i, p in enumerate(result):
+        if not p.requires_grad:
+            raise ValueError(f"{name}: params[{i}]: expected requires_grad=True, got False")
+    return result
+
+
+def _meant(word: Any, choices: Iterable[Any]) -> str:
+    words = [choice for choice in choices if isinstance(choice, str)]
+    close = difflib.get_close_matches(str(word), words, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# Curvature condition of the strong Wolfe search.
+C2 = 0.9
+_CHOICES = {
+    "update": ("bfgs", "lbfgs", "sr1"),
+    "line_search_fn": ("armijo", "strong_wolfe", None),
+    "curvature": ("same_batch", "overlap", "consecutive"),
+    "damping": ("powell", None),
+}
+
+
+def checked(**options: Any) -> dict[str, Any]:
+    """The options, or an error that names the first that is wrong."""
+    owner = "PBFGS"
+    for name, choices in _CHOICES.items():
+        check_choice(owner, name, options[name], choices)
+    for name in ("history_size", "max_ls", "max_iter"):
+        check_count(owner, name, options[name])
+    for name in ("interpolate", "maximize"):
+        check_flag(owner, name, options[name])
+    for name in ("tolerance_grad", "weight_decay", "residual_lr"):
+        options[name] = check_number(owner, name, options[name], 0.0)
+    most = C2 if options["line_search_fn"] == "strong_wolfe" else 1.0
+    options["c1"] = check_number(owner, "c1", options["c1"], 0.0, most, low_open=True)
+    backtrack = options["backtrack"]
+    options["backtrack"] = check_number(owner, "backtrack", backtrack, 0.0, 1.0, low_open=True)
+    momentum = options["residual_momentum"]
+    options["residual_momentum"] = check_number(owner, "residual_momentum", momentum, 0.0, 1.0)
+    if options["first_step"] is not None:
+        first = options["first_step"]
+        options["first_step"] = check_number(owner, "first_step", first, 0.0, low_open=True)
+    options["lr"] = check_lr(owner, options["lr"], low_open=True)
+    return options

@@ -1,0 +1,1 @@
+"""The parts that a step of PBFGS is put together from."""

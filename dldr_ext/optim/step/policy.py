@@ -1,0 +1,51 @@
+"""What a step does with what it finds: pure functions of numbers and `Status`."""
+
+from __future__ import annotations
+
+import math
+
+from ..status import Status
+
+
+def at_start(gradient_norm: float, tolerance: float) -> Status | None:
+    """What |c| says before anything has moved; None: go on."""
+    if not math.isfinite(gradient_norm):
+        return Status.NON_FINITE_GRADIENT
+    return Status.CONVERGED if gradient_norm <= tolerance else None
+
+
+def after_search(loss: float, slope: float) -> Status | None:
+    """What the accepted point says once the search is over; None: take it.
+
+    Parameters
+    ----------
+    loss : float
+        At the point, as evaluated last: a closure may not give the same loss twice.
+    slope : float
+        Gradient there times direction, or 0 where no gradient was asked for.
+    """
+    if not math.isfinite(loss):
+        return Status.LINE_SEARCH_FAILED
+    return None if math.isfinite(slope) else Status.NON_FINITE_GRADIENT
+
+
+def forgets(status: Status) -> bool:
+    """Whether the curvature is set back: what B believed led nowhere."""
+    return status in (
+        Status.LINE_SEARCH_FAILED,
+        Status.NON_FINITE_LOSS,
+        Status.NON_FINITE_GRADIENT,
+        Status.RESTORED,
+    )
+
+
+def goes_back(status: Status, loss_seen: bool, gradient_seen: bool) -> bool:
+    """Whether to return to the last good point.
+
+    That is where loss and gradient were finite. Losses of different batches do not compare, so
+    the last such point is the best one known. A value that is not finite at a point where it has
+    been seen finite is the batch's fault: the weights stay.
+    """
+    if status is Status.NON_FINITE_LOSS:
+        return not loss_seen
+    return status is Status.NON_FINITE_GRADIENT and not gradient_seen

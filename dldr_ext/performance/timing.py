@@ -1,0 +1,116 @@
+"""Paired measurements: an op, its peers and the memory itself, turn by turn in one process.
+
+Shared machines drift by tens of percent within seconds, so that a ratio of two medians taken one
+after the other says little. Each round times all sides back to back; the figures are medians over
+rounds of the ratios within a round, with their quartiles.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Work = Callable[[], object]
+_MULTIPLY = 2048  # rows of the square matrices whose product is timed
+
+
+def seconds(work: Work) -> float:
+    """Wall-clock seconds; on a GPU until it is done."""
+    _wait()
+    start = time.perf_counter()
+    work()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def reader(data: Tensor) -> Work:
+    """Reads every byte of a contiguous tensor once, with torch's own reduction over int64."""
+    words = data.reshape(-1).view(torch.int64)
+    return lambda: words.sum()
+
+
+@dataclass
+class Spread:
+    """Quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+    @staticmethod
+    def of(values: list[float]) -> Spread:
+        """Of at least two values."""
+        low, median, high = statistics.quantiles(values, n=4)
+        return Spread(low, median, high)
+
+    def show(self, unit: str = "", digits: int = 2) -> str:
+        low, median, high = (f"{x:.{digits}f}" for x in (self.low, self.median, self.high))
+        return f"{median}{unit} [{low}, {high}]"
+
+
+def paired(
+    op: Work,
+    op_bytes: float,
+    peer: Work | None,
+    ceiling: Work,
+    ceiling_bytes: float,
+    rounds: int = 9,
+) -> dict[str, list[float]]:
+    """Fractions of the ceiling's bandwidth and speed-ups over the peer, one of each a round.
+
+    The ceiling itself, in GB/s, only tells rounds apart in which the memory ran at another speed.
+    """
+    op(), ceiling(), peer and peer()
+    found: dict[str, list[float]] = {
+        key: [] for key in ("of_ceiling", "against_torch", "seconds", "ceiling_gb_per_second")
+    }
+    for _ in range(rounds):
+        # the ceiling before and after: the better one counts
+        before = seconds(ceiling)
+        own = seconds(op)
+        after = seconds(ceiling)
+        best = ceiling_bytes / min(before, after)
+        found["of_ceiling"].append(op_bytes / own / best)
+        found["seconds"].append(own)
+        found["ceiling_gb_per_second"].append(best / 1e9)
+        if peer is not None:
+            found["against_torch"].append(seconds(peer) / own)
+    return found
+
+
+def bandwidth(data: Tensor, rounds: int = 5) -> tuple[list[float], list[float]]:
+    """Bytes a second, one of each a round: of reading a buffer, and of copying half of it."""
+    half = data.reshape(-1)[: data.numel() // 2]
+    target, read = torch.empty_like(half), reader(data)
+    size, copied = data.numel() * data.element_size(), 2 * half.numel() * half.element_size()
+
+    def copy() -> object:
+        return target.copy_(half)
+
+    read(), copy()
+    times = [(seconds(read), seconds(copy)) for _ in range(rounds)]
+    return [size / a for a, _ in times], [copied / b for _, b in times]
+
+
+def multiplier(dtype: torch.dtype, device: torch.device) -> tuple[Work, float]:
+    """torch's product of two large matrices, and its operations: a multiply-add counts as two."""
+    a = torch.randn(_MULTIPLY, _MULTIPLY, dtype=dtype, device=device)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, a, out=out), 2.0 * _MULTIPLY**3
+
+
+def multiply_rate(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> float:
+    """Operations a second of `multiplier`, the best of all rounds."""
+    work, operations = multiplier(dtype, device)
+    work()
+    return operations / min(seconds(work) for _ in range(rounds))

@@ -1,0 +1,8 @@
+"""What DLDR and P-BFGS take on a model of any size, on devices measured or of data sheets."""
+
+from __future__ import annotations
+
+from .costs import Job, Plan, plan
+from .devices import TABLE, Device, measure
+
+__all__ = ["TABLE", "Device", "Job", "Plan", "measure", "plan"]

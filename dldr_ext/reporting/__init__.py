@@ -1,0 +1,1 @@
+"""How reports look: HTML pages and the style of their figures."""

@@ -1,0 +1,192 @@
+"""A model as a function of its coordinates in a subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..tensors.parameters import check_matches, named_parameters, numel
+
+if TYPE_CHECKING:
+    from .base import AffineSubspace
+
+_PREFIX = "model."
+
+
+class SubspaceModule(nn.Module):
+    """Runs a model with the weights w0 + P theta; theta is the only parameter.
+
+    Any optimizer of ``torch.optim`` works on it. Made by ``subspace.parametrize(model)``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its trainable parameters must be those of the subspace: by name where the subspace knows
+        names, else in order. Its own weights stay as they are until `write_back`; frozen ones are
+        used as they are; buffers (batch-norm statistics) are used and updated in place.
+    subspace : Subspace or GroupedSubspace
+
+    Attributes
+    ----------
+    theta : nn.Parameter, shape (d,)
+        float32 (float64 for a float64 basis), zero at first. `half`, `bfloat16` and `double` act
+        on the model, not on theta.
+    model, subspace
+        As given; ``to(device)`` moves both along.
+
+    Notes
+    -----
+    The model is not a registered submodule: its weights appear neither among the parameters nor in
+    the state dict, which holds theta and the model's buffers (as ``model.<name>``).
+
+    Raises
+    ------
+    ValueError
+        The parameters do not match the subspace: with the first that differs.
+    """
+
+    theta: nn.Parameter
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, subspace: AffineSubspace) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        # Into __dict__, past nn.Module's registration of submodules.
+        self.__dict__["model"] = model
+        self.subspace = subspace
+        self._names = _matching_names(model, subspace)
+        if next(iter(self._parameters_of_model())).device != subspace.device:
+            raise ValueError(
+                f"model: expected device {subspace.device}, as the subspace, got "
+                f"{next(iter(self._parameters_of_model())).device}"
+            )
+        self.theta = nn.Parameter(
+            torch.zeros(subspace.dim, dtype=subspace.coordinate_dtype, device=subspace.device)
+        )
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output at w0 + P theta; differentiable in theta."""
+        return functional_call(self.model, self.weights(), args, kwargs)
+
+    def weights(self) -> dict[str, Tensor]:
+        """w0 + P theta, cut into the model's parameters, by name; differentiable in theta."""
+        params = self._parameters_of_model()
+        pieces = self.subspace.reconstruct(self.theta).split([p.numel() for p in params])
+        return {
+            name: piece.view(p.shape).to(p.dtype)
+            for name, piece, p in zip(self._names, pieces, params, strict=True)
+        }
+
+    def write_back(self) -> nn.Module:
+        """Writes w0 + P theta into the model's own weights; returns the model."""
+        self.subspace.reconstruct_(self._parameters_of_model(), self.theta.detach())
+        return self.model
+
+    def train(self, mode: bool = True) -> SubspaceModule:
+        """Sets training mode, of the model too."""
+        super().train(mode)
+        self.model.train(mode)
+        return self
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The model's buffers."""
+        if recurse:
+            yield from self.model.named_buffers(
+                f"{prefix}{'.' if prefix else ''}{_PREFIX[:-1]}", True, remove_duplicate
+            )
+
+    def extra_repr(self) -> str:
+        return f"{type(self.model).__name__}, {self.subspace}"
+
+    def _parameters_of_model(self) -> list[Tensor]:
+        return [self.model.get_parameter(name) for name in self._names]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubspaceModule:
+        theta = self.theta.detach()
+        super()._apply(fn, recurse)
+        self.model._apply(fn, recurse)
+        # Coordinates keep their precision when the model is cast; only the device is followed.
+        self.theta.data = theta.to(self.theta.device)
+        self.subspace = self.subspace.to(device=self.theta.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, buffer in self._saved_buffers().items():
+            destination[f"{prefix}{_PREFIX}{name}"] = buffer if keep_vars else buffer.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        buffers = self._saved_buffers()
+        start = prefix + _PREFIX
+        rest = {key: value for key, value in state_dict.items() if not key.startswith(start)}
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name, buffer in buffers.items():
+            value = state_dict.get(start + name)
+            if value is None:
+                if strict:
+                    missing_keys.append(start + name)
+            elif value.shape != buffer.shape:
+                error_msgs.append(
+                    f"size mismatch for {start}{name}: copying a buffer with shape "
+                    f"{tuple(value.shape)} from the checkpoint, the shape in the current model is "
+                    f"{tuple(buffer.shape)}"
+                )
+            else:
+                with torch.no_grad():
+                    buffer.copy_(value)
+        if strict:
+            known = {start + name for name in buffers}
+            unexpected_keys.extend(
+                key for key in state_dict if key.startswith(start) and key not in known
+            )
+
+    def _saved_buffers(self) -> dict[str, Tensor]:
+        """The model's buffers that belong into a state dict, by name."""
+        state = self.model.state_dict(keep_vars=True)
+        buffers = self.model.named_buffers(remove_duplicate=False)
+        return {name: buffer for name, buffer in buffers if name in state}
+
+
+def _matching_names(model: nn.Module, subspace: AffineSubspace) -> list[str]:
+    """The names of the model's parameters in the order of the subspace."""
+    params, names = named_parameters(model.named_parameters(), "model")
+    assert names is not None
+    if subspace.names is not None and subspace.shapes is not None:
+        known = dict(zip(names, params, strict=True))
+        for name in subspace.names:
+            if name not in known:
+                raise ValueError(
+                    f"model: expected a trainable parameter {name}, as in the subspace; it has "
+                    f"{', '.join(names)}"
+                )
+        extra = [name for name in names if name not in set(subspace.names)]
+        if extra:
+            raise ValueError(f"model: the subspace has no parameter {extra[0]}")
+        params, names = [known[name] for name in subspace.names], subspace.names
+    if subspace.shapes is not None:
+        check_matches(params, subspace.shapes, names, "subspace", "model")
+    elif numel(params) != subspace.numel:
+        raise ValueError(
+            f"model: expected {subspace.numel} trainable elements in all, as the subspace has, "
+            f"got {numel(params)}"
+        )
+    return list(names)

@@ -1,0 +1,1 @@
+"""Tensors as everything here takes them: parameters, storage formats, matrices of rows."""

@@ -1,0 +1,118 @@
+"""The 8-bit formats: numbers with one float32 scale for each row and block of 256 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .alignment import empty_rows
+from .parameters import DTYPES
+
+# Columns that share a scale.
+SCALE_BLOCK = 256
+# The 8-bit formats, and the largest magnitude that each uses.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# What rows may be stored in.
+STORED = (*DTYPES, *LARGEST)
+# A block whose largest magnitude is below this is stored as zeros: its scale would be subnormal.
+_SMALLEST = 448 * torch.finfo(torch.float32).tiny
+
+
+def blocks(columns: int) -> int:
+    """Number of scale blocks in a row."""
+    return -(-columns // SCALE_BLOCK)
+
+
+def row_bytes(columns: int, dtype: torch.dtype) -> int:
+    """Of a stored row, with its scale if it has one."""
+    scale = blocks(columns) * torch.float32.itemsize if dtype in LARGEST else 0
+    return columns * dtype.itemsize + scale
+
+
+def empty_scale(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device | str
+) -> Tensor | None:
+    """An uninitialised scale for rows of ``dtype``; None if they need none."""
+    if dtype not in LARGEST:
+        return None
+    return torch.empty((rows, blocks(columns)), dtype=torch.float32, device=device)
+
+
+def scale_of(scale: Tensor | None, begin: int, end: int, row: int | None = None) -> Tensor | None:
+    """The scale of columns [begin, end), which begin with a block, as the ops take it.
+
+    Of all rows, contiguous; or, to be written to, of one.
+    """
+    if scale is None:
+        return None
+    part = scale[:, begin // SCALE_BLOCK : blocks(end)]
+    return part.contiguous() if row is None else part[row : row + 1]
+
+
+def rounded(
+    pieces: Iterable[tuple[int, Tensor]],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Rounds a matrix to 8 bits, piece by piece.
+
+    Parameters
+    ----------
+    pieces : iterable of int and Tensor
+        The column that each begins at, a multiple of the block size, and some columns in float32.
+    shape : sequence of int
+        Of the whole.
+    dtype : torch.dtype
+        int8 or float8_e4m3fn.
+    device : torch.device
+
+    Returns
+    -------
+    codes : Tensor of ``shape``
+    scale : Tensor, shape (rows, blocks of the columns), float32
+        The largest magnitude in each block over the largest of ``dtype``.
+
+    Raises
+    ------
+    ValueError
+        NaN or Inf.
+    """
+    rows, columns = shape
+    codes = empty_rows(rows, columns, dtype=dtype, device=device)
+    scale = torch.empty((rows, blocks(columns)), dtype=torch.float32, device=device)
+    for begin, piece in pieces:
+        width, block = piece.shape[1], begin // SCALE_BLOCK
+        chunk = functional.pad(piece, (0, -width % SCALE_BLOCK))
+        chunk = chunk.view(rows, -1, SCALE_BLOCK)
+        peak = chunk.abs().amax(2, keepdim=True)
+        if not bool(peak.isfinite().all()):
+            raise ValueError("basis: expected finite values, got NaN or Inf")
+        peak = torch.where(peak < _SMALLEST, 0, peak)
+        # Quotients of tensors, rounded once, as in the ops: torch divides a number otherwise.
+        largest = torch.full_like(peak, LARGEST[dtype])
+        inverse = torch.where(peak > 0, largest / peak, 0)
+        # A rounding error of the product may pass the largest value by an ulp.
+        values = (chunk * inverse).clamp_(-LARGEST[dtype], LARGEST[dtype])
+        if dtype == torch.int8:
+            values.round_()
+        codes[:, begin : begin + width] = values.view(rows, -1)[:, :width].to(dtype)
+        scale[:, block : block + peak.shape[1]] = (peak / largest)[:, :, 0]
+    return codes, scale
+
+
+def decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that 8-bit rows from a block's first column on stand for; exact in float64."""
+    rows, columns = codes.shape
+    result = torch.empty((rows, scale.shape[1] * SCALE_BLOCK), dtype=dtype, device=codes.device)
+    result[:, :columns] = codes
+    result.view(*scale.shape, SCALE_BLOCK).mul_(scale[:, :, None])
+    return result[:, :columns]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of the arithmetic, of anchors and of origins."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,298 @@
+"""Rows in a folder: one safetensors file for each, memory-mapped to be read.
+
+`anchor.safetensors` holds the anchor and what the trajectory is of, `000000.safetensors`, ... one
+stored delta each, in 8 bits with its scale. A row is in its file, on the disk, before it is
+counted; the Gram matrix is not kept, since the rows give it back to the bit.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...files import artifacts
+from ...tensors.formats import LARGEST, blocks
+from ...tensors.parameters import numel
+from .deferred import DeferredStore, stored
+from .lock import FolderLock
+
+RANK_FOLDERS = "rank-*-of-*"  # in a folder that several ranks recorded to
+HEADER = "anchor.safetensors"
+HEADER_KIND, HEADER_VERSION = "trajectory_folder", 1
+_KIND, _VERSION = "snapshot", 1
+_ROW_NAME = re.compile(r"(\d{6,})\.safetensors")
+_PIECE = 1 << 22  # elements that are rounded and written at a time
+# Read through mappings before they are given back, and with them the pages that they keep in this
+# process; a read brings in some on either side of what was asked for.
+_MAPPED_BYTES, _AROUND_BYTES = 1 << 25, 1 << 17
+
+
+class _Row(NamedTuple):
+    path: Path
+    offset: int  # of the numbers in the file; scales follow them
+
+
+class DiskStore(DeferredStore):
+    """A folder that this process alone records to: `create` or `resume`.
+
+    Parameters
+    ----------
+    lock : FolderLock
+    numel, capacity, dtype, device
+        As in `Store`.
+    metadata : mapping
+        What the trajectory is of, as JSON can hold it; written with the anchor.
+    """
+
+    def __init__(
+        self,
+        lock: FolderLock,
+        numel: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        metadata: Mapping[str, Any],
+    ) -> None:
+        super().__init__(numel, capacity, dtype, device)
+        self._lock, self._path, self._metadata = lock, lock.folder, dict(metadata)
+        self._rows: list[_Row] = []
+        self._skipped = 0  # numbers of files that are no snapshots
+        self._maps: dict[int, Tensor] = {}
+        self._mapped = 0  # bytes read through them
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        numel: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        metadata: Mapping[str, Any],
+    ) -> DiskStore:
+        """An empty store in a folder without one."""
+        os.makedirs(path, exist_ok=True)
+        lock = FolderLock(path)
+        try:
+            _check_new(path)
+            _drop_temporaries(path)
+            return cls(lock, numel, capacity, dtype, device, metadata)
+        except BaseException:
+            lock.close()
+            raise
+
+    @classmethod
+    def resume(
+        cls,
+        lock: FolderLock,
+        numel: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        metadata: Mapping[str, Any],
+    ) -> DiskStore:
+        """The store of a folder that has one; rows that are not whole are reported and left out."""
+        result = cls(lock, numel, capacity, dtype, device, metadata)
+        _drop_temporaries(lock.folder)
+        files = _row_files(lock.folder)
+        for _, path in files:
+            try:
+                result._rows.append(result._checked(path))
+            except ValueError as error:
+                warnings.warn(f"a snapshot was left out: {error}", UserWarning, stacklevel=6)
+        result.length = len(result._rows)
+        result._skipped = files[-1][0] + 1 - result.length if files else 0
+        result._make_room(result.length)
+        return result
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the files of the rows."""
+        return [int(row.path.stem) for row in self._rows]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the trajectory is of."""
+        return self._metadata
+
+    def keep(self, numbers: Collection[int], next_number: int) -> None:
+        """Leaves out all rows but those whose files have these numbers."""
+        self._rows = [row for row in self._rows if int(row.path.stem) in numbers]
+        self._maps.clear()
+        self.length, self._multiplied = len(self._rows), 0
+        self._skipped = next_number - self.length
+
+    def undo(self) -> None:
+        super().undo()
+        self._rows[self.length].path.unlink()
+        del self._rows[self.length :]
+
+    def close(self) -> None:
+        self._maps.clear()
+        self._lock.close()
+
+    def read(self, row: int, begin: int, end: int, out: Tensor) -> None:
+        size = self.dtype.itemsize
+        out.copy_(self._bytes(row, begin * size, end * size).view(self.dtype), non_blocking=True)
+
+    def read_scale(self, row: int, begin: int, end: int, out: Tensor) -> None:
+        start = self.numel * self.dtype.itemsize
+        found = self._bytes(row, start + 4 * begin, start + 4 * end)
+        # A copy, since what follows 8-bit numbers need not be aligned.
+        out.copy_(found.clone().view(torch.float32))
+
+    def _bytes(self, row: int, begin: int, end: int) -> Tensor:
+        """Some of the bytes of a row, mapped."""
+        if self._mapped > _MAPPED_BYTES:
+            self._maps.clear()
+            self._mapped = 0
+        if row not in self._maps:
+            self._maps[row] = self._map(self._rows[row])
+        self._mapped += end - begin + _AROUND_BYTES
+        return self._maps[row][begin:end]
+
+    def _put(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
+        if not self._lock.held:
+            raise ValueError(
+                f"path: expected a folder that this process has open, got {self._path}: it was "
+                "closed, or this process is a fork of the one that opened it"
+            )
+        path = self._path / f"{self._skipped + self.length:06d}.safetensors"
+        try:
+            if self.length == 0:
+                # In parts: the check makes copies.
+                if not all(bool(part.isfinite().all()) for part in anchor.split(_PIECE)):
+                    return False
+                self._write_header(anchor)
+            tensors = self._streams(params, anchor)
+            artifacts.save(path, _KIND, _VERSION, tensors, {"of": self._metadata["id"]})
+        except _NotFinite:
+            return False
+        except OSError as error:
+            raise OSError(
+                error.errno or errno.EIO,
+                f"snapshot {self.length} was not recorded: {error.strerror or error}; the "
+                f"{self.length} recorded before are whole",
+                str(path),
+            ) from error
+        # An interrupt may have left one that was never counted.
+        self._rows[self.length :] = [_Row(path, path.stat().st_size - self.row_bytes)]
+        self._maps.pop(self.length, None)
+        return True
+
+    def _write_header(self, anchor: Tensor) -> None:
+        # A new mark each time: what an earlier first snapshot that failed has left is not taken
+        # for a difference from this anchor.
+        self._metadata["id"] = secrets.token_hex(8)
+        path = self._path / HEADER
+        artifacts.save(path, HEADER_KIND, HEADER_VERSION, {"anchor": anchor}, self._metadata)
+
+    def _streams(
+        self, params: Sequence[Tensor], anchor: Tensor
+    ) -> dict[str, Tensor | artifacts.Stream]:
+        """The row, some at a time: the memory is a piece and the scales, however long the row."""
+        scales: list[Tensor] = []
+
+        def pieces() -> Iterator[Tensor]:
+            for tensors, part in zip(_cut(params, _PIECE), anchor.split(_PIECE), strict=True):
+                piece = stored(tensors, part, self.dtype)
+                if piece is None:
+                    raise _NotFinite
+                scales.extend(piece[1:])
+                yield piece[0]
+
+        delta = artifacts.Stream(self.dtype, (self.numel,), pieces())
+        if self.dtype not in LARGEST:
+            return {"delta": delta}
+        # Written second, when all of them are there.
+        scale = artifacts.Stream(torch.float32, (blocks(self.numel),), iter(scales))
+        return {"delta": delta, "scale": scale}
+
+    def _checked(self, path: Path) -> _Row:
+        with artifacts.Reader(path, _KIND, _VERSION) as file:
+            if file.metadata != {"of": self._metadata["id"]}:
+                raise file.error(f"expected a snapshot of this trajectory, found {file.metadata}")
+            expected = {"delta": ((self.numel,), self.dtype)}
+            if self.dtype in LARGEST:
+                expected["scale"] = ((blocks(self.numel),), torch.float32)
+            if file.names() != set(expected):
+                raise file.error(
+                    f"expected the tensors {sorted(expected)}, found {sorted(file.names())}"
+                )
+            for name, known in expected.items():
+                file.check(name, *known)
+            # The format has no gaps: the last tensor ends where the file ends.
+            row = _Row(path, path.stat().st_size - self.row_bytes)
+            if row.offset % self.dtype.itemsize:
+                raise file.error(f"expected aligned numbers, found them at byte {row.offset}")
+        return row
+
+    def _map(self, row: _Row) -> Tensor:
+        size = row.offset + self.row_bytes
+        found = row.path.stat().st_size
+        if found != size:
+            raise ValueError(
+                f"{row.path}: changed since it was recorded: {found} bytes, not {size}"
+            )
+        # Mapped copy-on-write: nothing is ever written to the file.
+        mapped = torch.from_file(
+            str(row.path), shared=False, size=size, dtype=torch.uint8, device="cpu"
+        )
+        return mapped[row.offset :]
+
+
+class _NotFinite(Exception):
+    pass
+
+
+def _check_new(folder: Path) -> None:
+    rows = _row_files(folder)
+    if rows or (folder / HEADER).exists():
+        raise ValueError(
+            f"path: expected a new or an empty folder, got {folder}, which holds a trajectory of "
+            f"{len(rows)} snapshots; Trajectory.load goes on with it"
+        )
+
+
+def _row_files(folder: Path) -> list[tuple[int, Path]]:
+    """The files named like rows, by number."""
+    matches = (_ROW_NAME.fullmatch(name) for name in os.listdir(folder))
+    return sorted((int(match[1]), folder / match[0]) for match in matches if match)
+
+
+def _drop_temporaries(folder: Path) -> None:
+    """Removes what writers that were killed have left half-written."""
+    for path in folder.glob(".*.safetensors.*.tmp"):
+        path.unlink()
+        warnings.warn(
+            f"a half-written file was dropped: {path.name} in {folder}", UserWarning, stacklevel=6
+        )
+
+
+def _cut(params: Sequence[Tensor], step: int) -> Iterator[list[Tensor]]:
+    """The flat vector of a list of tensors, ``step`` elements at a time."""
+    piece: list[Tensor] = []
+    left = step
+    for tensor in params:
+        if tensor.numel() <= left:
+            parts = [tensor.detach()]
+        else:
+            flat = tensor.detach().reshape(-1)
+            parts = [flat[:left], *flat[left:].split(step)]
+        for part in parts:
+            piece.append(part)
+            left -= part.numel()
+            if left == 0:
+                yield piece
+                piece, left = [], step
+    if numel(piece):
+        yield piece

@@ -1,0 +1,46 @@
+"""The programs of docs/guide.md and docs/checkpoints.md run as written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from optim_problems import one_thread  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "docs" / "guide.md").read_text()
+
+
+def test_every_program_runs_and_trains() -> None:
+    pytest.importorskip("rich")
+    names: dict[str, Any] = {}
+    first, *programs = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    exec(first, names)
+    start = names["trajectory"].anchor.clone()
+    for program in programs:
+        torch.nn.utils.vector_to_parameters(start.clone(), names["model"].parameters())
+        with torch.no_grad():
+            before = names["loss"]().item()
+        exec(program, names)
+        with torch.no_grad():
+            after = names["loss"]().item()
+        assert after < 0.85 * before, program
+        if "optimizer.step" in program:
+            assert names["optimizer"].status.moved, program
+            assert len(names["optimizer"].history) >= 10, program
+
+
+def test_checkpoints() -> None:
+    text = (ROOT / "docs" / "checkpoints.md").read_text()
+    names: dict[str, Any] = {}
+    for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(program, names)
+    assert names["subspace"].dim == 5 and len(names["trajectory"]) == 12
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((\.\./[^)]+)\)", TEXT):
+        assert (ROOT / "docs" / target).exists(), target
