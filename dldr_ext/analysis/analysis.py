@@ -12,35 +12,35 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.reader import Pieces
 from ..checkpoints.series import Series
 from ..files import artifacts
 from ..files.partial import PartialFile
-from ..pca import spectrum
-from ..pca.dimension import Choice, asked_count, choose
+from ..pca.decomposition import Decomposition, decompose
+from ..pca.dimension import Request
 from ..pca.form_basis import formed
-from ..pca.gram import column_step
+from ..pca.gram import column_step, exact_gram
 from ..pca.report import described
 from ..subspace import dense
 from ..tensors.formats import SCALE_BLOCK, blocks, empty_scale, row_bytes, wide_dtype
-from ..tensors.matrices import column_pieces
+from ..tensors.matrices import ScaledRows
 from ..tensors.parameters import dtype_name
+from ..trajectory.stores import MemoryStore, StoreSpec
 from . import metrics
-from .columns import Columns
 
 Progress = Callable[[str, int, int], None]
 SUBSPACE, _STATE = "subspace.safetensors", ".analysis.part"
 _KIND, _VERSION = "analysis", 1
 _SECONDS = 10.0  # between two writes of what was done
+_WINDOW = 1 << 20  # elements that are read at a time
 
 
 class Done(NamedTuple):
@@ -126,25 +126,32 @@ class Analysis:
         series = self.series
         if len(series) < 2:
             raise ValueError(f"checkpoints: expected at least two, got {len(series)}")
-        most = asked_count(len(series), self.dim, self.explained, True)
+        request = Request(self.dim, self.explained)
+        most = request.limit(len(series))
         if self.keep_basis and self.explained is None and self.dim != "auto":
             self._check_space(most)
         self._step = column_step(torch.empty(len(series), 0, device="cpu"))
-        self._columns = Columns(series, self.dtype, self._chunk_bytes, self._step)
+        self._chunks = Chunks(series, self.dtype, self._chunk_bytes, self._step)
         self._done = self._earlier()
         self.resumed_at = self._done.column
         with Pieces() as pieces:
             self._kept(lambda: self._gram_pass(pieces))
             gram = self._done.gram
-            found = self._spectrum(gram)
-            ratio = found.explained(max(found.rank, 1))
-            chosen = choose(found, len(series), most, self.dim, self.explained, True)
-            if chosen.warning is not None:
-                series.notes.append(chosen.warning)
+            stored = {dtype for t in range(len(series)) for dtype in series.dtypes(t)}
+            components = decompose(
+                gram,
+                self._done.square,
+                request,
+                double=stored | {self.dtype} == {torch.float64},
+                what="checkpoints",
+            )
+            if components.warning is not None:
+                series.notes.append(components.warning)
             if self.keep_basis:
-                self._kept(lambda: self._check_space(chosen.dim))
-                self._kept(lambda: self._basis_pass(pieces, found, chosen))
-        return self._facts() | metrics.of_gram(gram, ratio) | self._kept_facts(ratio, chosen)
+                self._kept(lambda: self._check_space(components.dim))
+                self._kept(lambda: self._basis_pass(pieces, components))
+        ratio = components.spectrum.explained(components.spectrum.rank)
+        return self._facts() | metrics.of_gram(gram, ratio) | self._kept_facts(components)
 
     def _check_space(self, dim: int) -> None:
         """That the subspace will fit on the disk: before hours of reading, not after."""
@@ -162,29 +169,24 @@ class Analysis:
             )
 
     def _gram_pass(self, pieces: Pieces) -> None:
-        width = self._columns.width
-        for begin in range(self._done.column, self.series.numel, width):
-            anchor, rows = self._columns.read(pieces, begin)
-            gram = self._done.gram.clone()
-            for _, piece in column_pieces(rows, self._step):
-                gram += ops.gram(piece.to(torch.float64).contiguous())
+        for begin in range(self._done.column, self.series.numel, self._chunks.width):
+            anchor, rows = self._chunks.read(pieces, begin)
+            gram = exact_gram(rows, total=self._done.gram)
             norm = float(torch.linalg.vector_norm(anchor, dtype=torch.float64))
             end = begin + len(anchor)
             self._done = Done(gram, self._done.square + norm**2, end)
             self._report("Gram matrix", 0, end)
             self._save_now_and_then()
 
-    def _basis_pass(self, pieces: Pieces, found: spectrum.Spectrum, chosen: Choice) -> None:
-        count = chosen.dim
-        coefficients = spectrum.coefficients(found, count)
-        series, numel = self.series, self.series.numel
-        known = {
-            "explained_variance_ratio": found.explained(count),
-            "singular_values": found.values[:count].sqrt(),
+    def _basis_pass(self, pieces: Pieces, components: Decomposition) -> None:
+        count, series, numel = components.dim, self.series, self.series.numel
+        small = {
+            "explained_variance_ratio": components.explained_variance_ratio,
+            "singular_values": components.singular_values,
         }
         large = {
             "basis": torch.empty((count, numel), dtype=self.dtype, device="meta"),
-            "origin": torch.empty(numel, dtype=self._columns.wide, device="meta"),
+            "origin": torch.empty(numel, dtype=wide_dtype(self.dtype), device="meta"),
             "scale": empty_scale(count, numel, self.dtype, "meta"),
         }
         tensors = {name: tensor for name, tensor in large.items() if tensor is not None}
@@ -192,16 +194,16 @@ class Analysis:
             self.folder / SUBSPACE,
             dense.KIND,
             dense.VERSION,
-            tensors | known,
-            {"shapes": series.shapes, "names": series.names, "choice": chosen.facts},
+            tensors | small,
+            {"shapes": series.shapes, "names": series.names, "choice": components.choice},
             resume=self._done.basis_column > 0,
         ) as file:
             if not file.resumed:
                 self._done = self._done._replace(basis_column=0)
             try:
-                for begin in range(self._done.basis_column, numel, self._columns.width):
-                    anchor, rows = self._columns.read(pieces, begin)
-                    basis, scale = formed(rows, coefficients, self.dtype, self._step)
+                for begin in range(self._done.basis_column, numel, self._chunks.width):
+                    anchor, rows = self._chunks.read(pieces, begin)
+                    basis, scale = formed(rows, components.coefficients, self.dtype, self._step)
                     for row, part in enumerate(basis):
                         file.write("basis", row * numel + begin, part)
                     for row, part in enumerate(() if scale is None else scale):
@@ -214,22 +216,9 @@ class Analysis:
                     self._save_now_and_then(file)
             finally:
                 file.sync()
-            for name, tensor in known.items():
+            for name, tensor in small.items():
                 file.write(name, 0, tensor)
             file.finish()
-
-    def _spectrum(self, gram: Tensor) -> spectrum.Spectrum:
-        stored = {dtype for t in range(len(self.series)) for dtype in self.series.dtypes(t)}
-        double = stored | {self.dtype} == {torch.float64}
-        # All that is asked of the weights is their length.
-        length = torch.tensor([self._done.square], dtype=torch.float64, device="cpu").sqrt()
-        found = spectrum.exact_spectrum(gram, double, length, center=True)
-        if found.rank == 0:
-            raise ValueError(
-                f"the {len(self.series)} checkpoints do not differ (by more than rounding "
-                "explains): there is no direction to keep"
-            )
-        return found
 
     def _kept(self, work: Callable[[], None]) -> None:
         """Does the work; what is done is kept if it is interrupted."""
@@ -306,11 +295,70 @@ class Analysis:
             "norm_of_first": self._done.square**0.5,
         }
 
-    def _kept_facts(self, ratio: Tensor, chosen: Choice) -> dict[str, Any]:
-        share = ratio[: chosen.dim]
-        said = described(chosen.dim, self.series.numel, self.dtype, chosen.facts, share)
-        kept: dict[str, Any] = {"dim": chosen.dim, "explained_variance": float(share.sum())}
-        known = {"choice": chosen.facts, "report": said}
-        if not self.keep_basis:
-            return {"subspace": None, **known}
-        return {"subspace": {"path": str(self.folder / SUBSPACE), **kept}, **known}
+    def _kept_facts(self, components: Decomposition) -> dict[str, Any]:
+        dim, ratio = components.dim, components.explained_variance_ratio
+        report = described(dim, self.series.numel, self.dtype, components.choice, ratio)
+        kept = {"dim": dim, "explained_variance": float(ratio.sum())}
+        path = {"path": str(self.folder / SUBSPACE), **kept}
+        return {
+            "subspace": path if self.keep_basis else None,
+            "choice": components.choice,
+            "report": report,
+        }
+
+
+class Chunks:
+    """Some columns of all checkpoints at a time: differences from the first, as recorded.
+
+    Parameters
+    ----------
+    series : Series
+    dtype : torch.dtype
+    chunk_bytes : int
+        Of a chunk, about: its rows and its part of the anchor.
+    step : int
+        A chunk is a multiple of as many columns.
+    """
+
+    def __init__(self, series: Series, dtype: torch.dtype, chunk_bytes: int, step: int) -> None:
+        self.series, self.dtype = series, dtype
+        column = len(series) * dtype.itemsize + wide_dtype(dtype).itemsize
+        self.width = min(max(step, chunk_bytes // column // step * step), series.numel)
+        self._store: MemoryStore | None = None
+        wide = wide_dtype(dtype)
+        self._anchor = torch.empty(self.width, dtype=wide, device="cpu")
+        self._window = torch.empty(min(_WINDOW, self.width), dtype=wide, device="cpu")
+
+    def read(self, reader: Pieces, begin: int) -> tuple[Tensor, Tensor | ScaledRows]:
+        """Return columns ``begin``, ``begin + 1``, ...: the anchor (k,) and the rows (T, k).
+
+        They are valid until the next call.
+        """
+        count = min(self.width, self.series.numel - begin)
+        anchor = self._anchor[:count]
+        for columns, piece in self._pieces(reader, 0, begin, count):
+            anchor[columns] = piece
+        store = self._empty_store(anchor)
+        for t in range(len(self.series)):
+            first = [(slice(0, count), anchor)]
+            if not store.append_pieces(self._pieces(reader, t, begin, count) if t else first):
+                problem = f"a difference from the first checkpoint overflows {self.dtype}"
+                raise self.series.error(t, problem)
+        return anchor, store.snapshots()
+
+    def _pieces(
+        self, reader: Pieces, t: int, begin: int, count: int
+    ) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, count, _WINDOW):
+            stop = min(start + _WINDOW, count)
+            piece = self._window[: stop - start]
+            self.series.read(reader, t, begin + start, piece)
+            yield slice(start, stop), piece
+
+    def _empty_store(self, anchor: Tensor) -> MemoryStore:
+        if self._store is None or self._store.numel != len(anchor):
+            self._store = None  # its memory before that of the next one
+            spec = StoreSpec(len(anchor), len(self.series), self.dtype, anchor.device)
+            self._store = MemoryStore(spec, anchor)
+        self._store.clear()
+        return self._store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from ..collectives.process_group import Ranks, members
 from ..subspace.dense import Subspace
 from ..tensors.parameters import flatten, local_shard, named_parameters
 from .partitioned import CutSubspace, StrPath, _columns
-
-if TYPE_CHECKING:
-    from ..trajectory.trajectory import Trajectory
 
 
 class LocalSubspace(CutSubspace):
@@ -121,31 +118,6 @@ class LocalSubspace(CutSubspace):
         mesh = listed[0].device_mesh
         result = cls(basis, origin, mesh, replicas=replicas, shapes=shapes, names=names)
         return result._laid_out(listed)
-
-    @classmethod
-    def from_trajectory(
-        cls, trajectory: Trajectory | None, params: Iterable[Any], dim: int
-    ) -> LocalSubspace:
-        """The principal directions of weights that each rank recorded of its own shards.
-
-        The T x T Gram matrices are summed over the ranks: no other rank sees a snapshot.
-
-        Parameters
-        ----------
-        trajectory : Trajectory or None
-            Of this rank's `local_shards` of ``params``, all ranks at the same moments. None where
-            the rank has no weights.
-        params : iterable of DTensor
-        dim : int
-            At most T - 1 directions; fewer where the trajectory has a smaller rank.
-        """
-        from ..trajectory.stores.sharded import SharedTrajectory
-
-        if not isinstance(trajectory, SharedTrajectory):
-            trajectory = SharedTrajectory.of_parts(trajectory, params)
-        found = trajectory.subspace(dim)
-        assert isinstance(found, LocalSubspace)
-        return found
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: Iterable[Any]) -> LocalSubspace:

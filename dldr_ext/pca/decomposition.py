@@ -1,86 +1,106 @@
-"""The principal directions of stored snapshots, or of some of their columns."""
+"""The principal components of a Gram matrix: the one way from K to a basis.
+
+Whoever has snapshots goes through `decompose`: recording, ranks that record together (which solve
+the T x T problem once), `Subspace.from_snapshots`, and the analysis of checkpoints.
+"""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..tensors.matrices import Matrix
-from . import spectrum
-from .dimension import choose
-from .gram import exact_gram
-
-_Kind = TypeVar("_Kind")
+from .dimension import Request, number_of_components
+from .spectrum import Spectrum, coefficients, exact_spectrum
 
 
-def principal_subspace(
-    snapshots: Matrix,
-    gram: Tensor | None,
-    origin: Tensor,
-    dtype: torch.dtype,
-    form: Callable[..., _Kind],
+class Decomposition(NamedTuple):
+    """The leading principal directions, as combinations of the snapshots.
+
+    Attributes
+    ----------
+    coefficients : Tensor, shape (d, T), float64 on the CPU
+        C: the basis is C X.
+    explained_variance_ratio, singular_values : Tensor, shape (d,), float64 on the CPU
+    choice : dict
+        How the number of components was chosen: see `dldr_ext.Subspace`.
+    warning : str or None
+        What a user should know of that number.
+    spectrum : Spectrum
+        Of all directions.
+    """
+
+    coefficients: Tensor
+    explained_variance_ratio: Tensor
+    singular_values: Tensor
+    choice: dict[str, Any]
+    warning: str | None
+    spectrum: Spectrum
+
+    @property
+    def dim(self) -> int:
+        """The number of components, d."""
+        return len(self.coefficients)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a subspace keeps of it, as keyword arguments."""
+        return {
+            "explained_variance_ratio": self.explained_variance_ratio,
+            "singular_values": self.singular_values,
+            "choice": self.choice,
+        }
+
+
+def _solve_here(solve: Callable[[], Spectrum]) -> Spectrum:
+    return solve()
+
+
+def decompose(
+    gram: Tensor,
+    square: float,
+    request: Request,
     *,
     double: bool,
-    center: bool,
-    most: int,
-    dim: int | str | None = None,
-    explained: float | None = None,
-    stacklevel: int,
-    **known: Any,
-) -> _Kind:
-    """The subspace that principal component analysis finds.
+    what: str = "snapshots",
+    solved_once: Callable[[Callable[[], Spectrum]], Spectrum] = _solve_here,
+) -> Decomposition:
+    """Return the principal components that are asked for: Gram matrix, spectrum, coefficients.
 
     Parameters
     ----------
-    snapshots : Tensor, StoredRows or ScaledRows, shape (T, n)
-    gram : Tensor, shape (T, T), float64, or None
-        Their Gram matrix, if it is known to all digits.
-    origin : Tensor, shape (n,)
-        A point of the trajectory: w0.
-    dtype : torch.dtype
-        Of the basis.
-    form : callable
-        Makes the subspace of the coefficients, as `dense` does.
+    gram : Tensor, shape (T, T), float64
+        To all digits: see `exact_gram`.
+    square : float
+        |w|^2 of one point of the trajectory: how large the weights are.
+    request : Request
     double : bool
-        Snapshots and weights are float64.
-    center : bool
-    most : int
-        Number of directions at most.
-    dim, explained
-        What was asked for: as in `Trajectory.subspace`.
-    stacklevel : int
-        Of a warning; 0 for none.
-    **known
-        Further arguments of ``form``.
+        The weights and the snapshots are float64 (else at least one of them is float32 or less).
+    what : str
+        What the rows are called in messages.
+    solved_once : callable
+        Calls the function it is given, or takes what another rank found by calling it.
 
     Raises
     ------
     ValueError
-        All snapshots are the same.
+        The request cannot be met by so many snapshots; all snapshots are the same.
     """
-    # The Gram matrix that recording made serves to watch it; the basis needs more digits.
-    gram = exact_gram(snapshots) if gram is None else gram
-    found = spectrum.exact_spectrum(gram, double, origin, center=center)
-    if found.rank == 0:
+    request.limit(len(gram))
+    spectrum = solved_once(
+        lambda: exact_spectrum(gram, square, double=double, center=request.center)
+    )
+    if spectrum.rank == 0:
         raise ValueError(
-            f"the {len(snapshots)} snapshots do not differ (by more than rounding explains): there "
-            "is no direction to keep"
+            f"the {len(gram)} {what} do not differ (by more than rounding explains): there is no "
+            "direction to keep"
         )
-    count, facts, warning = choose(found, len(snapshots), most, dim, explained, center)
-    if warning is not None and stacklevel:
-        warnings.warn(warning, UserWarning, stacklevel=stacklevel)
-    coefficients = spectrum.coefficients(found, count, center=center).to(snapshots.device)
-    return form(
-        snapshots,
-        coefficients,
-        origin,
-        dtype,
-        explained_variance_ratio=found.explained(count),
-        singular_values=found.values[:count].sqrt(),
-        choice=facts,
-        **known,
+    dim, choice, warning = number_of_components(spectrum, len(gram), request)
+    return Decomposition(
+        coefficients(spectrum, dim, center=request.center),
+        spectrum.explained(dim),
+        spectrum.values[:dim].sqrt(),
+        choice,
+        warning,
+        spectrum,
     )

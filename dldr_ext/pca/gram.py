@@ -7,14 +7,14 @@ from torch import Tensor
 
 from .. import ops
 from ..tensors.matrices import Matrix, column_pieces
-from .spectrum import _FLOAT64_SUMS
+from .spectrum import FLOAT64_SUMS
 
 # Of a float64 chunk: near a CPU's caches; on a GPU enough to be worth its launches.
 _CHUNK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
 
 
-def exact_gram(snapshots: Matrix, *, relative: bool = False) -> Tensor:
-    """Gram matrix summed in float64 throughout, chunk by chunk; shape (T, T), float64.
+def exact_gram(snapshots: Matrix, *, relative: bool = False, total: Tensor | None = None) -> Tensor:
+    """Return the Gram matrix summed in float64 throughout, chunk by chunk; shape (T, T), float64.
 
     The float32 sums of `ops.gram` are off by up to 1e-7 of the largest eigenvalue, which a
     direction with 1e-3 of the variance feels as 1e-4: its basis row would be that far from unit
@@ -26,9 +26,13 @@ def exact_gram(snapshots: Matrix, *, relative: bool = False) -> Tensor:
     relative : bool
         Of the differences from the first row. Raw weights differ by little, so that the Gram
         matrix of the weights themselves would lose these differences.
+    total : Tensor, shape (T, T), optional
+        Of the columns before these, which are added.
     """
     rows = len(snapshots)
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=snapshots.device)
+    if total is not None:
+        gram += total
     step = column_step(snapshots)
     # One for all pieces: allocators may give a chunk back each time, and fresh memory is slow.
     size = rows * min(step, snapshots.shape[1])
@@ -83,6 +87,6 @@ def gram_schmidt(gram: Tensor, dim: int) -> Tensor:
             for earlier in found:
                 row -= (earlier @ gram @ row) * earlier
         square = float(row @ gram @ row)
-        if square > _FLOAT64_SUMS * float(gram[t, t]):
+        if square > FLOAT64_SUMS * float(gram[t, t]):
             found.append(row / square**0.5)
     return torch.stack(found) if found else gram[:0].clone()

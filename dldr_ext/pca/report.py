@@ -11,7 +11,7 @@ from torch import Tensor
 from ..tensors.parameters import dtype_name
 
 # What a subspace keeps of the choice, in this order.
-_FIELDS: dict[str, tuple[type, ...]] = {
+FIELDS: dict[str, tuple[type, ...]] = {
     "snapshots": (int,),
     "rank": (int,),
     "asked": (str,),
@@ -21,16 +21,16 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def checked_facts(facts: Any) -> dict[str, Any] | None:
-    """What `choose` knew, as it comes from the constructor or a file."""
+    """Check the choice of a number of components as it comes from a constructor or a file."""
     if facts is None:
         return None
-    if not isinstance(facts, Mapping) or set(facts) != set(_FIELDS):
-        raise ValueError(f"choice: expected the fields {sorted(_FIELDS)}, got {str(facts)[:60]!r}")
-    for name, kinds in _FIELDS.items():
+    if not isinstance(facts, Mapping) or set(facts) != set(FIELDS):
+        raise ValueError(f"choice: expected the fields {sorted(FIELDS)}, got {str(facts)[:60]!r}")
+    for name, kinds in FIELDS.items():
         if type(facts[name]) not in kinds:
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"choice: {name}: expected {expected}, got {str(facts[name])[:60]!r}")
-    return {name: facts[name] for name in _FIELDS}
+    return {name: facts[name] for name in FIELDS}
 
 
 def described(
@@ -40,7 +40,7 @@ def described(
     facts: Mapping[str, Any] | None,
     ratio: Tensor | None,
 ) -> dict[str, str]:
-    """What `Subspace.report` says, each under a word."""
+    """Return what `dldr_ext.Subspace.report` says, each line under a word."""
     lines = {"subspace": f"{_directions(dim)} of {numel:,} numbers each, {dtype_name(dtype)}"}
     if facts is None:
         lines["kept"] = "all of them; how they were chosen is not known"
@@ -64,7 +64,7 @@ def described(
 
 
 def report(*known: Any) -> str:
-    """The same as text; arguments as in `described`."""
+    """Return the same as text; arguments as of `described`."""
     return "\n".join(f"{name:<11} {text}" for name, text in described(*known).items())
 
 

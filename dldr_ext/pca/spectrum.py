@@ -22,7 +22,7 @@ _FLOAT32_SUMS = 2.0**-22
 # With float64 sums: a few roundings of the sums and of the eigensolver; and where the snapshots are
 # float32 or less, 4e-6 in terms of singular values, the length that a direction of float32 updates
 # loses in the noise of their own arithmetic.
-_FLOAT64_SUMS, _FLOAT64_SUMS_OF_FLOAT32 = 2.0**-44, 2.0**-36
+FLOAT64_SUMS, _FLOAT64_SUMS_OF_FLOAT32 = 2.0**-44, 2.0**-36
 # A float32 weight is off by up to 2^-24 of itself (2^-25.3 in the root mean square), independently
 # in each snapshot: a direction with an eigenvalue below this share of |w|^2 is made of just that.
 _WEIGHTS, _WEIGHTS_OF_FLOAT64 = 2.0**-48, 2.0**-104
@@ -37,37 +37,36 @@ class Spectrum(NamedTuple):
     rank: int
 
     def explained(self, count: int) -> Tensor:
-        """Share of the variance along each of the first ``count`` directions."""
+        """Return the share of the variance along each of the first ``count`` directions."""
         return self.values[:count] / self.values.sum()
 
 
 def stored_spectrum(gram: Tensor, dtype: torch.dtype) -> Spectrum:
-    """Centred spectrum of a Gram matrix that the ops made of snapshots of ``dtype``."""
-    share = _FLOAT64_SUMS if dtype == torch.float64 else _FLOAT32_SUMS
+    """Return the centred spectrum of a Gram matrix that the ops made of rows of ``dtype``."""
+    share = FLOAT64_SUMS if dtype == torch.float64 else _FLOAT32_SUMS
     return _spectrum(gram, True, share, 0.0)
 
 
 def square_of(weights: Tensor) -> Tensor:
-    """|w|^2, float64. Piece by piece: each is copied to float64."""
+    """Return |w|^2 in float64, piece by piece: each is copied to float64."""
     norms = [torch.linalg.vector_norm(w, dtype=torch.float64) for w in weights.split(_PIECE)]
     return torch.stack(norms).square().sum()
 
 
-def exact_spectrum(gram: Tensor, double: bool, weights: Tensor, *, center: bool) -> Spectrum:
-    """Spectrum of an `exact_gram`.
+def exact_spectrum(gram: Tensor, square: float, *, double: bool, center: bool) -> Spectrum:
+    """Return the spectrum of an `exact_gram`.
 
     Parameters
     ----------
     gram : Tensor, shape (T, T)
+    square : float
+        |w|^2 of one point of the trajectory: how large the weights are.
     double : bool
         The weights and the snapshots are float64 (else at least one of them is float32 or less).
-    weights : Tensor, shape (n,)
-        One point of the trajectory: how large the weights are.
     center : bool
     """
-    square = float(square_of(weights))
     if double:
-        return _spectrum(gram, center, _FLOAT64_SUMS, _WEIGHTS_OF_FLOAT64 * square)
+        return _spectrum(gram, center, FLOAT64_SUMS, _WEIGHTS_OF_FLOAT64 * square)
     return _spectrum(gram, center, _FLOAT64_SUMS_OF_FLOAT32, _WEIGHTS * square)
 
 

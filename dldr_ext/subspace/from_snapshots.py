@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..pca.dimension import MAX_DIM, checked_auto, checked_dim, choose
+from ..ops import form_basis
+from ..pca.decomposition import decompose
+from ..pca.dimension import Request, checked_dim
 from ..pca.gram import exact_gram, gram_schmidt, orthonormalize_
-from ..pca.spectrum import coefficients, exact_spectrum
+from ..pca.spectrum import square_of
+from ..tensors.formats import wide_dtype
 from ..tensors.parameters import (
     DTYPES,
     check_matches,
@@ -26,46 +28,47 @@ from ..tensors.parameters import (
 def subspace_arguments(
     snapshots: Tensor | Sequence[Any], dim: int | str, orthonormal: str, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """The arguments of `Subspace` for `Subspace.from_snapshots`."""
+    """Return the arguments of `Subspace` for `Subspace.from_snapshots`."""
     if orthonormal not in ("pca", "qr"):
         raise ValueError(f"orthonormal: expected 'pca' or 'qr', got {orthonormal!r}")
     if dtype is not None and dtype not in DTYPES:
         expected = ", ".join(map(dtype_name, DTYPES))
         raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
     rows, shapes, names = _as_rows(snapshots)
-    count = len(rows)
-    if count < 2:
-        raise ValueError(f"snapshots: expected at least two, got {count}")
-    pca = orthonormal == "pca"
-    most = _asked(dim, count, pca)
-    gram = exact_gram(rows, relative=pca)
-    _check_finite(rows, gram)
+    if len(rows) < 2:
+        raise ValueError(f"snapshots: expected at least two, got {len(rows)}")
+    arguments: dict[str, Any] = {"shapes": shapes, "names": names}
     dtype = rows.dtype if dtype is None else dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    known: dict[str, Any] = {"shapes": shapes, "names": names}
-    if pca:
-        origin = rows[0].to(wide, copy=True)
-        found = exact_spectrum(gram, rows.dtype == torch.float64, origin, center=True)
-        if found.rank == 0:
-            raise ValueError(
-                "snapshots: the snapshots do not differ: there is no direction to keep"
+    if orthonormal == "pca":
+        request = Request(dim)
+        request.limit(len(rows))
+        gram = exact_gram(rows, relative=True)
+        _check_finite(rows, gram)
+        origin = rows[0].to(wide_dtype(dtype), copy=True)
+        try:
+            components = decompose(
+                gram, float(square_of(origin)), request, double=rows.dtype == torch.float64
             )
-        kept, known["choice"], warning = choose(found, count, most, dim, None, True)
-        if warning is not None:
-            warnings.warn(warning, UserWarning, stacklevel=3)
+        except ValueError as error:
+            raise ValueError(f"snapshots: {error}") from None
+        if components.warning is not None:
+            warnings.warn(components.warning, UserWarning, stacklevel=3)
+        arguments |= components.metadata()
         # The rows of C sum to zero: C X is the same for the weights as for their differences.
-        known["explained_variance_ratio"] = found.explained(kept)
-        known["singular_values"] = found.values[:kept].sqrt()
-        combine = coefficients(found, kept)
+        basis = form_basis(rows, components.coefficients.to(rows.device), dtype=dtype)
     else:
-        combine = gram_schmidt(gram, most)
-        _check_rank(len(combine), most)
-        origin = torch.zeros(rows.shape[1], dtype=wide, device=rows.device)
-    basis = ops.form_basis(rows, combine.to(rows.device), dtype=dtype)
-    if not pca:
+        if isinstance(dim, str):
+            raise ValueError(f"dim: expected a number, for 'qr', got {dim!r}")
+        most = checked_dim(dim, len(rows), f"{len(rows)} snapshots")
+        gram = exact_gram(rows)
+        _check_finite(rows, gram)
+        combination = gram_schmidt(gram, most)
+        _check_rank(len(combination), most)
+        origin = torch.zeros(rows.shape[1], dtype=wide_dtype(dtype), device=rows.device)
+        basis = form_basis(rows, combination.to(rows.device), dtype=dtype)
         # Snapshots nearly parallel, as those of one run are, cost digits: they come back here.
         orthonormalize_(basis)
-    return {"basis": basis, "origin": origin, **known}
+    return {"basis": basis, "origin": origin, **arguments}
 
 
 def _as_rows(
@@ -121,17 +124,6 @@ def _check_finite(rows: Tensor, gram: Tensor) -> None:
     if not bool(gram.isfinite().all()):
         bad = [t for t, row in enumerate(rows) if not bool(row.isfinite().all())]
         raise ValueError(f"snapshots: expected finite values, got NaN or Inf in {bad}")
-
-
-def _asked(dim: int | str, count: int, pca: bool) -> int:
-    limit = count - 1 if pca else count
-    if not isinstance(dim, str):
-        return checked_dim(dim, limit, f"{count} {'centred ' if pca else ''}snapshots")
-    if dim != "auto" or not pca:
-        expected = "a number or 'auto'" if pca else "a number, for 'qr'"
-        raise ValueError(f"dim: expected {expected}, got {dim!r}")
-    checked_auto(count, True)
-    return min(limit, MAX_DIM)
 
 
 def _check_rank(kept: int, dim: int) -> None:

@@ -1,4 +1,4 @@
-"""What is checked before a snapshot counts."""
+"""Validate what is recorded before it counts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..collectives.partition import Share
 from ..tensors.formats import LARGEST, wide_dtype
 from ..tensors.parameters import check_matches, dtype_name, flatten, type_name
 
@@ -24,34 +25,49 @@ class Recorded(Protocol):
 
 
 def checked_capacity(capacity: int) -> int:
-    """``capacity`` as an int, at least 1."""
+    """Return ``capacity`` as an int, at least 1."""
     result = operator.index(capacity)
     if result < 1:
         raise ValueError(f"capacity: expected at least 1 snapshot, got {result}")
     return result
 
 
-def given_anchor(what: Recorded, anchor: Tensor | Sequence[Tensor]) -> Tensor:
-    """A copy of an anchor that the user gives, flat."""
+def flat_anchor(
+    what: Recorded, anchor: Tensor | Sequence[Tensor], share: Share | None = None
+) -> Tensor:
+    """Return a flat copy of an anchor that the user gives; over ranks this rank's columns of it."""
+    if share is not None and share.mesh is not None:
+        if isinstance(anchor, Tensor):
+            raise ValueError("anchor: expected a list of DTensors, as params, got one tensor")
+        tensors = share.own(list(anchor))
+        check_matches(tensors, share.shapes, share.names, "local shards", "anchor")
+    else:
+        tensors = _anchor_tensors(what, anchor)
+    flat = flatten(tensors, wide_dtype(what.dtype))
+    if not bool(flat.isfinite().all()):
+        raise ValueError("anchor: expected finite values, got NaN or Inf")
+    if share is None or share.mesh is not None:
+        return flat
+    return torch.cat([flat[:0], *(flat[begin:end] for begin, end in share.runs)])
+
+
+def _anchor_tensors(what: Recorded, anchor: Tensor | Sequence[Tensor]) -> list[Tensor]:
     tensors = [anchor] if isinstance(anchor, Tensor) else list(anchor)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            found = tensor.dtype if isinstance(tensor, Tensor) else type_name(tensor)
-            raise TypeError(f"anchor[{i}]: expected a floating-point tensor, got {found}")
+            got = tensor.dtype if isinstance(tensor, Tensor) else type_name(tensor)
+            raise TypeError(f"anchor[{i}]: expected a floating-point tensor, got {got}")
         if tensor.device != what.device:
             raise ValueError(f"anchor[{i}]: expected device {what.device}, got {tensor.device}")
     if isinstance(anchor, Tensor):
         check_matches(tensors, [(what.numel,)], what="parameters (flat)", argument="anchor")
     else:
         check_matches(tensors, what.shapes, what.names, "parameters", "anchor")
-    flat = flatten(tensors, wide_dtype(what.dtype))
-    if not bool(flat.isfinite().all()):
-        raise ValueError("anchor: expected finite values, got NaN or Inf")
-    return flat
+    return tensors
 
 
 def check_current(what: Recorded, params: Sequence[Tensor]) -> None:
-    """Checks that the parameters are still those that the trajectory was made for."""
+    """Check that the parameters are still those that the trajectory was made for."""
     check_matches(params, what.shapes, what.names, "trajectory when it was made")
     for i, p in enumerate(params):
         if p.device != what.device:
@@ -61,23 +77,27 @@ def check_current(what: Recorded, params: Sequence[Tensor]) -> None:
             )
 
 
-def why_not_finite(what: Recorded, params: Sequence[Tensor], anchor: Tensor) -> str:
-    """Which parameter, or which difference from the anchor, is not to be stored."""
+def why_not_finite(
+    params: Sequence[Tensor], names: Sequence[str] | None, anchor: Tensor | None, dtype: torch.dtype
+) -> str:
+    """Return which parameter, or which difference from the anchor, is not to be stored."""
     for i, p in enumerate(params):
         if not bool(p.detach().isfinite().all()):
-            name = f" ({what.names[i]})" if what.names else ""
+            name = f" ({names[i]})" if names else ""
             return f"params[{i}]{name}: expected finite values, got NaN or Inf; not recorded"
-    pieces = anchor.split([p.numel() for p in params])
-    largest = max(
-        float((p.detach().reshape(-1) - piece).abs().max())
-        for p, piece in zip(params, pieces, strict=True)
-        if p.numel()
-    )
+    largest = 0.0
+    if anchor is not None:  # else there is no difference
+        pieces = anchor.split([p.numel() for p in params])
+        largest = max(
+            float((p.detach().reshape(-1) - piece).abs().max())
+            for p, piece in zip(params, pieces, strict=True)
+            if p.numel()
+        )
     holds = ""  # 8 bits hold what their scales, float32, hold
-    if what.dtype not in LARGEST:
-        most = torch.finfo(what.dtype).max
-        holds = f"{dtype_name(what.dtype)} holds {most:.3g} at most, and "
+    if dtype not in LARGEST:
+        most = torch.finfo(dtype).max
+        holds = f"{dtype_name(dtype)} holds {most:.3g} at most, and "
     return (
         f"a difference from the anchor of {largest:.3g} overflows: {holds}its square must stay "
-        f"below {torch.finfo(wide_dtype(what.dtype)).max:.3g}; not recorded"
+        f"below {torch.finfo(wide_dtype(dtype)).max:.3g}; not recorded"
     )

@@ -3,86 +3,162 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives.partition import Share
-from ..files.artifacts import Reader, Stream, read_columns, save
+from ..collectives.partition import Share, stand_ins
+from ..collectives.process_group import Ranks
+from ..collectives.transaction import all_or_none
+from ..files.artifacts import Reader, read_columns
 from ..tensors.formats import STORED, wide_dtype
-from ..tensors.matrices import Matrix, StoredRows, as_stored
-from ..tensors.parameters import check_matches, dtype_name, named_parameters, numel
-from .stores import DiskStore, FolderLock, MemoryStore, Store
-from .stores.disk import HEADER, HEADER_KIND, HEADER_VERSION
-
-if TYPE_CHECKING:
-    from .stores.sharded import SharedTrajectory
-from typing import TYPE_CHECKING
-
-from .stores.disk import RANK_FOLDERS
+from ..tensors.parameters import check_matches, dtype_name, numel
+from .stores import (
+    DiskStore,
+    EmptyStore,
+    FolderLock,
+    MemoryStore,
+    ShardedStore,
+    Store,
+    StoreSpec,
+    multiplies_at_once,
+    rank_folder,
+)
+from .stores.disk import HEADER, HEADER_KIND, HEADER_VERSION, RANK_FOLDERS
 
 KIND, VERSION = "trajectory", 1
 
 
-class Loaded(NamedTuple):
-    """A trajectory that goes on."""
+class Saved(NamedTuple):
+    """A trajectory that was saved, and goes on in ``store``."""
 
-    params: list[Tensor]
     names: list[str] | None
-    dtype: torch.dtype
-    capacity: int
     storage: str
-    anchor: Tensor
     store: Store
 
 
-def save_trajectory(
-    path: str | os.PathLike[str],
-    metadata: Mapping[str, Any],
-    snapshots: Matrix,
-    gram: Tensor,
-    anchor: Tensor,
-) -> None:
-    """Writes one file; stored rows are streamed."""
-    rows, scale = as_stored(snapshots)
-    tensors = {"snapshots": _streamed(rows), "gram": gram, "anchor": anchor}
-    if scale is not None:
-        tensors["scale"] = _streamed(scale)
-    save(path, KIND, VERSION, tensors, {**metadata, "length": len(snapshots)})
-
-
-def load_trajectory(path: str | os.PathLike[str], params: Iterable[Any]) -> Loaded:
-    """Reads a file, or opens a folder to record on."""
-    listed, names = named_parameters(params)
+def load(path: str | os.PathLike[str], params: Sequence[Tensor], names: list[str] | None) -> Saved:
+    """Read a file, or open a folder to record on."""
     if os.path.isdir(path):
-        return _load_folder(Path(path), listed, names)
+        names, store = _open_folder(Path(path), params, names)
+        return Saved(names, "disk", store)
     with Reader(path, KIND, VERSION) as file:
-        saved = matching(file, listed, names)
+        saved = matching(file, params, names)
         length = counted(file, "length", 1, saved.capacity)
-        size, device = numel(listed), listed[0].device
+        spec = StoreSpec(numel(params), saved.capacity, saved.dtype, params[0].device)
         try:
-            store = MemoryStore(size, saved.capacity, saved.dtype, device)
+            memory = MemoryStore(spec)
         except RuntimeError as error:
             raise file.error(f"capacity: {saved.capacity} snapshots do not fit: {error}") from error
-        anchor = torch.empty(size, dtype=wide_dtype(saved.dtype), device=device)
-        restored = store.restore(length)
+        anchor = torch.empty(spec.numel, dtype=wide_dtype(spec.dtype), device=spec.device)
         file.read_into("anchor", anchor)
+        restored = memory.restore(length, anchor)
         file.read_into("snapshots", restored.rows)
         file.read_into("gram", restored.gram)
         if restored.scale is not None:
             file.read_into("scale", restored.scale)
-    return Loaded(listed, saved.names, saved.dtype, saved.capacity, "device", anchor, store)
+    return Saved(saved.names, "device", memory)
 
 
-def _streamed(rows: Tensor | StoredRows) -> Tensor | Stream:
-    return rows if isinstance(rows, Tensor) else Stream(rows.dtype, rows.shape, iter(rows))
+def load_on_ranks(
+    path: str | os.PathLike[str],
+    params: Sequence[Tensor],
+    names: list[str] | None,
+    ranks: Ranks,
+    share: Share,
+) -> Saved:
+    """Read this rank's columns of a file of any number of ranks; or open a folder of as many."""
+    if os.path.isdir(path):
+        return _open_rank_folders(Path(path), params, names, ranks, share)
+    local: Store | None = None
+    with all_or_none(ranks, "load", lambda: 0 if local is None else local.length):
+        # One rank checks the checksum of the file for all.
+        with Reader(path, KIND, VERSION, check=ranks.rank == 0) as file:
+            saved = matching(file, params, names)
+            if saved.dtype.itemsize == 1:
+                raise file.error(
+                    f"expected snapshots of 16 bits or more, found {dtype_name(saved.dtype)}: "
+                    "their blocks are not those of this cut; load it on one process"
+                )
+            length = counted(file, "length", 1, saved.capacity)
+            file.check("snapshots", (length, share.total), saved.dtype)
+            file.check("anchor", (share.total,), wide_dtype(saved.dtype))
+            file.check("gram", (length, length), torch.float64)
+            device = params[0].device
+            rows = read_columns(file, "snapshots", share.runs, device)
+            anchor = read_columns(file, "anchor", share.runs, device)
+            gram = file.read("gram")
+        spec = StoreSpec(share.numel, saved.capacity, saved.dtype, device)
+        local = EmptyStore(spec)
+        if share.numel:
+            local = MemoryStore(spec)
+            local.restore(length, anchor).rows.copy_(rows)
+        else:
+            local.restore(length)
+    store = ShardedStore(ranks, share, local, at_once=True)
+    store.restore_gram(gram)
+    return Saved(saved.names, "device", store)
 
 
-def _load_folder(path: Path, params: list[Tensor], names: list[str] | None) -> Loaded:
+def _open_rank_folders(
+    path: Path,
+    params: Sequence[Tensor],
+    names: list[str] | None,
+    ranks: Ranks,
+    share: Share,
+) -> Saved:
+    """Go on from the snapshots that all ranks have in their folders."""
+    local: DiskStore | None = None
+
+    def close() -> None:
+        if local is not None:
+            local.close()
+
+    with all_or_none(ranks, "load", lambda: 0, close):
+        if not any(path.glob(RANK_FOLDERS)):
+            raise ValueError(
+                f"path: expected a folder that {ranks.size} ranks recorded to, got {path} without "
+                "one for each rank"
+            )
+        folder = rank_folder(path, ranks)
+        if share.numel:
+            shards = stand_ins(share.shapes, params[0].dtype, params[0].device)
+            _, local = _open_folder(folder, shards, share.names)
+    metadata: dict[str, Any] = {}
+    if local is not None:
+        metadata = {
+            "capacity": local.capacity,
+            "dtype": dtype_name(local.dtype),
+            "part": local.metadata.get("part"),
+            "numbers": local.numbers,
+        }
+    with_columns = [entry for entry in ranks.exchange(metadata, "load") if entry]
+    with all_or_none(ranks, "load", lambda: 0, close):
+        for key in ("capacity", "dtype", "part"):
+            values = [entry[key] for entry in with_columns]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"expected folders of one recording, got {key}: {values}")
+    common = set.intersection(*(set(entry["numbers"]) for entry in with_columns))
+    kept: Store
+    if local is not None:
+        numbers = (number for entry in with_columns for number in entry["numbers"])
+        local.keep(common, max(numbers, default=-1) + 1)
+        kept = local
+    else:
+        dtype = getattr(torch, with_columns[0]["dtype"])
+        spec = StoreSpec(0, with_columns[0]["capacity"], dtype, params[0].device)
+        kept = EmptyStore(spec)
+        kept.restore(len(common))
+    at_once = multiplies_at_once("disk", params[0].device)
+    return Saved(names, "disk", ShardedStore(ranks, share, kept, at_once))
+
+
+def _open_folder(
+    path: Path, params: Sequence[Tensor], names: list[str] | None
+) -> tuple[list[str] | None, DiskStore]:
     parts = sorted(path.glob(RANK_FOLDERS))
     if parts and not (path / HEADER).is_file():
         raise ValueError(
@@ -100,15 +176,14 @@ def _load_folder(path: Path, params: list[Tensor], names: list[str] | None) -> L
             saved = matching(file, params, names)
             if not isinstance(_field(file, "id"), str):
                 raise _wrong(file, "id", "a string", file.metadata["id"])
-            size, device = numel(params), params[0].device
-            anchor = torch.empty(size, dtype=wide_dtype(saved.dtype), device=device)
+            spec = StoreSpec(numel(params), saved.capacity, saved.dtype, params[0].device)
+            anchor = torch.empty(spec.numel, dtype=wide_dtype(spec.dtype), device=spec.device)
             file.read_into("anchor", anchor)
-            sizes = size, saved.capacity, saved.dtype, device
-            store = DiskStore.resume(lock, *sizes, file.metadata)
+            store = DiskStore.resume(lock, spec, file.metadata, anchor)
     except BaseException:
         lock.close()
         raise
-    return Loaded(params, saved.names, saved.dtype, saved.capacity, "disk", anchor, store)
+    return saved.names, store
 
 
 class _Description(NamedTuple):
@@ -173,148 +248,3 @@ def _are_names(names: Any, count: int) -> bool:
 
 def _wrong(file: Reader, name: str, expected: str, found: Any) -> ValueError:
     return file.error(f"{name}: expected {expected}, found {str(found)[:60]!r}")
-
-
-_PIECE = 1 << 22  # columns that ranks put together at a time
-
-
-class Found(NamedTuple):
-    """A trajectory in a file: the columns of a rank, and the Gram matrix of all."""
-
-    names: list[str] | None
-    capacity: int
-    dtype: torch.dtype
-    rows: Tensor
-    anchor: Tensor
-    gram: Tensor
-
-
-def read_file(
-    path: str | os.PathLike[str],
-    params: Sequence[Tensor],
-    names: list[str] | None,
-    share: Share,
-    check: bool,
-) -> Found:
-    """This rank's columns of a saved trajectory; one rank checks the checksum of the file."""
-    with Reader(path, KIND, VERSION, check=check) as file:
-        saved = matching(file, params, names)
-        if saved.dtype.itemsize == 1:
-            raise file.error(
-                f"expected snapshots of 16 bits or more, found {dtype_name(saved.dtype)}: their "
-                "blocks are not those of this cut; load it on one process"
-            )
-        length = counted(file, "length", 1, saved.capacity)
-        file.check("snapshots", (length, share.total), saved.dtype)
-        file.check("anchor", (share.total,), wide_dtype(saved.dtype))
-        file.check("gram", (length, length), torch.float64)
-        device = params[0].device
-        rows = read_columns(file, "snapshots", share.runs, device)
-        anchor = read_columns(file, "anchor", share.runs, device)
-        gram = file.read("gram")
-    return Found(saved.names, saved.capacity, saved.dtype, rows, anchor, gram)
-
-
-def write_file(path: str | os.PathLike[str], trajectory: SharedTrajectory, gram: Tensor) -> None:
-    """Rank 0 writes what all ranks put together. All take part to the end, errors or not."""
-    anchor, rows = trajectory.anchor, trajectory.snapshots
-    assert anchor is not None
-    share, first = trajectory.share, trajectory.ranks.rank == 0
-    pieces = _whole_rows(rows, share, trajectory), _whole_rows([anchor], share, trajectory)
-    size = share.total
-    tensors: dict[str, Tensor | Stream] = {
-        "snapshots": Stream(rows.dtype, (len(rows), size), pieces[0]),
-        "gram": gram,
-        "anchor": Stream(anchor.dtype, (size,), pieces[1]),
-    }
-    try:
-        if first:
-            save(path, KIND, VERSION, tensors, {**trajectory._metadata(), "length": len(rows)})
-    finally:
-        for rest in pieces:
-            for _ in rest:
-                pass
-
-
-def _whole_rows(rows: Any, share: Share, trajectory: SharedTrajectory) -> Iterator[Tensor]:
-    """Pieces of the rows of all columns; on rank 0 alone with all their numbers."""
-    for t in range(len(rows)):
-        for begin in range(0, share.total, _PIECE):
-            end = min(begin + _PIECE, share.total)
-            own: Tensor = rows[t]
-            piece = own.new_zeros(end - begin)
-            for local, (low, high) in share.within(begin, end):
-                piece[low - begin : high - begin] = own[local]
-            # As bytes, of which all ranks but those that keep the column have zeros.
-            dist.reduce(
-                piece.view(torch.uint8), group_dst=0, op=dist.ReduceOp.MAX,
-                group=trajectory.ranks.group,
-            )  # fmt: skip
-            yield piece
-
-
-def open_file(trajectory: SharedTrajectory, path: str | os.PathLike[str]) -> None:
-    """Goes on from a file, of which each rank reads its columns."""
-    from .stores.sharded import NoColumns
-
-    self, first = trajectory, trajectory.ranks.rank == 0
-    with self.all_or_none("load"):
-        found = read_file(path, self.params, self.names, self.share, check=first)
-        self.names, self.storage = found.names, "device"
-        self.capacity, self.dtype = found.capacity, found.dtype
-        inner = self.piece(None, found.anchor, {})
-        store = NoColumns(self) if inner is None else inner._store
-        if isinstance(store, MemoryStore):
-            store.restore(len(found.gram))[0].copy_(found.rows)
-        store.length = len(found.gram)
-        self.take(inner, store, found.anchor)
-        self.take_gram(found.gram)
-
-
-def open_folder(trajectory: SharedTrajectory, path: str | os.PathLike[str]) -> None:
-    """Goes on from the snapshots that all ranks have in their folders."""
-    from .stores.sharded import NoColumns, Piece, rank_folder
-
-    self = trajectory
-    inner: Piece | None = None
-    with self.all_or_none("load", self.close):
-        if not any(Path(path).glob(RANK_FOLDERS)):
-            raise ValueError(
-                f"path: expected a folder that {self.ranks.size} ranks recorded to, got {path} "
-                "without one for each rank"
-            )
-        folder = rank_folder(path, self.ranks)
-        if self.share.numel:
-            inner = Piece.opened(folder, self.own_params())
-            self.take(inner, NoColumns(self), None)
-    claims: dict[str, Any] = {}
-    if inner is not None:
-        claims = {
-            "capacity": inner.capacity,
-            "dtype": dtype_name(inner.dtype),
-            "part": inner.disk.metadata.get("part"),
-            "numbers": inner.disk.numbers,
-        }
-    found = _told(self, claims, ("capacity", "dtype", "part"), "folders of one recording")
-    common = set.intersection(*(set(one["numbers"]) for one in found))
-    self.storage = "disk"
-    if inner is None:
-        self.take_nothing(len(common))
-        return
-    after = max((number + 1 for one in found for number in one["numbers"]), default=0)
-    inner.disk.keep(common, after)
-    self.take(inner, inner.disk, inner._anchor)
-
-
-def _told(
-    self: SharedTrajectory, claims: dict[str, Any], keys: Sequence[str], expected: str
-) -> list[dict[str, Any]]:
-    """What the ranks with columns say, of which the keys are the same."""
-    found = [one for one in self.ranks.exchange(claims, "load") if one]
-    with self.all_or_none("load", self.close):
-        for key in keys:
-            if any(one[key] != found[0][key] for one in found):
-                raise ValueError(f"expected {expected}, got {key}: {[one[key] for one in found]}")
-    self.capacity = found[0]["capacity"]
-    self.dtype = getattr(torch, found[0]["dtype"])
-    return found

@@ -3,27 +3,49 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..pca.decomposition import principal_subspace
-from ..pca.dimension import asked_count
-from ..pca.spectrum import stored_spectrum
-from ..subspace.dense import Subspace, dense
+from ..checkpoints.reader import Pieces
+from ..collectives.partition import Share
+from ..collectives.process_group import Ranks, listed, together
+from ..distributed.local import LocalSubspace
+from ..distributed.sharded import ShardedSubspace
+from ..pca.decomposition import decompose
+from ..pca.dimension import MAX_DIM, Request
+from ..pca.gram import exact_gram
+from ..pca.spectrum import square_of, stored_spectrum
+from ..subspace.dense import Subspace
 from ..subspace.grouped import GroupedSubspace, group_slices
 from ..subspace.implicit import ImplicitSubspace
 from ..tensors.formats import STORED, wide_dtype
-from ..tensors.matrices import Matrix, columns
-from ..tensors.parameters import dtype_name, flatten, named_parameters, numel
-from .checks import check_current, checked_capacity, given_anchor, why_not_finite
-from .files import load_trajectory, save_trajectory
-from .from_checkpoints import from_checkpoints
-from .principal import implicit, into_subspace, principal_of, weights_at
-from .stores import RecordingCost, SpentStore, check_storage, new_store
+from ..tensors.matrices import Matrix, as_stored, columns
+from ..tensors.parameters import dtype_name, named_parameters, numel
+from . import files, principal
+from .checks import check_current, checked_capacity, flat_anchor, why_not_finite
+from .from_checkpoints import (
+    Progress,
+    check_recorded,
+    open_series,
+    placeholder,
+    ranks_of_model,
+    record_series,
+    was_recorded_to,
+)
+from .stores import (
+    RecordingCost,
+    ShardedStore,
+    Store,
+    StoreSpec,
+    check_storage,
+    new_store,
+)
 
 
 class Trajectory:
@@ -60,14 +82,7 @@ class Trajectory:
     same pass over memory.
     """
 
-    _lent: Sequence[weakref.ref[Tensor]] = ()  # snapshots that implicit subspaces read
-
-    def __new__(cls, *_: Any, process_group: Any = None, **__: Any) -> Trajectory:
-        if process_group is None or cls is not Trajectory:
-            return object.__new__(cls)
-        from .stores.sharded import SharedTrajectory
-
-        return object.__new__(SharedTrajectory)
+    _borrowed: Sequence[weakref.ref[Tensor]] = ()  # rows that implicit subspaces read
 
     def __init__(
         self,
@@ -80,29 +95,32 @@ class Trajectory:
         anchor: Tensor | Sequence[Tensor] | None = None,
         process_group: Any = None,
     ) -> None:
-        if process_group is not None:
-            raise TypeError(f"process_group: expected None for a {type(self).__name__}")
-        self._describe(params, capacity, dtype)
-        check_storage(storage, path)
-        self.storage = storage
-        self._anchor = None if anchor is None else given_anchor(self, anchor)
-        sizes = self.numel, self.capacity, self.dtype, self.device
-        self._store = new_store(storage, path, sizes, self._metadata())
+        params = listed(params)
+        ranks = _ranks(params, process_group)
+        with nullcontext() if ranks is None else ranks.agreeing():
+            self._set_parameters(params)
+            self.capacity = checked_capacity(capacity)
+            self.dtype = _stored_dtype(dtype)
+            check_storage(storage, path)
+            self.storage = storage
+            share = None
+            if ranks is not None:
+                share = Share(self.params, self.names, ranks.rank, ranks.size)
+            flat = None if anchor is None else flat_anchor(self, anchor, share)
+            if ranks is not None and share is not None:
+                ranks.agree({**self._facts(share), "anchor": anchor is not None})
+        spec = StoreSpec(self.numel, self.capacity, dtype, self.device)
+        self._kept: Store | None = new_store(
+            storage, path, spec, self._metadata(), flat, ranks, share
+        )
 
-    def _describe(self, params: Iterable[Any], capacity: int, dtype: torch.dtype) -> None:
-        """What the trajectory is of."""
+    def _set_parameters(self, params: Iterable[Any]) -> None:
         self.params, self.names = named_parameters(params)
         self.shapes = [tuple(p.shape) for p in self.params]
         self.numel = numel(self.params)
         self.device = self.params[0].device
-        self.capacity = checked_capacity(capacity)
-        if dtype not in STORED:
-            expected = ", ".join(map(dtype_name, STORED))
-            found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
-            raise ValueError(f"dtype: expected one of {expected}, got {found}")
         if self.numel == 0:
             raise ValueError("params: expected at least one element, got tensors of size 0")
-        self.dtype = dtype
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -112,13 +130,28 @@ class Trajectory:
             "capacity": self.capacity,
         }
 
+    def _facts(self, share: Share) -> dict[str, Any]:
+        """Return what must be the same on every rank."""
+        facts = {key: str(value) for key, value in self._metadata().items()}
+        sharded = "sharded" if share.mesh is not None else "whole"
+        return {**facts, "storage": self.storage, "parameters": sharded}
+
+    @property
+    def _store(self) -> Store:
+        if self._kept is None:
+            raise ValueError(
+                "the trajectory is consumed: into_subspace() has overwritten its snapshots with "
+                "the basis; record another one, or keep the snapshots with subspace()"
+            )
+        return self._kept
+
     def __len__(self) -> int:
-        """Number of snapshots, T."""
+        """Return the number of snapshots, T."""
         return self._store.length
 
     def __repr__(self) -> str:
-        if isinstance(self._store, SpentStore):
-            return f"Trajectory(spent, numel={self.numel})"
+        if self._kept is None:
+            return f"Trajectory(consumed, numel={self.numel})"
         return (
             f"Trajectory({len(self)} of {self.capacity} snapshots, numel={self.numel}, "
             f"dtype={dtype_name(self.dtype)}, device={self.device}"
@@ -128,7 +161,7 @@ class Trajectory:
     @property
     def anchor(self) -> Tensor | None:
         """The anchor, (n,) float32 (float64 for float64 snapshots); None before the first one."""
-        return self._anchor
+        return None if self._kept is None else self._kept.anchor
 
     @property
     def snapshots(self) -> Matrix:
@@ -137,13 +170,17 @@ class Trajectory:
         On disk, and for parameters on CUDA in host memory, an array that reads what it is asked
         for: ``snapshots[t]`` is a row, ``snapshots[:, a:b]`` some columns, each a copy on the
         parameters' device. In 8 bits too: what is read is float32, ``snapshots.codes`` and
-        ``snapshots.scale`` are what is stored.
+        ``snapshots.scale`` are what is stored. Over ranks (T, columns of this rank).
         """
         return self._store.snapshots()
 
     @property
     def gram(self) -> Tensor:
-        """K = X X^T of the stored rows, shape (T, T), float64: a copy."""
+        """K = X X^T of the stored rows, shape (T, T), float64: a copy.
+
+        Over ranks it is that of all columns, the same bits on every rank; with ``storage="disk"``,
+        and "host" for parameters on CUDA, every rank must ask for it.
+        """
         return self._store.gram().clone()
 
     @property
@@ -152,11 +189,12 @@ class Trajectory:
         return self._store.cost
 
     def close(self) -> None:
-        """Gives a folder back, so that it can be loaded again. Nothing is lost."""
-        self._store.close()
+        """Give a folder back, so that it can be loaded again. Nothing is lost."""
+        if self._kept is not None:
+            self._kept.close()
 
     def record(self) -> int:
-        """Stores the current parameters as one more snapshot.
+        """Store the current parameters as one more snapshot.
 
         Returns
         -------
@@ -169,34 +207,30 @@ class Trajectory:
             The trajectory is full; a parameter changed its shape or device since the trajectory
             was made; a delta is NaN or Inf. The trajectory is then as it was before.
         """
-        return self._record(self.params)
-
-    def _record(self, params: Sequence[Tensor]) -> int:
-        """`record` of other tensors of the same shapes."""
-        index = len(self)
-        if index == self.capacity:
-            raise ValueError(
-                f"the trajectory is full: it holds {self.capacity} snapshots, its capacity; a "
-                "larger capacity takes more"
-            )
-        check_current(self, params)
-        anchor = (
-            self._anchor if self._anchor is not None else flatten(params, wide_dtype(self.dtype))
-        )
-        before, self._anchor = self._anchor, anchor
-        try:
-            if not self._store.append(params, anchor):
-                raise ValueError(why_not_finite(self, params, anchor))
-        finally:
-            if len(self) == 0:
-                self._anchor = before
+        store, index = self._store, len(self)
+        with store.transaction("record", self.params):
+            if index == self.capacity:
+                raise ValueError(
+                    f"the trajectory is full: it holds {self.capacity} snapshots, its capacity; a "
+                    "larger capacity takes more"
+                )
+            check_current(self, self.params)
+            if not store.append(self.params):
+                params, names = store.local_part(self.params, self.names)
+                raise ValueError(why_not_finite(params, names, store.anchor, self.dtype))
+        store.settle()
         return index
 
     def explained_variance_ratio(self) -> Tensor:
-        """Share of the variance along each principal direction, shape (rank,), float64, descending.
+        """Return the share of the variance along each principal direction.
 
-        On the CPU. From the Gram matrix alone, hence cheap at any time during training; directions
-        below 2^-22 of the largest (2^-44 for float64 snapshots) are not told from its rounding.
+        From the Gram matrix alone, hence cheap at any time during training; directions below 2^-22
+        of the largest (2^-44 for float64 snapshots) are not told from its rounding.
+
+        Returns
+        -------
+        Tensor, shape (rank,), float64 on the CPU
+            Descending.
 
         Raises
         ------
@@ -204,8 +238,8 @@ class Trajectory:
             Fewer than two snapshots.
         """
         self._check_length()
-        found = stored_spectrum(self.gram, self.dtype)
-        return found.explained(found.rank)
+        spectrum = stored_spectrum(self.gram, self.dtype)
+        return spectrum.explained(spectrum.rank)
 
     @overload
     def subspace(
@@ -228,8 +262,8 @@ class Trajectory:
         center: bool = True,
         dtype: torch.dtype | None = None,
         materialize: bool = True,
-    ) -> Subspace | ImplicitSubspace:
-        """The principal directions of the trajectory.
+    ) -> Subspace | ImplicitSubspace | ShardedSubspace | LocalSubspace:
+        """Return the principal directions of the trajectory.
 
         Parameters
         ----------
@@ -253,6 +287,8 @@ class Trajectory:
         Returns
         -------
         Subspace, or ImplicitSubspace unless materialised
+            Over ranks a `ShardedSubspace` of whole parameters, a `LocalSubspace` of DTensors; the
+            T x T problem is solved by rank 0 for all.
             Signs are such that the largest entry, by magnitude, of each eigenvector over the
             snapshots is positive.
 
@@ -268,10 +304,78 @@ class Trajectory:
             ``dim`` is above the numerical rank: the directions up to the rank are returned.
             "auto" finds nothing but noise: one direction is returned.
         """
-        form: Callable[..., Any] = dense if materialize else implicit(self, dtype)
-        return principal_of(self, form, dim, explained, start, center, dtype)
+        store, request = self._store, Request(dim, explained, center)
+        with store.transaction("subspace"):
+            if not materialize:
+                self._check_in_memory(dtype, "materialize=False")
+            dtype, origin = self._checked(request, start, dtype)
+        options = {"dim": dim, "explained": explained, "start": start, "center": center}
+        facts = {name: str(value) for name, value in options.items()}
+        store.check_consistent({**facts, "dtype": dtype_name(dtype)}, "subspace")
+        components = self._components(origin, request)
+        if components.warning is not None:
+            warnings.warn(components.warning, UserWarning, stacklevel=2)
+        described = self.shapes, self.names
+        if isinstance(store, ShardedStore):
+            return principal.subspace_over_ranks(store, components, origin, dtype, *described)
+        if materialize:
+            return principal.dense_subspace(self.snapshots, components, origin, dtype, *described)
+        result = principal.implicit_subspace(self.snapshots, components, origin, *described)
+        borrowed = [rows for rows in self._borrowed if rows() is not None]
+        self._borrowed = [*borrowed, weakref.ref(result.snapshots)]
+        return result
 
-    into_subspace = into_subspace
+    def into_subspace(
+        self,
+        dim: int | str | None = None,
+        *,
+        explained: float | None = None,
+        start: str | int = "first",
+        center: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> Subspace:
+        """Return the principal directions, written over the snapshots: no second array.
+
+        The first d rows of the snapshots' memory become the basis, chunk by chunk: to the bit that
+        of `subspace`. The trajectory is consumed then, and whatever is asked of it an error; a view
+        of ``snapshots`` that was kept shows the basis. The memory of the other rows stays in use as
+        long as the basis does.
+
+        Parameters
+        ----------
+        dim, explained, start, center
+            As in `subspace`.
+        dtype : torch.dtype, optional
+            None or that of the snapshots, since the basis takes their place.
+
+        Returns
+        -------
+        Subspace
+
+        Raises
+        ------
+        ValueError
+            As in `subspace`; for another dtype; for snapshots that are not in the memory that the
+            parameters are in; while an `ImplicitSubspace` reads them. Nothing has changed then.
+        """
+        self._check_in_memory(dtype, "into_subspace")
+        if any(rows() is not None for rows in self._borrowed):
+            raise ValueError(
+                "into_subspace: expected snapshots that nothing else reads, got an implicit "
+                "subspace (materialize=False) of them: delete it first, or use subspace()"
+            )
+        request = Request(dim, explained, center)
+        _, origin = self._checked(request, start, dtype)
+        components = self._components(origin, request)
+        if components.warning is not None:
+            warnings.warn(components.warning, UserWarning, stacklevel=2)
+
+        def consume() -> None:
+            self._kept = None
+
+        return principal.subspace_in_place(
+            self.snapshots, components, origin, self.shapes, self.names, consume
+        )
 
     def grouped_subspace(
         self,
@@ -283,7 +387,7 @@ class Trajectory:
         center: bool = True,
         dtype: torch.dtype | None = None,
     ) -> GroupedSubspace:
-        """The principal directions of each of several groups of parameters.
+        """Return the principal directions of each of several groups of parameters.
 
         Parameters
         ----------
@@ -294,54 +398,69 @@ class Trajectory:
         start, center, dtype
             As in `subspace`.
 
+        Returns
+        -------
+        GroupedSubspace
+
         Raises
         ------
         ValueError
             As in `subspace`, and for ``groups`` that are not all parameters.
         """
-        count, dtype, origin = self._asked(dim, explained, start, center, dtype)
-        parts = group_slices(groups, len(self.params))
-        spaces, end = [], 0
-        for i, part in enumerate(parts):
+        if self._store.spans_ranks:
+            raise ValueError(
+                "process_group: expected a trajectory of one process, got one whose columns are on "
+                "several ranks; save it, and load it on one process for a GroupedSubspace"
+            )
+        request = Request(dim, explained, center)
+        dtype, origin = self._checked(request, start, dtype)
+        subspaces, end = [], 0
+        for i, part in enumerate(group_slices(groups, len(self.params))):
             begin, end = end, end + numel(self.params[part])
+            rows, point = columns(self.snapshots, begin, end), origin[begin:end]
             try:
-                one = principal_subspace(
-                    columns(self.snapshots, begin, end),
-                    None,
-                    origin[begin:end],
-                    dtype,
-                    dense,
-                    double=self._double(),
-                    center=center,
-                    most=count,
-                    dim=dim,
-                    explained=explained,
-                    stacklevel=3 if dim == "auto" else 0,
-                    shapes=self.shapes[part],
-                    names=None if self.names is None else self.names[part],
+                components = decompose(
+                    exact_gram(rows), float(square_of(point)), request, double=self._is_double()
                 )
             except ValueError as error:
                 raise ValueError(f"groups[{i}]: {error}") from None
-            spaces.append(one)
-        return GroupedSubspace(spaces)
+            if components.warning is not None and dim == "auto":
+                warnings.warn(components.warning, UserWarning, stacklevel=2)
+            names = None if self.names is None else self.names[part]
+            subspaces.append(
+                principal.dense_subspace(rows, components, point, dtype, self.shapes[part], names)
+            )
+        return GroupedSubspace(subspaces)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves the trajectory as a safetensors file; an earlier file is replaced at the end.
+        """Save the trajectory as a safetensors file; an earlier file is replaced at the end.
+
+        Over ranks it is one file too, as one process saves it: written by rank 0, and loaded by one
+        process or any number of ranks.
 
         Raises
         ------
         ValueError
-            Nothing was recorded.
+            Nothing was recorded; snapshots of 8 bits over ranks.
         """
-        if len(self) == 0 or self._anchor is None:
-            raise ValueError("the trajectory is empty: nothing to save")
-        save_trajectory(path, self._metadata(), self.snapshots, self.gram, self._anchor)
+        store = self._store
+        with store.transaction("save"):
+            if len(self) == 0:
+                raise ValueError("the trajectory is empty: nothing to save")
+            if store.spans_ranks and self.dtype.itemsize == 1:
+                raise ValueError(
+                    f"save: expected snapshots of 16 bits or more, got {dtype_name(self.dtype)}: "
+                    "their blocks are those of this cut; a folder (storage='disk') keeps them"
+                )
+        store.gram()  # which the ranks complete together
+        with store.transaction("save"):
+            store.save(path, files.KIND, files.VERSION, self._metadata())
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], params: Iterable[Any], *, process_group: Any = None
     ) -> Trajectory:
-        """Loads a saved trajectory onto ``params``, to go on with it as if never interrupted.
+        """Load a saved trajectory onto ``params``, to go on with it as if never interrupted.
 
         Parameters
         ----------
@@ -355,6 +474,10 @@ class Trajectory:
             As in the constructor: any number of ranks for a file, and for a folder as many as
             recorded to it.
 
+        Returns
+        -------
+        Trajectory
+
         Raises
         ------
         ValueError
@@ -366,18 +489,115 @@ class Trajectory:
         UserWarning
             A snapshot in the folder is not whole: it is left out.
         """
-        if process_group is not None:
-            from .stores.sharded import SharedTrajectory
-
-            return SharedTrajectory.opened(path, params, process_group)
-        found = load_trajectory(path, params)
+        params = listed(params)
+        ranks = _ranks(params, process_group)
         result = cls.__new__(cls)
-        result._describe(found.params, found.capacity, found.dtype)
-        result.names, result.storage = found.names, found.storage
-        result._anchor, result._store = found.anchor, found.store
+        if ranks is None:
+            result._set_parameters(params)
+            saved = files.load(path, result.params, result.names)
+        else:
+            with ranks.agreeing():
+                result._set_parameters(params)
+                share = Share(result.params, result.names, ranks.rank, ranks.size)
+                shapes = [str(shape) for shape in result.shapes]
+                ranks.agree({"params": shapes, "names": result.names}, "load")
+            saved = files.load_on_ranks(path, result.params, result.names, ranks, share)
+        result.names, result.storage, result._kept = saved
+        result.capacity, result.dtype = saved.store.capacity, saved.store.dtype
         return result
 
-    from_checkpoints = classmethod(from_checkpoints)
+    @classmethod
+    def from_checkpoints(
+        cls,
+        paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        model: nn.Module,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        storage: str = "device",
+        path: str | os.PathLike[str] | None = None,
+        capacity: int | None = None,
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
+        key: str | None = None,
+        skip_bad: bool = False,
+        resume: bool = False,
+        progress: Progress | None = None,
+        process_group: Any = None,
+    ) -> Trajectory:
+        """Record the checkpoints that a run left behind, streamed from their files.
+
+        Parameters
+        ----------
+        paths : path or iterable of paths
+            Files written by ``torch.save`` (loaded with ``weights_only=True``), safetensors files,
+            indices of shards; or folders of these, whose numbers are put in order (2 before 10).
+        model : nn.Module
+            Names the parameters and their order: its trainable ones are recorded. May be on the
+            meta device; its weights do not matter and stay as they are.
+        dtype, storage, path
+            As in the constructor.
+        capacity : int, optional
+            Default: the number of checkpoints.
+        include, exclude : str or sequence of str
+            Patterns of names (``encoder.*``) of the parameters to record, and of those not to.
+        key : str, optional
+            Where the state dict is in a file, nested keys joined by dots. Default: it is found.
+        skip_bad : bool
+            Go on without checkpoints that cannot be used, with a warning for each.
+        resume : bool
+            With ``storage="disk"``: go on in the folder that an earlier call with the same
+            checkpoints, interrupted, has left; the first and the latest one in it are compared.
+        progress : callable, optional
+            Called with the bytes read so far and in all (of this rank's columns).
+        process_group : ProcessGroup, DeviceMesh, module, "world" or None
+            As in the constructor. Each rank reads its own columns of every checkpoint; files that
+            can only be loaded whole (compressed ones, those of before torch 1.6) are so by every
+            rank.
+
+        Returns
+        -------
+        Trajectory
+
+        Raises
+        ------
+        checkpoints.CheckpointError
+            A ValueError: missing, truncated, corrupt, not finite, or not of this model: with the
+            index of the checkpoint, its path and the tensor.
+        """
+        ranks = None if process_group is None else ranks_of_model(process_group, model)
+        with nullcontext() if ranks is None else ranks.agreeing():
+            params, series = open_series(paths, model, include, exclude, key, skip_bad)
+            capacity = len(series) if capacity is None else capacity
+            if capacity < len(series):
+                raise ValueError(
+                    f"capacity: expected at least {len(series)}, one for each checkpoint, got "
+                    f"{capacity}"
+                )
+            if resume and (storage != "disk" or path is None):
+                raise ValueError(
+                    f"resume: expected storage='disk' and a path, got {storage!r}, {path!r}"
+                )
+            if ranks is not None:
+                ranks.agree({"checkpoints": series.indices, "capacity": capacity, "resume": resume})
+        named = [(name, placeholder(p)) for name, p in params.items()]
+        if resume and path is not None and was_recorded_to(path, ranks):
+            result = cls.load(path, named, process_group=process_group)
+        else:
+            result = cls(named, capacity, dtype, storage, path, process_group=process_group)
+        result.params = list(params.values())
+        store = result._store
+        try:
+            with Pieces() as reader:
+                if store.length:
+                    with store.transaction("from_checkpoints"):
+                        check_recorded(store, series, reader, dtype, capacity, result)
+                record_series(store, series, reader, skip_bad, progress)
+        except BaseException:
+            result.close()
+            raise
+        for error in series.skipped:
+            warnings.warn(f"left out {error}", UserWarning, stacklevel=2)
+        return result
 
     def _check_length(self) -> None:
         if len(self) < 2:
@@ -385,26 +605,64 @@ class Trajectory:
                 f"expected at least two snapshots, the trajectory holds {len(self)}: call record()"
             )
 
-    def _asked(
-        self,
-        dim: int | str | None,
-        explained: float | None,
-        start: str | int,
-        center: bool,
-        dtype: torch.dtype | None,
-    ) -> tuple[int, torch.dtype, Tensor]:
-        """The most directions that were asked for, the dtype of the basis and the origin."""
+    def _check_in_memory(self, dtype: torch.dtype | None, what: str) -> None:
+        """Check that the snapshots can serve as they are."""
+        if self._store.spans_ranks:
+            raise ValueError(
+                "materialize: expected True for a trajectory of ranks, got False"
+                if what == "materialize=False"
+                else f"{what}: expected a trajectory of one process, got one of ranks"
+            )
+        codes, _ = as_stored(self.snapshots)
+        if not isinstance(codes, Tensor):
+            raise ValueError(
+                f"{what}: expected snapshots in the memory that the parameters are in (storage="
+                f"'device'), got storage={self.storage!r}; subspace() forms a basis of these "
+                "piece by piece"
+            )
+        if dtype not in (None, self.dtype):
+            name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+            raise ValueError(
+                f"{what}: dtype: expected {dtype_name(self.dtype)}, as the snapshots are stored, "
+                f"got {name}"
+            )
+        if what == "materialize=False" and len(self) > MAX_DIM:
+            raise ValueError(
+                f"materialize=False: expected at most {MAX_DIM} snapshots, got {len(self)}"
+            )
+
+    def _checked(
+        self, request: Request, start: str | int, dtype: torch.dtype | None
+    ) -> tuple[torch.dtype, Tensor]:
+        """Return the dtype of the basis and the origin, if the request can be met."""
         dtype = self.dtype if dtype is None else dtype
         if dtype not in STORED:
             expected = ", ".join(map(dtype_name, STORED))
             raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
         self._check_length()
-        count = asked_count(len(self), dim, explained, center)
-        assert self._anchor is not None
-        return count, dtype, weights_at(self.snapshots, self._anchor, start).to(wide_dtype(dtype))
+        request.limit(len(self))
+        anchor = self._store.anchor
+        assert anchor is not None
+        return dtype, principal.weights_at(self.snapshots, anchor, start).to(wide_dtype(dtype))
 
-    def _double(self) -> bool:
-        """Whether neither the weights nor the snapshots were ever rounded to less than float64."""
-        return all(
-            dtype == torch.float64 for dtype in (self.dtype, *(p.dtype for p in self.params))
+    def _components(self, origin: Tensor, request: Request) -> principal.Decomposition:
+        return principal.principal_components(
+            self._store, origin, request, double=self._is_double()
         )
+
+    def _is_double(self) -> bool:
+        """Whether neither the weights nor the snapshots were ever rounded to less than float64."""
+        dtypes = (self.dtype, *(p.dtype for p in self.params))
+        return all(dtype == torch.float64 for dtype in dtypes)
+
+
+def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in STORED:
+        expected = ", ".join(map(dtype_name, STORED))
+        name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise ValueError(f"dtype: expected one of {expected}, got {name}")
+    return dtype
+
+
+def _ranks(params: Any, process_group: Any) -> Ranks | None:
+    return None if process_group is None else together("Trajectory", process_group, params)

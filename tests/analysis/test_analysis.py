@@ -16,7 +16,7 @@ from dldr_ext.checkpoints import Series
 def small_chunks(monkeypatch):
     """Chunks of 4,096 columns, read 1,024 at a time."""
     monkeypatch.setattr("dldr_ext.pca.gram._CHUNK_BYTES", {"cpu": 1})
-    monkeypatch.setattr("dldr_ext.analysis.columns._WINDOW", 1024)
+    monkeypatch.setattr("dldr_ext.analysis.analysis._WINDOW", 1024)
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.float8_e4m3fn]

@@ -17,7 +17,7 @@ from dldr_ext.checkpoints.reader import Pieces
 @pytest.mark.parametrize("writer", WRITERS)
 def test_every_format_records_the_same_trajectory(tmp_path, monkeypatch, writer):
     monkeypatch.setattr(reader, "_BUFFER", 64)  # several pieces for each tensor
-    monkeypatch.setattr("dldr_ext.trajectory.from_checkpoints._PIECE", 37)
+    monkeypatch.setattr("dldr_ext.trajectory.from_checkpoints.PIECE", 37)
     model, found, expected = states()
     folder = write(tmp_path / "run", found, writer)
     with torch.device("meta"):
@@ -48,8 +48,8 @@ def test_dtypes(tmp_path, dtype, stored):
 
 @pytest.mark.parametrize("storage", ["host", "disk"])
 def test_storage(tmp_path, monkeypatch, storage):
-    monkeypatch.setattr("dldr_ext.trajectory.from_checkpoints._PIECE", 64)
-    monkeypatch.setattr("dldr_ext.trajectory.stores.disk._PIECE", 64)
+    monkeypatch.setattr("dldr_ext.trajectory.from_checkpoints.PIECE", 64)
+    monkeypatch.setattr("dldr_ext.trajectory.stores.disk.PIECE", 64)
     model, found, expected = states()
     folder = write(tmp_path / "run", found)
     options = {"path": tmp_path / "rows"} if storage == "disk" else {}

@@ -77,13 +77,14 @@ def shards_in_8_bits() -> torch.Tensor:
     model, _, _ = problem(torch.float32)
     fully_shard(model, mesh=DeviceMesh("cpu", range(dist.get_world_size())))
     shards = local_shards(model.parameters())
-    trajectory = Trajectory(shards, 5, torch.int8)
+    trajectory = Trajectory(model.named_parameters(), 5, torch.int8, process_group=model)
     for _ in range(5):
         trajectory.record()
         with torch.no_grad():
             for shard in shards:
                 shard.add_(torch.randn_like(shard))
-    subspace = LocalSubspace.from_trajectory(trajectory, model.named_parameters(), 3)
+    subspace = trajectory.subspace(3)
+    assert isinstance(subspace, LocalSubspace)
     assert subspace.local is not None and subspace.local.dtype == torch.int8
     rows = [subspace.project_many([[subspace.direction(i)]])[0] for i in range(3)]
     return torch.stack(rows)

@@ -94,7 +94,7 @@ def analysed(mode: str, tier: str, path: Any, small: bool) -> dict[str, Any]:
     subspace = trajectory.subspace(D)
     assert len(trajectory) == STEPS and subspace.dim == D
     held = trajectory.snapshots.shape
-    assert (held == (STEPS, trajectory.share.numel) and "963" in repr(trajectory)) or small
+    assert (held == (STEPS, trajectory._store.numel) and "963" in repr(trajectory)) or small
     return {
         "gram": trajectory.gram,
         "ratio": trajectory.explained_variance_ratio(),
@@ -124,38 +124,6 @@ def test_as_one_process(ranks: RankGroup, mode: str, tier: str, small: bool, tmp
     torch.testing.assert_close(found[0]["ratio"], expected.explained_variance_ratio(), **close)
     torch.testing.assert_close(found[0]["basis"], subspace.basis, **close)
     torch.testing.assert_close(found[0]["values"], subspace.singular_values, **close)
-
-
-def two_ways(small: bool) -> None:
-    """Recorded together, and by each rank for itself: to the bit the same subspace."""
-    model = network("sharded", small)
-    together = Trajectory(model.named_parameters(), 9, torch.float32, process_group=model)
-    shards = local_shards(model.parameters())
-    alone = None
-    if sum(shard.numel() for shard in shards):
-        alone = Trajectory(shards, 9, torch.float32)
-    for _ in walk(model):
-        together.record()
-        if alone is not None:
-            alone.record()
-    other = LocalSubspace.from_trajectory(alone, model.named_parameters(), D)
-    subspace = together.subspace(D)
-    assert (other.local is None) == (subspace.local is None) == (alone is None)
-    if subspace.local is not None:
-        assert torch.equal(other.local.basis, subspace.local.basis)
-        assert torch.equal(other.origin, subspace.origin)
-    assert subspace.layout is not None and other.layout == subspace.layout
-    assert other.names == subspace.names
-    assert torch.equal(other.singular_values, subspace.singular_values)
-    if not small:
-        lost = None if dist.get_rank() == 1 else alone
-        with pytest.raises(ValueError, match="rank 1: trajectory: expected one, for this rank"):
-            LocalSubspace.from_trajectory(lost, model.named_parameters(), D)
-
-
-@pytest.mark.parametrize("small", [False, True])
-def test_trajectories_of_local_shards_are_put_together(ranks: RankGroup, small: bool) -> None:
-    ranks.all(two_ways, small)
 
 
 def in_eight_bits(mode: str, tier: str, path: Any) -> list[torch.Tensor]:

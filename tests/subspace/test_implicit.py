@@ -302,10 +302,10 @@ def test_a_spent_trajectory_says_so(use):
     trajectory, _ = recorded()
     space = trajectory.into_subspace(dim=5)
     before = space.basis.clone()
-    with pytest.raises(ValueError, match=r"the trajectory is spent: into_subspace\(\) has"):
+    with pytest.raises(ValueError, match=r"the trajectory is consumed: into_subspace\(\) has"):
         USES[use](trajectory)
     assert torch.equal(space.basis, before)
-    assert repr(trajectory) == f"Trajectory(spent, numel={space.numel})"
+    assert repr(trajectory) == f"Trajectory(consumed, numel={space.numel})"
     trajectory.close()
     assert repr(copy.deepcopy(trajectory)) == repr(trajectory)
 

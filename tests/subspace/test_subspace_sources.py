@@ -189,7 +189,7 @@ def test_dependent_snapshots(orthonormal, kept):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((torch.ones(3, 9), 2), ValueError, "snapshots: the snapshots do not differ"),
+        ((torch.ones(3, 9), 2), ValueError, "snapshots: the 3 snapshots do not differ"),
         ((torch.zeros(3, 9), 2, "qr"), ValueError, "snapshots: the snapshots are all zero"),
         ((torch.randn(1, 9), 1), ValueError, "snapshots: expected at least two, got 1"),
         (([], 1), ValueError, "snapshots: expected at least two, got 0"),

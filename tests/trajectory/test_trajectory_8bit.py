@@ -102,7 +102,7 @@ def test_gram_and_spectrum_are_those_of_the_stored_rows(dtype, n, tmp_path):
 @eight_bits
 @pytest.mark.parametrize("tier", TIERS)
 def test_every_place_has_the_same_numbers(tier, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_PIECE", 1 << 12)
+    monkeypatch.setattr(disk, "PIECE", 1 << 12)
     monkeypatch.setattr(gram, "_CHUNK_BYTES", {"cpu": 1})  # pieces of 4,096 columns
     near, far = recorded(tier, tmp_path, dtype=dtype)
     assert same(near.snapshots.codes[:], far.snapshots.codes[:])
@@ -304,8 +304,8 @@ def test_a_soup_of_snapshots(dtype):
 @pytest.mark.parametrize("storage", ["device", "host", "disk"])
 def test_checkpoints_are_recorded_like_weights(storage, dtype, tmp_path, monkeypatch):
     """In pieces of four blocks; interrupted on disk, it goes on."""
-    monkeypatch.setattr("dldr_ext.trajectory.from_checkpoints._PIECE", 1024)
-    monkeypatch.setattr(disk, "_PIECE", 1024)
+    monkeypatch.setattr("dldr_ext.trajectory.from_checkpoints.PIECE", 1024)
+    monkeypatch.setattr(disk, "PIECE", 1024)
     folder, model = walk(tmp_path / "run")
     expected = Trajectory(model.named_parameters(), 6, dtype)
     for t in range(6):

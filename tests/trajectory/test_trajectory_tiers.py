@@ -15,7 +15,7 @@ from torch import nn
 import dldr_ext
 from dldr_ext import Trajectory, layer_groups, ops, uniform_soup
 from dldr_ext.tensors.matrices import StoredRows
-from dldr_ext.trajectory.stores import HostStore, base, block_gram, deferred, disk
+from dldr_ext.trajectory.stores import HostStore, StoreSpec, base, block_gram, deferred, disk
 from dldr_ext.trajectory.stores.block_gram import Seconds
 from dldr_ext.trajectory.stores.deferred import next_block
 
@@ -43,7 +43,7 @@ def parameters(n, dtype=torch.float32):
 def make(tier, params, folder, dtype, capacity=9):
     if tier == "staged":
         result = Trajectory(params, capacity, dtype)
-        result._store = Staged(result.numel, capacity, dtype, result.device)
+        result._kept = Staged(StoreSpec(result.numel, capacity, dtype, result.device))
         return result
     path = folder / "rows" if tier == "disk" else None
     return Trajectory(params, capacity, dtype, tier, path)
@@ -70,7 +70,7 @@ def rows_of(trajectory):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("tier", TIERS)
 def test_the_same_numbers(tier, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_PIECE", 1 << 12)  # several pieces a row
+    monkeypatch.setattr(disk, "PIECE", 1 << 12)  # several pieces a row
     near, far = recorded(tier, tmp_path, dtype=dtype)
     assert torch.equal(near.anchor, far.anchor)
     assert torch.equal(rows_of(near), rows_of(far))
@@ -325,4 +325,4 @@ def test_the_programs_of_the_page(tmp_path, monkeypatch, capsys):
     assert names["subspace"].dim == 10 and len(names["trajectory"]) == 31
     assert names["small"].dtype == torch.int8 and names["exact"].dtype == torch.float32
     printed = capsys.readouterr().out
-    assert "RecordingCost(snapshots=30" in printed and "Trajectory(spent" in printed
+    assert "RecordingCost(snapshots=30" in printed and "Trajectory(consumed" in printed

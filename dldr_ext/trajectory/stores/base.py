@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...tensors.formats import row_bytes
-from ...tensors.matrices import Matrix
+from ...collectives.partition import Run
+from ...files.artifacts import Stream, save
+from ...pca.gram import exact_gram
+from ...tensors.formats import row_bytes, wide_dtype
+from ...tensors.matrices import Matrix, StoredRows, as_stored
+from ...tensors.parameters import flatten
+
+#: Consecutive columns of one row, each piece valid until the next; iterated over twice where the
+#: row becomes the anchor.
+RowPieces = Iterable[tuple[slice, Tensor]]
+_Result = TypeVar("_Result")
+
+#: Columns that a row is read, rounded and written in at a time.
+PIECE = 1 << 22
 
 
 class RecordingCost(NamedTuple):
-    """What recording has taken: `Trajectory.cost`.
+    """The cost of the recording so far, as `Trajectory.cost` gives it.
 
-    Of this process: a trajectory that was loaded begins at zero.
+    It is that of this process: a trajectory that was loaded begins at zero.
+
+    Attributes
+    ----------
+    snapshots : int
+        Snapshots recorded.
+    seconds : float
+        Time in `Trajectory.record` and in completing the Gram matrix.
+    bytes_read, bytes_written : int
+        Of stored snapshots: read to multiply them, and written.
     """
 
-    snapshots: int = 0  # recorded
-    seconds: float = 0.0  # in record() and in completing the Gram matrix
-    bytes_read: int = 0  # of stored snapshots, to multiply them
-    bytes_written: int = 0  # of stored snapshots
+    snapshots: int = 0
+    seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
 
     @property
     def per_snapshot(self) -> tuple[float, float, float]:
@@ -33,84 +55,197 @@ class RecordingCost(NamedTuple):
         return self.seconds / count, self.bytes_read / count, self.bytes_written / count
 
 
-class Store(ABC):
-    """Rows of a trajectory and their Gram matrix.
+class StoreSpec(NamedTuple):
+    """What a store is made for.
 
-    Parameters
+    Attributes
     ----------
     numel, capacity : int
-        n, and the most rows.
+        Columns that are kept, and the most rows.
     dtype : torch.dtype
         Of the rows.
     device : torch.device
         Of the parameters: where the arithmetic is done, and where the Gram matrix is.
+    """
+
+    numel: int
+    capacity: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Store(ABC):
+    """The rows of a trajectory, the anchor that they are differences from, and their Gram matrix.
+
+    Parameters
+    ----------
+    spec : StoreSpec
+    anchor : Tensor, shape (numel,), optional
+        None: the first row becomes the anchor.
 
     Attributes
     ----------
+    numel, capacity, dtype, device
+        As in ``spec``.
     length : int
         Number of rows, T.
+    anchor : Tensor, shape (numel,), or None
+        None before the first row.
     cost : RecordingCost
     """
 
-    def __init__(self, numel: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.numel, self.capacity, self.dtype, self.device = numel, capacity, dtype, device
+    #: Whether several ranks keep the columns together, each some of them.
+    spans_ranks = False
+
+    def __init__(self, spec: StoreSpec, anchor: Tensor | None = None) -> None:
+        self.numel, self.capacity, self.dtype, self.device = spec
         self.length = 0
+        self.anchor, self._given_anchor = anchor, anchor
         self.cost = RecordingCost()
-        self._gram = torch.zeros((0, 0), dtype=torch.float64, device=device)  # room for 2^k rows
+        self._gram = torch.zeros(
+            (0, 0), dtype=torch.float64, device=self.device
+        )  # room for 2^k rows
 
     @property
     def row_bytes(self) -> int:
-        """Of a stored row, with its scale if it has one."""
+        """Bytes of a stored row, with its scale if it has one."""
         return row_bytes(self.numel, self.dtype)
 
-    def append(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
-        """Stores flat(params) - anchor as one more row.
+    def append(self, params: Sequence[Tensor]) -> bool:
+        """Store flat(params) - anchor as one more row.
 
         Returns
         -------
         bool
             False if it, or its square, is not finite: nothing has been stored then.
         """
-        with self._clock():
-            self._make_room(self.length + 1)
-            if not self._append(params, anchor):
-                return False
-            self.length += 1
-            self._count(snapshots=1, written=self.row_bytes)
-            return True
+        known = self._known_anchor()
+        anchor = flatten(params, wide_dtype(self.dtype)) if known is None else known
+        return self._counted(anchor, lambda: self._append(params, anchor))
+
+    def append_pieces(self, pieces: RowPieces) -> bool:
+        """Store one more row whose weights come piece by piece; else as `append`."""
+        known = self._known_anchor()
+        if known is None:
+            known = torch.empty(self.numel, dtype=wide_dtype(self.dtype), device=self.device)
+            for columns, piece in pieces:
+                known[columns] = piece.to(known.device)
+        anchor = known
+        return self._counted(anchor, lambda: self._append_pieces(pieces, anchor))
 
     def undo(self) -> None:
-        """Forgets the row that the last `append` stored."""
+        """Forget the row that was stored last."""
         self.length -= 1
         self._count(snapshots=-1, written=-self.row_bytes)
+        if self.length == 0:
+            self.anchor = self._given_anchor
 
     def gram(self) -> Tensor:
-        """K, shape (T, T): a view."""
+        """Return K, shape (T, T): a view."""
         with self._clock():
             self._complete()
         return self._gram[: self.length, : self.length]
 
     @abstractmethod
     def snapshots(self) -> Matrix:
-        """The rows, shape (T, n)."""
+        """Return the rows, shape (T, numel)."""
 
     def close(self) -> None:  # noqa: B027  (most have nothing to close)
-        """Gives back what other processes may wait for."""
+        """Give back what other processes may wait for."""
+
+    def defer_products(self) -> None:  # noqa: B027  (most have a use for a row at once)
+        """Multiply the rows to come in one pass, when the Gram matrix is asked for."""
+
+    def save(
+        self, path: str | os.PathLike[str], kind: str, version: int, metadata: Mapping[str, Any]
+    ) -> None:
+        """Write rows, Gram matrix and anchor to one file; stored rows are streamed."""
+        assert self.anchor is not None
+        codes, scale = as_stored(self.snapshots())
+        tensors = {"snapshots": _streamed(codes), "gram": self.gram(), "anchor": self.anchor}
+        if scale is not None:
+            tensors["scale"] = _streamed(scale)
+        save(path, kind, version, tensors, {**metadata, "length": self.length})
+
+    # What several ranks do together; one process does it alone.
+
+    def transaction(
+        self, what: str, params: Sequence[Tensor] = (), errors: Any = None
+    ) -> AbstractContextManager[None]:
+        """Return the context in which a call succeeds on all ranks or on none."""
+        return nullcontext()
+
+    def settle(self) -> None:  # noqa: B027
+        """Do what the ranks do together once rows count on all of them."""
+
+    def local_part(
+        self, params: Sequence[Tensor], names: list[str] | None
+    ) -> tuple[list[Tensor], list[str] | None]:
+        """Return what is kept here of a list of parameters, and the names of it."""
+        return list(params), names
+
+    def check_consistent(self, facts: Mapping[str, Any], what: str) -> None:  # noqa: B027
+        """Check that every rank says the same."""
+
+    def column_runs(self, begin: int, end: int) -> Iterator[tuple[slice, Run]]:
+        """Yield where columns [begin, end) of those kept here are among all n.
+
+        A slice, relative to ``begin``, and the run of all columns that belongs there.
+        """
+        yield slice(0, end - begin), (begin, end)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all columns of what is known of those kept here."""
+        return tensor
+
+    def solved_once(self, solve: Callable[[], _Result]) -> _Result:
+        """Return what ``solve`` gives, the same bits on every rank."""
+        return solve()
+
+    def exact_gram(self) -> Tensor:
+        """Return the Gram matrix to all digits, as a decomposition needs it: see `exact_gram`.
+
+        The one that recording made serves to watch it; of float64 rows it is exact already.
+        """
+        return self.gram() if self.dtype == torch.float64 else exact_gram(self.snapshots())
+
+    # What subclasses add.
 
     @abstractmethod
     def _append(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
-        """Stores row ``length``, as `append`."""
+        """Store row ``length``, as `append`."""
+
+    def _append_pieces(self, pieces: RowPieces, anchor: Tensor) -> bool:
+        """Store row ``length``, as `append_pieces`."""
+        whole = torch.empty_like(anchor)
+        for columns, piece in pieces:
+            whole[columns] = piece.to(anchor.device)
+        return self._append([whole], anchor)
+
+    def _complete(self) -> None:  # noqa: B027
+        """Fill in what the Gram matrix lacks."""
+
+    def _known_anchor(self) -> Tensor | None:
+        # What an interrupted first row has left is none.
+        return self.anchor if self.length else self._given_anchor
+
+    def _counted(self, anchor: Tensor, store: Callable[[], bool]) -> bool:
+        with self._clock():
+            self._make_room(self.length + 1)
+            if not store():
+                return False
+            self.anchor = anchor
+            self.length += 1
+            self._count(snapshots=1, written=self.row_bytes)
+            return True
 
     def _make_room(self, rows: int) -> None:
-        """Makes the Gram matrix large enough for so many rows."""
+        """Make the Gram matrix large enough for so many rows."""
         if rows > len(self._gram):
             size = 1 << (rows - 1).bit_length()
             larger = self._gram.new_zeros((size, size))
             larger[: len(self._gram), : len(self._gram)] = self._gram
             self._gram = larger
-
-    def _complete(self) -> None:  # noqa: B027
-        """Fills in what the Gram matrix lacks."""
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
@@ -128,3 +263,7 @@ class Store(ABC):
             bytes_read=cost.bytes_read + read,
             bytes_written=cost.bytes_written + written,
         )
+
+
+def _streamed(rows: Tensor | StoredRows) -> Tensor | Stream:
+    return rows if isinstance(rows, Tensor) else Stream(rows.dtype, rows.shape, iter(rows))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import ops
 from ...tensors.formats import LARGEST, blocks, empty_scale
 from ...tensors.matrices import ScaledRows, StoredRows
-from .base import Store
+from .base import RowPieces, Store, StoreSpec
 from .block_gram import Seconds, multiply_by_rows, multiply_on_cpu
 
 _MOST_ROWS = 32  # are multiplied in one pass while recording
@@ -34,8 +34,8 @@ class DeferredStore(Store):
         32 at most.
     """
 
-    def __init__(self, numel: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(numel, capacity, dtype, device)
+    def __init__(self, spec: StoreSpec, anchor: Tensor | None = None) -> None:
+        super().__init__(spec, anchor)
         self.block = 1
         self._multiplied = 0
 
@@ -57,11 +57,32 @@ class DeferredStore(Store):
     def _put(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
         """Stores row ``length``; False, and nothing stored, if it or its square is not finite."""
 
+    def _put_pieces(self, pieces: RowPieces, anchor: Tensor) -> bool:
+        """Store row ``length``, which comes piece by piece; as `_put`."""
+        whole = torch.empty_like(anchor)
+        for columns, piece in pieces:
+            whole[columns] = piece.to(anchor.device)
+        return self._put([whole], anchor)
+
+    def defer_products(self) -> None:
+        self.block = self.capacity
+
+    def undo(self) -> None:
+        super().undo()
+        self._multiplied = min(self._multiplied, self.length)
+
     def _append(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
-        # Before the new row is stored: an error here leaves the trajectory as it was.
+        self._catch_up()
+        return self._put(params, anchor)
+
+    def _append_pieces(self, pieces: RowPieces, anchor: Tensor) -> bool:
+        self._catch_up()
+        return self._put_pieces(pieces, anchor)
+
+    def _catch_up(self) -> None:
+        # Before a new row is stored: an error here leaves the trajectory as it was.
         if self.length - self._multiplied >= self.block:
             self._complete()
-        return self._put(params, anchor)
 
     def _complete(self) -> None:
         while self._multiplied < self.length:

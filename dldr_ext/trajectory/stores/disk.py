@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ...files import artifacts
 from ...tensors.formats import LARGEST, blocks
 from ...tensors.parameters import numel
+from .base import PIECE, RowPieces, StoreSpec
 from .deferred import DeferredStore, stored
 from .lock import FolderLock
 
@@ -30,7 +31,6 @@ HEADER = "anchor.safetensors"
 HEADER_KIND, HEADER_VERSION = "trajectory_folder", 1
 _KIND, _VERSION = "snapshot", 1
 _ROW_NAME = re.compile(r"(\d{6,})\.safetensors")
-_PIECE = 1 << 22  # elements that are rounded and written at a time
 # Read through mappings before they are given back, and with them the pages that they keep in this
 # process; a read brings in some on either side of what was asked for.
 _MAPPED_BYTES, _AROUND_BYTES = 1 << 25, 1 << 17
@@ -47,8 +47,7 @@ class DiskStore(DeferredStore):
     Parameters
     ----------
     lock : FolderLock
-    numel, capacity, dtype, device
-        As in `Store`.
+    spec : StoreSpec
     metadata : mapping
         What the trajectory is of, as JSON can hold it; written with the anchor.
     """
@@ -56,13 +55,11 @@ class DiskStore(DeferredStore):
     def __init__(
         self,
         lock: FolderLock,
-        numel: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        spec: StoreSpec,
         metadata: Mapping[str, Any],
+        anchor: Tensor | None = None,
     ) -> None:
-        super().__init__(numel, capacity, dtype, device)
+        super().__init__(spec, anchor)
         self._lock, self._path, self._metadata = lock, lock.folder, dict(metadata)
         self._rows: list[_Row] = []
         self._skipped = 0  # numbers of files that are no snapshots
@@ -73,19 +70,17 @@ class DiskStore(DeferredStore):
     def create(
         cls,
         path: Path,
-        numel: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        spec: StoreSpec,
         metadata: Mapping[str, Any],
+        anchor: Tensor | None = None,
     ) -> DiskStore:
-        """An empty store in a folder without one."""
+        """Make an empty store in a folder without one."""
         os.makedirs(path, exist_ok=True)
         lock = FolderLock(path)
         try:
             _check_new(path)
             _drop_temporaries(path)
-            return cls(lock, numel, capacity, dtype, device, metadata)
+            return cls(lock, spec, metadata, anchor)
         except BaseException:
             lock.close()
             raise
@@ -94,14 +89,12 @@ class DiskStore(DeferredStore):
     def resume(
         cls,
         lock: FolderLock,
-        numel: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        spec: StoreSpec,
         metadata: Mapping[str, Any],
+        anchor: Tensor,
     ) -> DiskStore:
-        """The store of a folder that has one; rows that are not whole are reported and left out."""
-        result = cls(lock, numel, capacity, dtype, device, metadata)
+        """Open the store of a folder; rows that are not whole are reported and left out."""
+        result = cls(lock, spec, metadata, anchor)
         _drop_temporaries(lock.folder)
         files = _row_files(lock.folder)
         for _, path in files:
@@ -161,6 +154,14 @@ class DiskStore(DeferredStore):
         return self._maps[row][begin:end]
 
     def _put(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
+        lists = zip(_pieces_of(params, PIECE), anchor.split(PIECE), strict=True)
+        return self._write_row(lists, anchor)
+
+    def _put_pieces(self, pieces: RowPieces, anchor: Tensor) -> bool:
+        return self._write_row((([piece], anchor[columns]) for columns, piece in pieces), anchor)
+
+    def _write_row(self, pieces: Iterable[tuple[Sequence[Tensor], Tensor]], anchor: Tensor) -> bool:
+        """Write one row, which comes as lists of tensors beside their part of the anchor."""
         if not self._lock.held:
             raise ValueError(
                 f"path: expected a folder that this process has open, got {self._path}: it was "
@@ -170,10 +171,10 @@ class DiskStore(DeferredStore):
         try:
             if self.length == 0:
                 # In parts: the check makes copies.
-                if not all(bool(part.isfinite().all()) for part in anchor.split(_PIECE)):
+                if not all(bool(part.isfinite().all()) for part in anchor.split(PIECE)):
                     return False
                 self._write_header(anchor)
-            tensors = self._streams(params, anchor)
+            tensors = self._streams(pieces)
             artifacts.save(path, _KIND, _VERSION, tensors, {"of": self._metadata["id"]})
         except _NotFinite:
             return False
@@ -197,20 +198,20 @@ class DiskStore(DeferredStore):
         artifacts.save(path, HEADER_KIND, HEADER_VERSION, {"anchor": anchor}, self._metadata)
 
     def _streams(
-        self, params: Sequence[Tensor], anchor: Tensor
+        self, pieces: Iterable[tuple[Sequence[Tensor], Tensor]]
     ) -> dict[str, Tensor | artifacts.Stream]:
-        """The row, some at a time: the memory is a piece and the scales, however long the row."""
+        """Return the row as streams: the memory is a piece and the scales, however long the row."""
         scales: list[Tensor] = []
 
-        def pieces() -> Iterator[Tensor]:
-            for tensors, part in zip(_cut(params, _PIECE), anchor.split(_PIECE), strict=True):
-                piece = stored(tensors, part, self.dtype)
-                if piece is None:
+        def rounded() -> Iterator[Tensor]:
+            for tensors, anchor in pieces:
+                codes_and_scale = stored(tensors, anchor, self.dtype)
+                if codes_and_scale is None:
                     raise _NotFinite
-                scales.extend(piece[1:])
-                yield piece[0]
+                scales.extend(codes_and_scale[1:])
+                yield codes_and_scale[0]
 
-        delta = artifacts.Stream(self.dtype, (self.numel,), pieces())
+        delta = artifacts.Stream(self.dtype, (self.numel,), rounded())
         if self.dtype not in LARGEST:
             return {"delta": delta}
         # Written second, when all of them are there.
@@ -278,7 +279,7 @@ def _drop_temporaries(folder: Path) -> None:
         )
 
 
-def _cut(params: Sequence[Tensor], step: int) -> Iterator[list[Tensor]]:
+def _pieces_of(params: Sequence[Tensor], step: int) -> Iterator[list[Tensor]]:
     """The flat vector of a list of tensors, ``step`` elements at a time."""
     piece: list[Tensor] = []
     left = step

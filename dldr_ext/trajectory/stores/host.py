@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...tensors.formats import LARGEST, blocks
+from .base import StoreSpec
 from .deferred import DeferredStore, stored
 
 # Pinned memory comes in powers of two: in blocks of this many rows at least, little is wasted.
@@ -17,11 +18,11 @@ _ROWS_AT_ONCE = 8
 class HostStore(DeferredStore):
     """Each row is copied to the host on a stream of its own while training goes on."""
 
-    def __init__(self, numel: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(numel, capacity, dtype, device)
+    def __init__(self, spec: StoreSpec, anchor: Tensor | None = None) -> None:
+        super().__init__(spec, anchor)
         # Allocated ahead. Each is the row, and its scale if it has one.
         self._rows: list[tuple[Tensor, ...]] = []
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def read(self, row: int, begin: int, end: int, out: Tensor) -> None:
         self._read(self._rows[row][0][begin:end], out)

@@ -1,450 +1,236 @@
-"""Trajectories of which every rank keeps some columns: `Trajectory` with ``process_group``."""
+"""Rows whose columns several ranks keep, each in a store of its own."""
 
 from __future__ import annotations
 
 import os
-import secrets
-import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...collectives.dtensors import entries
-from ...collectives.partition import Layout, Share, stand_ins
-from ...collectives.process_group import Ranks, listed, together
-from ...collectives.transaction import all_or_none
-from ...distributed.local import LocalSubspace
-from ...distributed.sharded import ShardedSubspace
-from ...pca.dimension import choose
-from ...pca.form_basis import formed
-from ...pca.gram import column_step, exact_gram
-from ...pca.spectrum import Spectrum, coefficients, exact_spectrum, square_of
-from ...tensors.formats import wide_dtype
-from ...tensors.parameters import check_matches, dtype_name, flatten
-from ..checks import check_current, given_anchor
-from ..files import _told, open_file, open_folder, write_file
-from ..trajectory import Trajectory
-from . import DiskStore, Store, check_storage
+from ...collectives.partition import Run, Share
+from ...collectives.process_group import Ranks
+from ...collectives.transaction import RankErrors, all_or_none
+from ...files.artifacts import Stream, save
+from ...pca.gram import exact_gram
+from ...pca.spectrum import Spectrum
+from ...tensors.matrices import Matrix
+from .base import PIECE, RecordingCost, RowPieces, Store
 from .disk import RANK_FOLDERS
 
-_MARKS = 16  # parameters of which two elements are compared at each record
+_SAMPLED = 16  # parameters of which two elements are compared at each record
 
 
-class SharedTrajectory(Trajectory):
-    """A trajectory over several ranks, which all make the same calls.
+class ShardedStore(Store):
+    """The rows of which each rank keeps some columns; all ranks make the same calls.
 
-    Each rank records its columns as a `Trajectory` of its own; sums over the ranks are added in
-    their order, in float64. An error on one rank is raised on all, and nothing is recorded then.
+    What is recorded counts on all ranks or on none; the Gram matrix is the sum of the ranks', added
+    in their order, in float64.
 
-    Attributes
+    Parameters
     ----------
     ranks : Ranks
     share : Share
         The columns of this rank.
-    """
-
-    _inner: Piece | None
-    _rows: list[Tensor]  # of the lower half of the Gram matrix
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        capacity: int = 81,
-        dtype: torch.dtype = torch.bfloat16,
-        storage: str = "device",
-        path: str | os.PathLike[str] | None = None,
-        *,
-        anchor: Tensor | Sequence[Tensor] | None = None,
-        process_group: Any = None,
-    ) -> None:
-        self._join(params, process_group)
-        with self.ranks.agreeing():
-            self._describe(self._listed, capacity, dtype)
-            check_storage(storage, path)
-            self.storage = storage
-            self.share = Share(self.params, self.names, self.ranks.rank, self.ranks.size)
-            self._store = NoColumns(self)
-            given = None if anchor is None else self._own_anchor(anchor)
-            self.ranks.agree({**self._claims(), "anchor": anchor is not None})
-        run = self.ranks.exchange({"run": secrets.token_hex(8)}, "construction")[0]["run"]
-        with self.all_or_none("construction", self.close):
-            folder = None if path is None else rank_folder(path, self.ranks)
-            self._inner = self.piece(folder, given, {"run": run, "ranks": self.ranks.size})
-            self._store = self._store if self._inner is None else self._inner._store
-        self._anchor = given
-
-    @classmethod
-    def opened(
-        cls, path: str | os.PathLike[str], params: Iterable[Any], process_group: Any
-    ) -> SharedTrajectory:
-        """`Trajectory.load`: a file of any number of ranks, or a folder of as many as here."""
-        self = cls._of(params, process_group)
-        (open_folder if os.path.isdir(path) else open_file)(self, path)
-        return self
-
-    @classmethod
-    def of_parts(cls, part: Trajectory | None, params: Iterable[Any]) -> SharedTrajectory:
-        """Of trajectories that each rank recorded of its local shards; None where it has none."""
-        params = listed(params)
-        mesh = getattr(entries(params)[0][0], "device_mesh", None)
-        if mesh is None:
-            raise ValueError("params[0]: expected a DTensor (fully_shard), got a plain tensor")
-        self = cls._of(params, mesh)
-        join_parts(self, part)
-        return self
-
-    @classmethod
-    def _of(cls, params: Iterable[Any], process_group: Any) -> SharedTrajectory:
-        self = object.__new__(cls)
-        self._join(params, process_group)
-        with self.ranks.agreeing():
-            self._describe(self._listed, 1, torch.float32)  # until somebody has told
-            self.share = Share(self.params, self.names, self.ranks.rank, self.ranks.size)
-            shapes = [str(shape) for shape in self.shapes]
-            self.ranks.agree({"params": shapes, "names": self.names}, "load")
-        self._store = NoColumns(self)
-        return self
-
-    @property
-    def snapshots(self) -> Any:
-        """The stored deltas, shape (T, columns of this rank): see `Trajectory.snapshots`."""
-        return self._store.snapshots()
-
-    @property
-    def gram(self) -> Tensor:
-        """K, shape (T, T), float64, of all columns: the same bits on every rank.
-
-        With ``storage="disk"``, and "host" for parameters on CUDA, every rank must ask for it.
-        """
-        self._complete_gram()
-        if not self._rows:
-            return torch.zeros((0, 0), dtype=torch.float64, device=self.device)
-        lower = pad_sequence(self._rows, batch_first=True)
-        return lower + lower.tril(-1).T
-
-    def _record(self, params: Sequence[Tensor]) -> int:
-        index = len(self)
-        with self.all_or_none("record", self._undo, self._mark(params)):
-            if index == self.capacity:
-                raise ValueError(
-                    f"the trajectory is full: it holds {index} snapshots, its capacity"
-                )
-            check_current(self, params)
-            if self._inner is not None:
-                self._inner._record(self.share.own(params))
-            else:
-                self._store.length += 1
-                self._anchor = self.no_columns()
-        self.take_over()
-        return index
-
-    def subspace(  # type: ignore[override]
-        self,
-        dim: int | str | None = None,
-        *,
-        explained: float | None = None,
-        start: str | int = "first",
-        center: bool = True,
-        dtype: torch.dtype | None = None,
-        materialize: bool = True,
-    ) -> ShardedSubspace | LocalSubspace:
-        """The principal directions, each rank with its columns: see `Trajectory.subspace`.
-
-        The T x T problem is solved by rank 0 for all.
-
-        Returns
-        -------
-        ShardedSubspace
-            Of whole parameters; its ``whole()`` is a `Subspace`.
-        LocalSubspace
-            Of DTensors.
-        """
-        asked = {"dim": dim, "explained": explained, "start": start, "center": center}
-        with self.all_or_none("subspace"):
-            if not materialize:
-                raise ValueError("materialize: expected True for a trajectory of ranks, got False")
-            most, dtype, origin = self._asked(dim, explained, start, center, dtype)
-        told = {key: str(value) for key, value in asked.items()}
-        self.ranks.agree({**told, "dtype": dtype_name(dtype)}, "subspace")
-        found = self._spectrum(origin, center)
-        count, facts, warning = choose(found, len(self), most, dim, explained, center)
-        if warning is not None:
-            warnings.warn(warning, UserWarning, stacklevel=2)
-        basis, scale = torch.empty((count, 0), dtype=dtype, device=self.device), None
-        if self.share.numel:
-            rows, combine = self.snapshots, coefficients(found, count, center=center)
-            basis, scale = formed(rows, combine.to(self.device), dtype, column_step(rows))
-        known: dict[str, Any] = {
-            "scale": scale,
-            "explained_variance_ratio": found.explained(count),
-            "singular_values": found.values[:count].sqrt(),
-            "choice": facts,
-        }
-        if self.share.mesh is None:
-            known |= {"shapes": self.shapes, "names": self.names}
-            return ShardedSubspace.of_columns(basis, origin, self.share.total, self.ranks, **known)
-        known |= {"shapes": self.share.shapes, "names": self.share.names}
-        group, replicas = self.ranks.group, self.share.replicas
-        result = LocalSubspace(basis, origin, group, replicas=replicas, **known)
-        result.layout = Layout(self.share.runs, self.shapes)
-        return result
-
-    def _spectrum(self, origin: Tensor, center: bool) -> Spectrum:
-        """Of all columns; the same bits on every rank."""
-        count = len(self)
-        gram = torch.zeros((count, count), dtype=torch.float64, device=self.device)
-        if self.share.numel:
-            gram += exact_gram(self.snapshots)
-        gram = self._sum(gram)
-        square = self._sum(square_of(origin)[None])
-        flat = torch.empty(count * (count + 1) + 1, dtype=torch.float64, device=self.device)
-        with self.all_or_none("the eigenvalues"):
-            if self.ranks.rank == 0:
-                found = exact_spectrum(gram, self._double(), square.sqrt(), center=center)
-                rank = torch.tensor([found.rank], dtype=torch.float64)
-                flat.copy_(torch.cat([found.values, found.vectors.reshape(-1), rank]))
-        values, vectors, rank = (
-            self.ranks.from_first(flat, "the eigenvectors").cpu().split([count, count * count, 1])
-        )
-        return Spectrum(values, vectors.view(count, count), int(rank))
-
-    def grouped_subspace(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: each group would have ranks without columns."""
-        raise ValueError(
-            "process_group: expected a trajectory of one process, got one whose columns are on "
-            "several ranks; save it, and load it on one process for a GroupedSubspace"
-        )
-
-    def into_subspace(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: `subspace` makes the columns of each rank beside its snapshots."""
-        raise ValueError("into_subspace: expected a trajectory of one process, got one of ranks")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """One file, as one process saves it: written by rank 0, a piece of a row at a time.
-
-        One process, or any number of ranks, can load it.
-        """
-        with self.all_or_none("save"):
-            if len(self) == 0:
-                raise ValueError("the trajectory is empty: nothing to save")
-            if self.dtype.itemsize == 1:
-                raise ValueError(
-                    f"save: expected snapshots of 16 bits or more, got {dtype_name(self.dtype)}: "
-                    "their blocks are those of this cut; a folder (storage='disk') keeps them"
-                )
-        gram = self.gram
-        with self.all_or_none("save"):
-            write_file(path, self, gram)
-
-    def take(self, inner: Piece | None, store: Store, anchor: Tensor | None) -> None:
-        """Records on in ``inner``, whose rows are in ``store``."""
-        self._inner, self._store, self._anchor = inner, store, anchor
-
-    def take_nothing(self, length: int) -> None:
-        """Counts on: this rank has no columns of the snapshots so far."""
-        self._store = NoColumns(self)
-        self._store.length = length
-        self._anchor = self.no_columns()
-
-    def take_gram(self, gram: Tensor) -> None:
-        """Of all columns and all snapshots so far."""
-        gram = gram.to(self.device)
-        self._rows = [gram[t, : t + 1] for t in range(len(gram))]
-
-    def close(self) -> None:
-        """Gives the folder of this rank back."""
-        if self._inner is not None:
-            self._inner.close()
-
-    @property
-    def local(self) -> Trajectory:
-        """What this rank records; where it has no columns, this one itself."""
-        return self if self._inner is None else self._inner
-
-    def take_over(self) -> None:
-        """Counts what was recorded in `local`, on all ranks."""
-        self._anchor = self.local._anchor
-        if self._at_once:
-            self._complete_gram()
-
-    def _join(self, params: Iterable[Any], process_group: Any) -> None:
-        self._listed = listed(params)
-        ranks = together("Trajectory", process_group, self._listed)
-        assert ranks is not None
-        self.ranks = ranks
-        self._rows = []
-        self._inner = None
-        self._anchor: Tensor | None = None
-
-    def _claims(self) -> dict[str, Any]:
-        known = {key: str(value) for key, value in self._metadata().items()}
-        sharded = "sharded" if self.share.mesh is not None else "whole"
-        return {**known, "storage": self.storage, "parameters": sharded}
-
-    def _own_anchor(self, anchor: Tensor | Sequence[Tensor]) -> Tensor:
-        if self.share.mesh is None:
-            flat = given_anchor(self, anchor)
-            return torch.cat([flat[:0], *(flat[begin:end] for begin, end in self.share.runs)])
-        if isinstance(anchor, Tensor):
-            raise ValueError("anchor: expected a list of DTensors, as params, got one tensor")
-        own = self.share.own(list(anchor))
-        check_matches(own, self.share.shapes, self.share.names, "local shards", "anchor")
-        return flatten(own, wide_dtype(self.dtype))
-
-    def piece(
-        self, folder: Path | None, anchor: Tensor | None, part: dict[str, Any]
-    ) -> Piece | None:
-        """What this rank records; None where it has no columns."""
-        if not self.share.numel:
-            return None
-        storage = "disk" if folder is not None else self.storage
-        return Piece(self.own_params(), self.capacity, self.dtype, storage, folder, anchor, part)
-
-    def own_params(self) -> list[Any]:
-        tensors = stand_ins(self.share.shapes, self.params[0].dtype, self.device)
-        names = self.share.names
-        return tensors if names is None else list(zip(names, tensors, strict=True))
-
-    @property
-    def _at_once(self) -> bool:
-        """Whether the Gram matrix grows with each snapshot, on every rank."""
-        return self.storage == "device" or (self.storage == "host" and self.device.type == "cpu")
-
-    def no_columns(self) -> Tensor:
-        return torch.empty(0, dtype=wide_dtype(self.dtype), device=self.device)
-
-    def _complete_gram(self) -> None:
-        first, count = len(self._rows), len(self)
-        if first < count:
-            rows = self._sum(self._store.gram()[first:])
-            self._rows += [rows[t - first, : t + 1] for t in range(first, count)]
-
-    def _sum(self, tensor: Tensor) -> Tensor:
-        return self.ranks.ordered_sum(tensor, "products").div_(self.share.replicas)
-
-    def _mark(self, params: Sequence[Tensor]) -> int:
-        """Of whole weights a few bits, by which ranks notice that theirs are not the same."""
-        if self.share.mesh is not None:
-            return 0
-        step = -(-len(params) // _MARKS)
-        some = [
-            p.detach()[(i,) * p.ndim].to(torch.float64)
-            for p in params[::step]
-            for i in (0, -1)
-            if p.numel()
-        ]
-        return int(torch.stack(some).view(torch.int64).sum()) if some else 0
-
-    def _undo(self) -> None:
-        """Forgets the snapshot that another rank could not record."""
-        self._store.undo()
-        if len(self) == 0 and self._inner is not None:
-            self._inner._anchor = self._inner.given
-            self._anchor = self._inner.given
-
-    def all_or_none(
-        self, what: str, undo: Callable[[], None] | None = None, mark: int = 0
-    ) -> AbstractContextManager[None]:
-        """An error on one rank is raised on every one: see `_agreement.all_or_none`."""
-        return all_or_none(self.ranks, what, lambda: len(self), undo, mark)
-
-
-class Piece(Trajectory):
-    """The columns of one rank.
+    local : Store
+        Where they are kept.
+    at_once : bool
+        Whether the Gram matrix grows with each row: the same on every rank.
 
     Attributes
     ----------
-    given : Tensor or None
-        The anchor before the first snapshot.
+    ranks, share
+        As given.
     """
 
-    given: Tensor | None = None
+    spans_ranks = True
 
-    def __init__(
-        self,
-        params: list[Any],
-        capacity: int,
-        dtype: torch.dtype,
-        storage: str,
-        path: Path | None,
-        anchor: Tensor | None,
-        part: dict[str, Any],
-    ) -> None:
-        self._part, self.given = part, anchor
-        super().__init__(params, capacity, dtype, storage, path, anchor=anchor)
-
-    @classmethod
-    def opened(cls, folder: Path, params: list[Any]) -> Piece:
-        """What was recorded to the folder of this rank."""
-        found = cls.load(folder, params)
-        assert isinstance(found, Piece)
-        return found
+    def __init__(self, ranks: Ranks, share: Share, local: Store, at_once: bool) -> None:
+        self.ranks, self.share, self.local = ranks, share, local
+        self._at_once = at_once
+        self.numel, self.capacity = share.numel, local.capacity
+        self.dtype, self.device = local.dtype, local.device
+        self._gram_rows: list[Tensor] = []  # of the lower half of the Gram matrix
 
     @property
-    def disk(self) -> DiskStore:
-        """Its store, in a folder."""
-        assert isinstance(self._store, DiskStore)
-        return self._store
+    def length(self) -> int:  # type: ignore[override]
+        """Number of rows, T."""
+        return self.local.length
 
-    def _metadata(self) -> dict[str, Any]:
-        return {**super()._metadata(), "part": self._part}
+    @property
+    def anchor(self) -> Tensor | None:  # type: ignore[override]
+        """The columns of the anchor that are kept here."""
+        return self.local.anchor
 
+    @property
+    def cost(self) -> RecordingCost:  # type: ignore[override]
+        """The cost of recording on this rank."""
+        return self.local.cost
 
-class NoColumns(Store):
-    """The store of a rank that has no columns: it counts."""
+    def append(self, params: Sequence[Tensor]) -> bool:
+        return self.local.append(self.share.own(params))
 
-    def __init__(self, trajectory: Trajectory) -> None:
-        super().__init__(0, trajectory.capacity, trajectory.dtype, trajectory.device)
+    def append_pieces(self, pieces: RowPieces) -> bool:
+        return self.local.append_pieces(pieces)
 
-    def snapshots(self) -> Tensor:
-        return torch.empty((self.length, 0), dtype=self.dtype, device=self.device)
+    def undo(self) -> None:
+        self.local.undo()
 
-    def _append(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
-        return True
+    def snapshots(self) -> Matrix:
+        return self.local.snapshots()
 
     def gram(self) -> Tensor:
-        self._make_room(self.length)
-        return super().gram()
+        """Return K of all columns, shape (T, T): the same bits on every rank."""
+        self._complete()
+        if not self._gram_rows:
+            return torch.zeros((0, 0), dtype=torch.float64, device=self.device)
+        lower = pad_sequence(self._gram_rows, batch_first=True)
+        return lower + lower.tril(-1).T
+
+    def restore_gram(self, gram: Tensor) -> None:
+        """Take over the Gram matrix of all columns and all rows so far."""
+        gram = gram.to(self.device)
+        self._gram_rows = [gram[t, : t + 1] for t in range(len(gram))]
+
+    def close(self) -> None:
+        self.local.close()
+
+    def defer_products(self) -> None:
+        self.local.defer_products()
+
+    @contextmanager
+    def transaction(
+        self, what: str, params: Sequence[Tensor] = (), errors: RankErrors | None = None
+    ) -> Iterator[None]:
+        """Do what is inside on all ranks or on none.
+
+        Parameters
+        ----------
+        what : str
+            The call, for messages.
+        params : sequence of Tensor
+            Weights that are about to be recorded: the same on every rank.
+        errors : RankErrors, optional
+            How an error of one rank is told to the others.
+        """
+        length = self.length
+
+        def undo() -> None:
+            if self.length > length:
+                self.undo()
+
+        sample = 0 if self.share.mesh is not None else _sample(params)
+        with all_or_none(self.ranks, what, lambda: self.length, undo, sample, errors):
+            yield
+
+    def settle(self) -> None:
+        if self._at_once:
+            self._complete()
+
+    def local_part(
+        self, params: Sequence[Tensor], names: list[str] | None
+    ) -> tuple[list[Tensor], list[str] | None]:
+        return self.share.own(params), self.share.names
+
+    def check_consistent(self, facts: Mapping[str, Any], what: str) -> None:
+        self.ranks.agree(dict(facts), what)
+
+    def column_runs(self, begin: int, end: int) -> Iterator[tuple[slice, Run]]:
+        return self.share.stretches(begin, end)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        return self.ranks.ordered_sum(tensor, "products").div_(self.share.replicas)
+
+    def solved_once(self, solve: Callable[[], Any]) -> Any:
+        """Return the spectrum that rank 0 finds, on all ranks."""
+        count = self.length
+        flat = torch.empty(count * (count + 1) + 1, dtype=torch.float64, device=self.device)
+        with self.transaction("the eigenvalues"):
+            if self.ranks.rank == 0:
+                solved = solve()
+                rank = torch.tensor([solved.rank], dtype=torch.float64)
+                flat.copy_(torch.cat([solved.values, solved.vectors.reshape(-1), rank]))
+        self.ranks.from_first(flat, "the eigenvectors")
+        values, vectors, rank = flat.cpu().split([count, count * count, 1])
+        return Spectrum(values, vectors.view(count, count), int(rank))
+
+    def exact_gram(self) -> Tensor:
+        if self.numel:
+            return self.summed(exact_gram(self.snapshots()))
+        count = self.length
+        return self.summed(torch.zeros((count, count), dtype=torch.float64, device=self.device))
+
+    def save(
+        self, path: str | os.PathLike[str], kind: str, version: int, metadata: Mapping[str, Any]
+    ) -> None:
+        """Write one file, as one process writes it: by rank 0, a piece of a row at a time."""
+        rows, anchor, gram = self.snapshots(), self.anchor, self.gram()
+        assert anchor is not None
+        pieces = self._whole_rows(rows), self._whole_rows([anchor])
+        n = self.share.total
+        tensors: dict[str, Tensor | Stream] = {
+            "snapshots": Stream(rows.dtype, (len(rows), n), pieces[0]),
+            "gram": gram,
+            "anchor": Stream(anchor.dtype, (n,), pieces[1]),
+        }
+        try:
+            if self.ranks.rank == 0:
+                save(path, kind, version, tensors, {**metadata, "length": len(rows)})
+        finally:  # all ranks take part to the end, errors or not
+            for unwritten in pieces:
+                for _ in unwritten:
+                    pass
+
+    def _append(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
+        raise AssertionError("the local store appends")
+
+    def _complete(self) -> None:
+        first, count = len(self._gram_rows), self.length
+        if first < count:
+            rows = self.summed(self.local.gram()[first:])
+            self._gram_rows += [rows[t - first, : t + 1] for t in range(first, count)]
+
+    def _whole_rows(self, rows: Any) -> Iterator[Tensor]:
+        """Yield pieces of the rows of all columns; on rank 0 alone with all their numbers."""
+        for t in range(len(rows)):
+            for begin in range(0, self.share.total, PIECE):
+                end = min(begin + PIECE, self.share.total)
+                row: Tensor = rows[t]
+                piece = row.new_zeros(end - begin)
+                for local, (low, high) in self.share.within(begin, end):
+                    piece[low - begin : high - begin] = row[local]
+                # As bytes, of which all ranks but those that keep the column have zeros.
+                dist.reduce(
+                    piece.view(torch.uint8), group_dst=0, op=dist.ReduceOp.MAX,
+                    group=self.ranks.group,
+                )  # fmt: skip
+                yield piece
 
 
 def rank_folder(path: str | os.PathLike[str], ranks: Ranks) -> Path:
-    """The one of this rank in the folder of all."""
+    """Return the folder of this rank in the folder of all."""
     end = f"-of-{ranks.size:05}"
-    wrong = sorted(one.name for one in Path(path).glob(RANK_FOLDERS) if not one.name.endswith(end))
-    if wrong:
+    other = sorted(f.name for f in Path(path).glob(RANK_FOLDERS) if not f.name.endswith(end))
+    if other:
         raise ValueError(
             f"path: expected a folder of {ranks.size} ranks, as there are, got {path} with "
-            f"{wrong[0]}; a file (save) can be loaded on any number of ranks"
+            f"{other[0]}; a file (save) can be loaded on any number of ranks"
         )
     return Path(path, f"rank-{ranks.rank + 1:05}{end}")
 
 
-def join_parts(trajectory: SharedTrajectory, part: Trajectory | None) -> None:
-    """Takes over what each rank recorded of its own."""
-    self, claims = trajectory, {}
-    if part is not None:
-        claims = {
-            "length": len(part),
-            "capacity": part.capacity,
-            "dtype": dtype_name(part.dtype),
-            "storage": part.storage,
-        }
-    with self.all_or_none("from_trajectory"):
-        if part is not None and part.numel != self.share.numel:
-            raise ValueError(
-                f"trajectory: expected one of the {self.share.numel} weights of the local shards, "
-                f"got {part.numel}"
-            )
-        if part is None and self.share.numel:
-            raise ValueError("trajectory: expected one, for this rank has weights, got None")
-    found = _told(self, claims, tuple(claims), "a trajectory of the same snapshots on every rank")
-    self.storage = found[0]["storage"]
-    if part is None:
-        self.take_nothing(found[0]["length"])
-    else:
-        self.take(None, part._store, part.anchor)
+def _sample(params: Sequence[Tensor]) -> int:
+    """Return a few bits of whole weights, by which ranks notice that theirs are not the same."""
+    step = -(-len(params) // _SAMPLED) or 1
+    elements = [
+        p.detach()[(i,) * p.ndim].to(torch.float64)
+        for p in params[::step]
+        for i in (0, -1)
+        if p.numel()
+    ]
+    return int(torch.stack(elements).view(torch.int64).sum()) if elements else 0
