@@ -53,7 +53,7 @@ class Done(NamedTuple):
 
 
 class Analysis:
-    """Of a series, into a folder.
+    """The analysis of a series of checkpoints, written into a folder.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ class Analysis:
         return self._facts() | metrics.of_gram(gram, ratio) | self._kept_facts(components)
 
     def _check_space(self, dim: int) -> None:
-        """That the subspace will fit on the disk: before hours of reading, not after."""
+        """Check that the subspace will fit on the disk: before hours of reading, not after."""
         numel, wide = self.series.numel, wide_dtype(self.dtype).itemsize
         needed = dim * row_bytes(numel, self.dtype) + wide * numel
         left = self.folder / f".{SUBSPACE}.part"  # which it has already, if it goes on
@@ -221,7 +221,7 @@ class Analysis:
             file.finish()
 
     def _kept(self, work: Callable[[], None]) -> None:
-        """Does the work; what is done is kept if it is interrupted."""
+        """Do the work; what is done is kept if it is interrupted."""
         try:
             work()
         except CheckpointError:
@@ -250,7 +250,7 @@ class Analysis:
         )
 
     def _earlier(self) -> Done:
-        """What an earlier run over the same files, unchanged, has done."""
+        """Return what an earlier run over the same files, unchanged, has done."""
         rows = len(self.series)
         new = Done(torch.zeros(rows, rows, dtype=torch.float64, device="cpu"), 0.0, 0)
         try:

@@ -1,4 +1,4 @@
-"""What each rank says of itself before it steps with others: pure functions of tensors."""
+"""Consistency checks: facts that ranks compare before they step together, as pure functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest(*tensors: Tensor | None) -> str:
-    """A checksum of the bits of tensors: one read of each, the same on every device.
+    """Return a checksum of the bits of tensors: one read of each, the same on every device.
 
     The sum of the words of each row as integers, and the words at 64 places of each.
     """
@@ -37,7 +37,7 @@ def digest(*tensors: Tensor | None) -> str:
 
 
 def samples(params: Sequence[Tensor]) -> list[str]:
-    """A digest of a few elements of each parameter, by which to tell them apart."""
+    """Return a digest of a few elements of each parameter, by which to tell them apart."""
     some = [p.detach().reshape(-1)[_places(p.numel(), p.device)].to(torch.float64) for p in params]
     flat = torch.cat(some).cpu()
     return [
@@ -47,7 +47,7 @@ def samples(params: Sequence[Tensor]) -> list[str]:
 
 
 def difference(claims: Sequence[Claims]) -> str | None:
-    """The first difference from rank 0 in words, or None.
+    """Return the first difference from rank 0 in words, or None.
 
     An ``error`` of a rank comes first. Lists are compared entry by entry. ``samples`` need not be
     equal, but must not be those of rank 0 in another order.
@@ -68,7 +68,7 @@ def difference(claims: Sequence[Claims]) -> str | None:
 
 
 def described(params: Sequence[Tensor]) -> list[str]:
-    """Shape and dtype of each parameter."""
+    """Return the shape and dtype of each parameter."""
     return [f"{tuple(p.shape)} {dtype_name(p.dtype)}" for p in params]
 
 

@@ -1,4 +1,4 @@
-"""DTensor parameters: what a rank holds of each, and how many ranks hold the same."""
+"""DTensor parameters: the local shard of each, and how many ranks hold the same."""
 
 from __future__ import annotations
 
@@ -12,12 +12,23 @@ from ..tensors.parameters import local_shard, named_parameters
 
 
 def local_shards(params: Iterable[Any]) -> list[Tensor]:
-    """What this rank holds of each parameter: views, which follow what is written."""
+    """Return the local shard of each parameter: views, which follow what is written.
+
+    Parameters
+    ----------
+    params : iterable of Tensor
+        As in `dldr_ext.Trajectory`; of a tensor that is no DTensor the tensor itself.
+    """
     return [local_shard(p) for p in named_parameters(params)[0]]
 
 
 def local_columns(params: Iterable[Any]) -> Tensor:
-    """Where the elements of `local_shards` are among all n elements in flat order, int64."""
+    """Return where the elements of `local_shards` are among all n elements in flat order.
+
+    Returns
+    -------
+    Tensor, shape (columns of this rank,), int64
+    """
     found, start = [], 0
     for p in entries(params)[0]:
         index: Any = torch.arange(start, start + p.numel()).view(p.shape)
@@ -32,13 +43,19 @@ def local_columns(params: Iterable[Any]) -> Tensor:
 
 
 def entries(params: Iterable[Any]) -> tuple[list[Any], list[str] | None]:
-    """`named_parameters`, of which some may be more than a Tensor."""
+    """Return `named_parameters`, of which some may be DTensors."""
     found, names = named_parameters(params)
     return list(found), names
 
 
 def replicas_of(params: Sequence[Any]) -> int:
-    """How many ranks hold each weight, the same for all; refuses placements without a part."""
+    """Return how many ranks hold each weight: the same for all.
+
+    Raises
+    ------
+    ValueError
+        A plain tensor; partial sums; weights of which some are held by more ranks than others.
+    """
     counts = []
     for i, p in enumerate(params):
         if not hasattr(p, "device_mesh"):

@@ -1,4 +1,4 @@
-"""Which columns of a flat vector of n weights a rank keeps."""
+"""Partitions of the columns of a flat vector of n weights over ranks."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ Run = tuple[int, int]  # columns [begin, end) in flat order
 
 
 class Layout(NamedTuple):
-    """Where local shards are: their columns of all n, and the shapes of the whole parameters."""
+    """Where local shards are: their columns among all n, and the shapes of the whole parameters."""
 
     runs: list[Run]
     shapes: list[tuple[int, ...]]
 
     @property
     def numel(self) -> int:
-        """n."""
+        """The number of weights, n."""
         return sum(map(math.prod, self.shapes))
 
 
 def layout_of(params: Sequence[Any]) -> Layout:
-    """Of DTensors."""
+    """Return the partition given by the placements of DTensors."""
     return Layout(runs_of(params), [tuple(p.shape) for p in params])
 
 
-class Share:
-    """The columns of this rank: its local shards of DTensors; of whole weights an equal piece.
+class ColumnShard:
+    """The columns of this rank: its local shards of DTensors; an equal part of whole weights.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class Share:
     replicas : int
         How many ranks keep each column.
     shapes, names : list
-        Of the tensors that `own` gives.
+        Of the tensors that `local_part` gives.
     """
 
     def __init__(
@@ -80,21 +80,21 @@ class Share:
         self.index()
 
     def index(self) -> None:
-        """Finds where each run is kept."""
+        """Find where each run is kept."""
         self._firsts = [begin for begin, _ in self.runs]
         self._places = [0, *itertools.accumulate(end - begin for begin, end in self.runs)]
         self.numel = self._places[-1]
 
-    def own(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """What this rank keeps of a list like the parameters: views where the memory allows it."""
+    def local_part(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return what this rank keeps of a list of tensors: views where the memory allows it."""
         if self._parts is None:
             return [local_shard(p) for p in params]
         return [params[i].detach().reshape(-1)[begin:end] for i, begin, end in self._parts]
 
-    def stretches(self, begin: int, end: int) -> Iterator[tuple[slice, Run]]:
-        """Columns [begin, end) of those that this rank keeps: where they are among all n.
+    def global_runs(self, begin: int, end: int) -> Iterator[tuple[slice, Run]]:
+        """Yield where columns [begin, end) of those that this rank keeps are among all n.
 
-        Yields a slice, relative to ``begin``, and the run that belongs there.
+        A slice, relative to ``begin``, and the run that belongs there.
         """
         for i in range(max(bisect_right(self._places, begin) - 1, 0), len(self.runs)):
             place, first = self._places[i], self.runs[i][0]
@@ -104,8 +104,11 @@ class Share:
             if low < high:
                 yield slice(low - begin, high - begin), (first + low - place, first + high - place)
 
-    def within(self, begin: int, end: int) -> Iterator[tuple[slice, Run]]:
-        """Those of columns [begin, end) of all n that this rank keeps: where it has them."""
+    def local_runs(self, begin: int, end: int) -> Iterator[tuple[slice, Run]]:
+        """Yield where this rank has those of columns [begin, end) of all n that it keeps.
+
+        A slice of its columns, and the run that is there.
+        """
         for i in range(max(bisect_right(self._firsts, begin) - 1, 0), len(self.runs)):
             low, high = max(begin, self.runs[i][0]), min(end, self.runs[i][1])
             if low >= end:
@@ -116,17 +119,30 @@ class Share:
 
 
 def cut(numel: int, rank: int, size: int, pad: bool = False) -> tuple[int, int]:
-    """The columns of one of ``size`` pieces, equal but for the last ones; ``pad``: as if equal.
+    """Return the columns [begin, end) of one of ``size`` ranks.
 
-    They are cut so that the blocks of an 8-bit basis stay whole.
+    All ranks have as many, but for the last ones, so that the blocks of an 8-bit basis stay whole.
+
+    Parameters
+    ----------
+    numel : int
+        n.
+    rank, size : int
+    pad : bool
+        As if n were a multiple of the columns of a rank.
     """
     length = -(-numel // (size * SCALE_BLOCK)) * SCALE_BLOCK
     begin, end = rank * length, (rank + 1) * length
     return (begin, end) if pad else (min(begin, numel), min(end, numel))
 
 
+def block_runs(runs: Sequence[Run]) -> list[Run]:
+    """Return the scale blocks of 8-bit numbers in runs of columns, which begin with a block."""
+    return [(begin // SCALE_BLOCK, -(-end // SCALE_BLOCK)) for begin, end in runs]
+
+
 def runs_of(params: Sequence[Any]) -> list[Run]:
-    """The columns of local shards of DTensors, as runs of neighbours."""
+    """Return the columns of local shards of DTensors, as runs of neighbours."""
     found, start = [], 0
     for p in params:
         found += [(start + begin, start + end) for begin, end in _runs_of_one(p)]
@@ -162,7 +178,7 @@ def _runs_of_one(p: Any) -> list[Run]:
 
 
 def _overlaps(params: Sequence[Tensor], run: Run) -> Iterator[tuple[int, int, int]]:
-    """The parameters in a run, each with its elements that are."""
+    """Yield the parameters that have elements in a run, and which of their elements."""
     start = 0
     for i, p in enumerate(params):
         begin, end = max(run[0] - start, 0), min(run[1] - start, p.numel())
@@ -171,6 +187,6 @@ def _overlaps(params: Sequence[Tensor], run: Run) -> Iterator[tuple[int, int, in
         start += p.numel()
 
 
-def stand_ins(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: Any) -> list[Tensor]:
-    """Tensors of these shapes without memory."""
+def placeholders(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: Any) -> list[Tensor]:
+    """Return tensors of these shapes without memory."""
     return [torch.empty((), dtype=dtype, device=device).expand(shape) for shape in shapes]

@@ -1,4 +1,4 @@
-"""The ranks that take steps together: a process group, and collectives whose failure says why."""
+"""Ranks that work together: a process group, and collectives whose failure says why."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..tensors.parameters import type_name
 from .consistency import Claims, difference
 
 _log = logging.getLogger("dldr_ext")
-# Seconds in which the ranks that saw a collective fail say so, so that the others can be named.
-_ROLL_CALL = 3.0
+# Seconds in which ranks that saw a collective fail report so, that the others can be named.
+_REPORT_SECONDS = 3.0
 # Numbers of all ranks that are in memory at a time while they are added in order.
 _GATHERED = 1 << 20
 
@@ -63,39 +63,39 @@ class Ranks:
         )
 
     def evaluation(self) -> AbstractContextManager[Any]:
-        """What a closure is called in: d numbers are reduced afterwards, n need not be."""
+        """Return the context to call closures in: d numbers are reduced afterwards, not n."""
         if self._module is None:
             return nullcontext()
         if isinstance(self._module, nn.parallel.DistributedDataParallel):
             return self._module.no_sync()
-        for one in self._module.modules():  # unsharded copies are of the weights before
-            reshard: Any = getattr(one, "reshard", None)
+        for module in self._module.modules():  # unsharded copies are of the weights before
+            reshard: Any = getattr(module, "reshard", None)
             if reshard is not None:
                 reshard()
         return nullcontext()
 
     def sum_(self, tensor: Tensor, what: str) -> Tensor:
-        """Sums a tensor over the ranks, in place; bitwise the same on all of them."""
+        """Sum a tensor over the ranks, in place; bitwise the same on all of them."""
         with self._explained(f"the sum of {what}"):
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def most(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
-        found = torch.tensor([number], dtype=torch.int64, device=self.device)
+        """Return the largest of the ranks' numbers."""
+        largest = torch.tensor([number], dtype=torch.int64, device=self.device)
         with self._explained("the largest of numbers"):
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
-        return int(found)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
 
     def gathered(self, tensor: Tensor, what: str) -> list[Tensor]:
-        """The tensors of all ranks, which are of one shape, by rank."""
+        """Return the tensors of all ranks, which are of one shape, by rank."""
         pieces = [torch.empty_like(tensor) for _ in range(self.size)]
         with self._explained(f"the exchange of {what}"):
             dist.all_gather(pieces, tensor.contiguous(), group=self.group)
         return pieces
 
     def ordered_sum(self, tensor: Tensor, what: str) -> Tensor:
-        """The sum over the ranks, added in their order: to the bit the same in every run."""
+        """Return the sum over the ranks, added in their order: the same bits in every run."""
         result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         step = max(1, _GATHERED // self.size)
         parts = zip(tensor.reshape(-1).split(step), result.view(-1).split(step), strict=True)
@@ -107,13 +107,13 @@ class Ranks:
         return result
 
     def from_first(self, tensor: Tensor, what: str) -> Tensor:
-        """What rank 0 has, in place."""
+        """Broadcast from rank 0, in place."""
         with self._explained(f"the exchange of {what}"):
             dist.broadcast(tensor, group=self.group, group_src=0)
         return tensor
 
     def scatter_mean(self, full: Tensor, what: str) -> Tensor:
-        """This rank's piece, the rank-th of ``size`` equal ones, of the mean over the ranks.
+        """Return the rank-th of ``size`` equal pieces of the mean over the ranks.
 
         A rank sends (size - 1) / size of ``full``, in its dtype, and may find it overwritten. The
         mean is float32 at least where gloo carries it; elsewhere 16 bits are summed in 16 bits, as
@@ -130,19 +130,19 @@ class Ranks:
         return piece
 
     def gather(self, piece: Tensor, what: str) -> Tensor:
-        """The equal pieces of all ranks, one after the other."""
+        """Return the equal pieces of all ranks, one after the other."""
         full = piece.new_empty(len(piece) * self.size)
         with self._explained(f"the pieces of {what}"):
             _all_gather(full, piece, group=self.group)
         return full
 
     def agree(self, claims: Claims, what: str = "construction") -> None:
-        """Compares what every rank says of itself.
+        """Check that the facts of all ranks are the same.
 
         Raises
         ------
         ValueError
-            On every rank: the first claim that differs from rank 0's, with both ranks.
+            On every rank: the first fact that differs from rank 0's, with both ranks.
         """
         self._agreed = True
         found = difference(self.exchange(claims, what))
@@ -151,7 +151,7 @@ class Ranks:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """An error before the next `agree` is raised on every rank, not on this one alone."""
+        """Raise an error before the next `agree` on every rank, not on this one alone."""
         self._agreed = False
         try:
             yield
@@ -161,10 +161,10 @@ class Ranks:
             raise
 
     def exchange(self, claims: Claims, what: str) -> list[Claims]:
-        """What every rank says of itself, in the order of the ranks."""
+        """Return the facts of every rank, in the order of the ranks."""
         text = json.dumps(claims).encode()
         length = torch.tensor([len(text)], dtype=torch.int64, device=self.device)
-        with self._explained(f"what each rank is, for {what}"):
+        with self._explained(f"the facts of each rank, for {what}"):
             dist.all_reduce(length, op=dist.ReduceOp.MAX, group=self.group)
             own = torch.full((int(length),), ord(" "), dtype=torch.uint8, device=self.device)
             own[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=self.device)
@@ -179,16 +179,16 @@ class Ranks:
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self.owner}: {what} over {self.size} ranks failed on rank {self.rank}: "
-                f"{self._roll_call()} ({error})"
+                f"{self._unresponsive()} ({error})"
             ) from error
 
-    def _roll_call(self) -> str:
-        """Which ranks did not notice the failure, as one that is dead or hangs does not."""
+    def _unresponsive(self) -> str:
+        """Return which ranks never reported the failure to the store, as dead ones do not."""
         silent = [rank for rank in range(self.size) if rank != self.rank]
         try:
             store = self.group.get_group_store()
             store.set(f"dldr_ext/stopped/{self.rank}", "")
-            end = time.monotonic() + _ROLL_CALL
+            end = time.monotonic() + _REPORT_SECONDS
             while silent and time.monotonic() < end:
                 time.sleep(0.02)
                 silent = [r for r in silent if not store.check([f"dldr_ext/stopped/{r}"])]
@@ -204,7 +204,7 @@ class Ranks:
 
 
 def members(owner: str, process_group: Any) -> tuple[Any, nn.Module | None]:
-    """The group that the argument ``process_group`` means, and the module if it was one.
+    """Return the group that the argument ``process_group`` means, and the module if it was one.
 
     Raises
     ------
@@ -248,7 +248,7 @@ def members(owner: str, process_group: Any) -> tuple[Any, nn.Module | None]:
 
 
 def together(owner: str, process_group: Any, params: Any) -> Ranks | None:
-    """The ranks that an optimizer steps with; None: it steps alone."""
+    """Return the ranks that an optimizer steps with; None: it steps alone."""
     sharded = _first(params)
     if process_group is None:
         if hasattr(sharded, "device_mesh"):
@@ -264,14 +264,14 @@ def together(owner: str, process_group: Any, params: Any) -> Ranks | None:
 
 
 def listed(params: Any) -> Any:
-    """An iterator as a list: it is looked at twice."""
+    """Return an iterator as a list: it is looked at twice."""
     return (
         list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else params
     )
 
 
 def _first(params: Any) -> Tensor | None:
-    """Some tensor of a list of parameters in any of the forms that `named_parameters` takes."""
+    """Return a tensor of parameters in any of the forms that `named_parameters` takes."""
     if isinstance(params, Tensor):
         return params
     if isinstance(params, dict):
@@ -282,7 +282,7 @@ def _first(params: Any) -> Tensor | None:
 
 
 def _note_lonely(owner: str) -> None:
-    """None was taken for one process; where there are several that may be a mistake."""
+    """Warn where None was taken for one process though there are several."""
     launched, ready = int(os.environ.get("WORLD_SIZE", "1")), False
     if dist.is_available() and dist.is_initialized():
         launched, ready = dist.get_world_size(), True
@@ -307,7 +307,7 @@ def _shown(process_group: Any) -> str:
 
 
 def _named(*names: str) -> Any:
-    """A function of torch.distributed under its new or its old name."""
+    """Return a function of torch.distributed under its new or its old name."""
     return next(getattr(dist, name) for name in names if hasattr(dist, name))
 
 

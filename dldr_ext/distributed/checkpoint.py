@@ -9,25 +9,51 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from ..collectives.partition import Run, cut, runs_of
-from ..files.column_checkpoint import Columns, _blocks
-from ..optim.base import SubspaceOptimizer
+from ..collectives.partition import Run, block_runs, cut, runs_of
+from ..files.column_checkpoint import Columns
 from ..subspace.dense import Subspace
 from ..tensors.formats import SCALE_BLOCK
 from .local import LocalSubspace
 from .sharded import ShardedSubspace
 
 
+@runtime_checkable
+class FlatState(Protocol):
+    """What is asked of an optimizer: some entries of its state are flat vectors of the weights.
+
+    Attributes
+    ----------
+    flat_state : tuple of str
+        The keys of these entries in ``state_dict()["subspace"]``.
+    subspace : AffineSubspace
+        Whose origin is such a vector.
+    param_groups : list of dict
+    """
+
+    flat_state: tuple[str, ...]
+    param_groups: list[dict[str, Any]]
+
+    @property
+    def subspace(self) -> Any:
+        """The subspace that the weights move in."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, copied."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state."""
+
+
 class _Optimizer:
     """A Stateful: flat vectors by columns, and the rest of the state dict as bytes."""
 
-    def __init__(self, optimizer: SubspaceOptimizer) -> None:
+    def __init__(self, optimizer: FlatState) -> None:
         self._optimizer = optimizer
-        leaves: list[Any] = optimizer._leaves
+        leaves: list[Any] = optimizer.param_groups[0]["params"]
         self._total = sum(p.numel() for p in leaves)
         sharded = any(hasattr(p, "device_mesh") for p in leaves)
         self._runs = runs_of(leaves) if sharded else [(0, self._total)]
@@ -83,7 +109,7 @@ class _Subspace:
         for key in ("explained_variance_ratio", "singular_values"):
             value = getattr(subspace, key)
             known[key] = None if value is None else value.tolist()
-        basis = subspace._basis if local is None else local.basis
+        basis = subspace._placeholder if local is None else local.basis
         origin = subspace.origin
         own = [(0, total)] if isinstance(subspace, ShardedSubspace) else runs
         state = {
@@ -93,7 +119,7 @@ class _Subspace:
         }
         scale = None if local is None else local.scale
         if scale is not None:
-            state["scale"] = Columns(scale, _blocks(runs), -(-total // SCALE_BLOCK))
+            state["scale"] = Columns(scale, block_runs(runs), -(-total // SCALE_BLOCK))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -104,7 +130,7 @@ class _Subspace:
 
 
 def stateful(what: Any) -> Any:
-    """An optimizer or a subspace as `torch.distributed.checkpoint` saves it.
+    """Wrap an optimizer or a subspace so that `torch.distributed.checkpoint` saves it.
 
     ``dcp.save({"optimizer": stateful(optimizer), "subspace": stateful(subspace)},
     checkpoint_id=folder)`` on all ranks; any number of ranks loads: the subspace with
@@ -121,7 +147,7 @@ def stateful(what: Any) -> Any:
         Something else; a `LocalSubspace` that was made of a basis of nobody knows which columns, or
         with one of 8 bits (its blocks are those of one cut: save it before `quantize`).
     """
-    if isinstance(what, SubspaceOptimizer):
+    if isinstance(what, FlatState):
         return _Optimizer(what)
     if isinstance(what, LocalSubspace):
         if what.layout is None:

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .. import ops
 from ..collectives.dtensors import entries, local_columns, local_shards, replicas_of
 from ..collectives.partition import Layout, Run, layout_of
 from ..collectives.process_group import Ranks, members
 from ..subspace.dense import Subspace
-from ..tensors.parameters import flatten, local_shard, named_parameters
-from .partitioned import CutSubspace, StrPath, _columns
+from ..tensors.parameters import flatten, local_shard
+from .partitioned import PartitionedSubspace, read_partition
 
 
-class LocalSubspace(CutSubspace):
+class LocalSubspace(PartitionedSubspace):
     """The part of a subspace that belongs to a rank's own shards of the parameters (FSDP2).
 
     Basis, origin and weights are those of the local shards of ``DTensor`` parameters, one after
@@ -33,8 +34,19 @@ class LocalSubspace(CutSubspace):
     process_group : ProcessGroup, DeviceMesh or module
     replicas : int
         How many ranks hold each weight (hybrid sharding); the same for all weights.
-    **known
+    **arguments
         Of `Subspace`: ``scale``, ``shapes`` (local), ``names``, ``singular_values``, ...
+
+    Attributes
+    ----------
+    local : Subspace or None
+        The columns of this rank; None where it has none.
+
+    See Also
+    --------
+    ShardedSubspace : For weights that every rank holds whole.
+    dldr_ext.Trajectory : ``Trajectory(params, process_group=model)`` records DTensors, and its
+        ``subspace()`` is a `LocalSubspace`.
     """
 
     def __init__(
@@ -44,30 +56,37 @@ class LocalSubspace(CutSubspace):
         process_group: Any,
         *,
         replicas: int = 1,
-        **known: Any,
+        **arguments: Any,
     ) -> None:
         group, _ = members("LocalSubspace", process_group)
-        local = Subspace(basis, origin, **known) if basis.shape[1] else None
-        super().__init__(len(basis), local, Ranks("LocalSubspace", group, origin.device))
+        local = Subspace(basis, origin, **arguments) if basis.shape[1] else None
+        ranks = Ranks("LocalSubspace", group, origin.device)
+        if local is not None:  # as the Subspace has converted them
+            arguments |= {
+                "explained_variance_ratio": local.explained_variance_ratio,
+                "singular_values": local.singular_values,
+                "choice": local.choice,
+            }
+        super().__init__(len(basis), local, ranks, basis[:, :0], **arguments)
         self.origin = origin if local is None else local.origin
-        self.shapes, self.names = known.get("shapes"), known.get("names")
-        if local is None:  # every rank starts from the same guess of the curvature
-            self.singular_values = known.get("singular_values")
-            self.explained_variance_ratio = known.get("explained_variance_ratio")
-            self.choice = known.get("choice")
-        self.replicas, self._basis = replicas, basis
+        self.shapes, self.names = arguments.get("shapes"), arguments.get("names")
+        self.replicas = replicas
         self.layout: Layout | None = None  # where these columns are among all, if known
 
     @classmethod
     def of(cls, subspace: Subspace, params: Iterable[Any]) -> LocalSubspace:
-        """Cut out of a whole subspace, which every rank has (or maps from a file) for this once.
+        """Take this rank's columns of a whole subspace.
 
         Parameters
         ----------
         subspace : Subspace
-            Not quantised.
+            Not quantised; every rank has it (or maps it from a file) for this once.
         params : iterable of DTensor
             Of `fully_shard`, in the order that the subspace was made with.
+
+        Returns
+        -------
+        LocalSubspace
 
         Raises
         ------
@@ -75,53 +94,64 @@ class LocalSubspace(CutSubspace):
             Placements that have no part here, such as ``Partial``; weights of which some are held
             by more ranks than others.
         """
-        listed = entries(params)[0]
-        replicas, columns = replicas_of(listed), local_columns(listed).to(subspace.device)
+        tensors = entries(params)[0]
+        replicas, columns = replicas_of(tensors), local_columns(tensors).to(subspace.device)
         result = cls(
             subspace.basis[:, columns],
             subspace.origin[columns],
-            listed[0].device_mesh,
+            tensors[0].device_mesh,
             replicas=replicas,
-            shapes=[tuple(p.shape) for p in local_shards(listed)],
+            shapes=[tuple(p.shape) for p in local_shards(tensors)],
             names=subspace.names,
             explained_variance_ratio=subspace.explained_variance_ratio,
             singular_values=subspace.singular_values,
         )
-        return result._laid_out(listed)
+        result.layout = layout_of(tensors)
+        return result
 
     @classmethod
     def random(cls, params: Iterable[Any], dim: int, *, seed: int = 0) -> LocalSubspace:
-        """Random orthonormal directions at the current weights, made shard by shard.
+        """Draw random orthonormal directions at the current weights, shard by shard.
 
-        The same for one number of ranks; every rank passes the same ``seed``.
+        Parameters
+        ----------
+        params : iterable of DTensor
+        dim : int
+            d, the number of directions.
+        seed : int
+            The same on every rank; for one number of ranks it gives the same directions.
+
+        Returns
+        -------
+        LocalSubspace
         """
-        listed, names = entries(params)
-        replicas, shards = replicas_of(listed), local_shards(listed)
+        tensors, names = entries(params)
+        replicas, shards = replicas_of(tensors), local_shards(tensors)
         origin = flatten(shards, torch.float32)
-        columns = local_columns(listed)
+        columns = local_columns(tensors)
         # Ranks that hold the same shards draw the same numbers.
         first = int(columns[0]) if len(columns) else 0
         generator = torch.Generator(origin.device).manual_seed(seed * 1_000_003 + first)
         basis = torch.randn(dim, len(origin), generator=generator, device=origin.device)
-        group, _ = members("LocalSubspace", listed[0].device_mesh)
+        mesh = tensors[0].device_mesh
+        group, _ = members("LocalSubspace", mesh)
         ranks = Ranks("LocalSubspace", group, origin.device)
-        for _ in range(2):
+        for _ in range(2):  # Cholesky QR, twice for its digits
             gram = ops.gram(basis) if len(origin) else basis.new_zeros(dim, dim).double()
             ranks.sum_(gram.div_(replicas), "a Gram matrix")
             factor = torch.linalg.cholesky(gram)
-            inverse = torch.linalg.solve_triangular(
-                factor, torch.eye(dim, dtype=gram.dtype, device=gram.device), upper=False
-            )
+            identity = torch.eye(dim, dtype=gram.dtype, device=gram.device)
+            inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
             if len(origin):
                 basis = ops.form_basis(basis, inverse)
         shapes = [tuple(p.shape) for p in shards]
-        mesh = listed[0].device_mesh
         result = cls(basis, origin, mesh, replicas=replicas, shapes=shapes, names=names)
-        return result._laid_out(listed)
+        result.layout = layout_of(tensors)
+        return result
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], params: Iterable[Any]) -> LocalSubspace:
-        """The columns of these shards of a saved subspace; the others are not read.
+        """Load the columns of these shards of a saved subspace; the others are not read.
 
         Parameters
         ----------
@@ -130,25 +160,67 @@ class LocalSubspace(CutSubspace):
             with `dldr_ext.dcp.stateful` under the key "subspace".
         params : iterable of DTensor
             In the order that the subspace was made with.
+
+        Returns
+        -------
+        LocalSubspace
+
+        Raises
+        ------
+        ValueError
+            On every rank: the parameters do not match, or the basis has 8 bits.
         """
-        pass
+        tensors, names = entries(params)
+        replicas, shards = replicas_of(tensors), local_shards(tensors)
+        mesh = tensors[0].device_mesh
+        group, _ = members("LocalSubspace", mesh)
+        layout = layout_of(tensors)
 
-        return load_local(path, params)
+        def runs_here(total: int) -> list[Run]:
+            if total != layout.numel:
+                raise ValueError(
+                    f"params: expected {total} elements in all, as in {path}, got {layout.numel}"
+                )
+            return layout.runs
 
+        ranks = Ranks("LocalSubspace", group, shards[0].device)
+        arguments, _ = read_partition(path, ranks, runs_here)
+        shapes = arguments["shapes"]
+        if shapes is not None and [*map(tuple, shapes)] != layout.shapes:
+            raise ValueError(
+                f"params: expected the shapes {shapes}, as in {path}, got {layout.shapes}"
+            )
+        if "scale" in arguments:
+            raise ValueError(f"{path}: expected a basis that is not quantised, got one of 8 bits")
+        arguments |= {
+            "shapes": [tuple(p.shape) for p in shards],
+            "names": arguments["names"] or names,
+        }
+        basis, origin = arguments.pop("basis"), arguments.pop("origin")
+        result = cls(basis, origin, mesh, replicas=replicas, **arguments)
+        result.layout = layout
+        return result
+
+    @override
     def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
-        """Gradients of shards are means over the ranks already: only replicas count twice."""
+        # Gradients of shards are means over the ranks already: only replicas count twice.
         return self._products(lists).div_(self.replicas)
 
+    @override
     def weight(self, size: int) -> float:
         return 1.0 / self.replicas
 
+    @override
     def dot(self, a: Tensor, b: Tensor) -> float:
         product = torch.dot(a, b).to(torch.float64).reshape(1) / self.replicas
         return float(self.ranks.sum_(product, "a product"))
 
+    @override
     def direction(self, index: int) -> Tensor:
+        """Return this rank's columns of one basis vector, shape (n_local,): a copy."""
         return torch.empty_like(self.origin) if self.local is None else self.local.direction(index)
 
+    @override
     def combine_residual(
         self, theta: Tensor, coordinates: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
@@ -156,65 +228,30 @@ class LocalSubspace(CutSubspace):
             return torch.empty_like(self.origin), torch.empty_like(self.origin)
         return self.local.combine_residual(theta, coordinates, tensors)
 
+    @override
     def with_origin(self, params: Iterable[Any] | Tensor) -> LocalSubspace:
         flat = flatten(self._weights(params), self.origin.dtype)
-        return self._like(None if self.local is None else self.local.with_origin(flat))
+        return self._with_columns(None if self.local is None else self.local.with_origin(flat))
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
         if self.local is not None:
             self.local._write(tensors, theta, origin)
 
     def _weights(self, params: Iterable[Any] | Tensor) -> list[Tensor]:
-        listed = [params] if isinstance(params, Tensor) else list(params)
-        return super()._weights([local_shard(p) if isinstance(p, Tensor) else p for p in listed])
+        tensors = [params] if isinstance(params, Tensor) else list(params)
+        return super()._weights([local_shard(p) if isinstance(p, Tensor) else p for p in tensors])
 
     @property
     def _total(self) -> int:
         return self.numel if self.layout is None else self.layout.numel
 
-    def _like(self, local: Subspace | None) -> LocalSubspace:
-        basis, origin = (self._basis, self.origin) if local is None else (local.basis, local.origin)
-        known = {} if local is None else {"scale": local.scale}
-        known["explained_variance_ratio"] = self.explained_variance_ratio
-        result = LocalSubspace(
-            basis, origin, self.ranks.group, replicas=self.replicas, shapes=self.shapes,
-            names=self.names, singular_values=self.singular_values, choice=self.choice, **known,
-        )  # fmt: skip
+    def _with_columns(self, local: Subspace | None) -> LocalSubspace:
+        basis, origin = self._placeholder, self.origin
+        arguments = {"shapes": self.shapes, "names": self.names, **self._metadata()}
+        if local is not None:
+            basis, origin = local.basis, local.origin
+            arguments["scale"] = local.scale
+        group, replicas = self.ranks.group, self.replicas
+        result = LocalSubspace(basis, origin, group, replicas=replicas, **arguments)
         result.layout = self.layout
         return result
-
-    def _laid_out(self, params: Sequence[Any]) -> LocalSubspace:
-        self.layout = layout_of(params)
-        return self
-
-
-def load_local(path: StrPath, params: Iterable[Any]) -> LocalSubspace:
-    """See `LocalSubspace.load`."""
-    listed, names = named_parameters(params)
-    entries: list[Any] = list(listed)
-    replicas, shards = replicas_of(entries), local_shards(entries)
-    group, _ = members("LocalSubspace", entries[0].device_mesh)
-    ranks = Ranks("LocalSubspace", group, shards[0].device)
-    layout = layout_of(entries)
-
-    def own(total: int) -> list[Run]:
-        if total != layout.numel:
-            raise ValueError(
-                f"params: expected {total} elements in all, as in {path}, got {layout.numel}"
-            )
-        return layout.runs
-
-    known, _ = _columns(path, ranks, own)
-    if known["shapes"] is not None and [*map(tuple, known["shapes"])] != layout.shapes:
-        raise ValueError(
-            f"params: expected the shapes {known['shapes']}, as in {path}, got {layout.shapes}"
-        )
-    if "scale" in known:
-        raise ValueError(f"{path}: expected a basis that is not quantised, got one of 8 bits")
-    saved = known.pop("names")
-    known |= {"shapes": [tuple(p.shape) for p in shards], "names": saved or names}
-    result = LocalSubspace(
-        known.pop("basis"), known.pop("origin"), entries[0].device_mesh, replicas=replicas, **known
-    )
-    result.layout = layout
-    return result

@@ -1,4 +1,4 @@
-"""What subspaces have in common of which each rank has some columns."""
+"""What subspaces have in common whose basis is partitioned by columns over ranks."""
 
 from __future__ import annotations
 
@@ -10,47 +10,94 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from ..collectives.partition import Run
+from ..collectives.partition import Run, block_runs
 from ..collectives.process_group import Ranks
 from ..files.artifacts import Reader, read_columns
 from ..files.column_checkpoint import is_dcp, read_subspace, saved_shape
-from ..pca import report as report_module
+from ..pca.report import report
 from ..subspace.base import AffineSubspace
 from ..subspace.dense import KIND, VERSION, Subspace
-from ..tensors.formats import SCALE_BLOCK
+
+METADATA = ("explained_variance_ratio", "singular_values", "choice")
 
 
-class CutSubspace(AffineSubspace):
-    """What a rank holds: a `Subspace` of its columns, or None where it has none."""
+class PartitionedSubspace(AffineSubspace):
+    """A subspace of which a rank holds some columns: a `Subspace` of these, or None without any.
+
+    Parameters
+    ----------
+    dim : int
+    local : Subspace or None
+        The columns of this rank.
+    ranks : Ranks
+    placeholder : Tensor, shape (d, 0)
+        What stands for the basis where there are no columns: of its dtype.
+    **metadata
+        ``explained_variance_ratio``, ``singular_values`` and ``choice``, the same on every rank.
+    """
 
     spans_ranks = True
-    _basis: Tensor  # (d, 0) in its dtype where `local` is None
 
-    def __init__(self, dim: int, local: Subspace | None, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        dim: int,
+        local: Subspace | None,
+        ranks: Ranks,
+        placeholder: Tensor,
+        **metadata: Any,
+    ) -> None:
         self._dim, self.local, self.ranks = dim, local, ranks
-        self.explained_variance_ratio = None if local is None else local.explained_variance_ratio
-        self.singular_values = None if local is None else local.singular_values
-        self.choice = None if local is None else local.choice  # see `Subspace`
+        self._placeholder = placeholder
+        for name in METADATA:
+            setattr(self, name, metadata.get(name))
+
+    choice: dict[str, Any] | None
 
     @property
+    @override
     def dim(self) -> int:
-        """d, the number of directions."""
         return self._dim
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(dim={self.dim}, numel={self.numel}, rank {self.ranks.rank} of "
-            f"{self.ranks.size} with {0 if self.local is None else self.local.numel} columns)"
+            f"{self.ranks.size} with {self._columns_here} columns)"
         )
 
+    @property
+    def _columns_here(self) -> int:
+        return 0 if self.local is None else self.local.numel
+
+    def _metadata(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in METADATA}
+
+    @override
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Coordinates of the ranks' mean of several lists, shape (len(lists), d)."""
+        """Return the coordinates of the ranks' mean of several lists, shape (len(lists), d)."""
         c = self.ranks.sum_(self.addend(lists, self.ranks.size), "coordinates")
         return c.to(self.coordinate_dtype)
 
+    @override
     def reconstruct(self, theta: Tensor) -> Tensor:
-        """Flat weights w0 + P theta, shape (n,). Not differentiable."""
+        """Return the flat weights w0 + P theta that are held here. Not differentiable.
+
+        Parameters
+        ----------
+        theta : Tensor, shape (d,)
+            The same on every rank.
+
+        Returns
+        -------
+        Tensor
+            Of the shape of ``origin``.
+
+        Raises
+        ------
+        ValueError
+            ``theta`` needs a gradient.
+        """
         if theta.requires_grad and torch.is_grad_enabled():
             raise ValueError("theta: expected a tensor that needs no gradient, got one that does")
         result = torch.empty_like(self.origin)
@@ -58,79 +105,103 @@ class CutSubspace(AffineSubspace):
         return result
 
     def report(self) -> str:
-        """What was kept and why, as `Subspace.report` says it: of all ranks' columns."""
-        dtype = (self._basis if self.local is None else self.local.basis).dtype
+        """Return what was kept and why, as `Subspace.report` says it: of all ranks' columns."""
+        dtype = (self._placeholder if self.local is None else self.local.basis).dtype
         ratio = self.explained_variance_ratio
-        return report_module.report(self.dim, self._total, dtype, self.choice, ratio)
+        return report(self.dim, self._total, dtype, self.choice, ratio)
 
     @property
     def _total(self) -> int:
         """Columns of all ranks, as far as that is known."""
         return self.numel
 
+    @override
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves the columns of this rank: ``name-00001-of-00004.safetensors`` for the path
-        ``name.safetensors``, each a file of a `Subspace`. A rank without columns saves none.
+        """Save the columns of this rank, as a file of a `Subspace`.
+
+        Parameters
+        ----------
+        path : path
+            ``name-00001-of-00004.safetensors`` is written for ``name.safetensors``; a rank without
+            columns writes none.
+
+        See Also
+        --------
+        dldr_ext.dcp.stateful : One folder that any number of ranks can load.
         """
         if self.local is not None:
             path, ranks = Path(path), self.ranks
-            self.local.save(
-                path.with_name(f"{path.stem}-{ranks.rank + 1:05}-of-{ranks.size:05}{path.suffix}")
-            )
+            number = f"{ranks.rank + 1:05}-of-{ranks.size:05}"
+            self.local.save(path.with_name(f"{path.stem}-{number}{path.suffix}"))
 
     def _project(self, tensors: Sequence[Any]) -> Tensor:
         return self.project_many([tensors])[0]
 
     def _products(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Of this rank's columns alone, float64."""
+        """Return products with this rank's columns alone, (len(lists), d) float64."""
         if self.local is None:
             return torch.zeros(len(lists), self.dim, dtype=torch.float64, device=self.device)
         return self.local.project_many(lists).to(torch.float64)
 
     @abstractmethod
-    def _like(self, local: Subspace | None) -> Any:
-        """The same cut with other columns."""
+    def _with_columns(self, local: Subspace | None) -> Any:
+        """Return the same partition with other columns."""
 
+    @override
     def quantize(self, format: str) -> Any:
-        """The same subspace with the basis in 8 bits: see `Subspace.quantize`."""
-        return self._like(None if self.local is None else self.local.quantize(format))
+        """Return the same subspace with the basis in 8 bits: see `Subspace.quantize`."""
+        return self._with_columns(None if self.local is None else self.local.quantize(format))
 
+    @override
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Any:
-        """The same subspace with another dtype of the basis; a group belongs to one device."""
+        """Return the same subspace with another dtype of the basis.
+
+        Raises
+        ------
+        ValueError
+            Another device than that of the ranks.
+        """
         if device is not None and torch.device(device) != self.device:
             raise ValueError(f"device: expected {self.device}, that of the ranks, got {device}")
-        return self._like(None if self.local is None else self.local.to(dtype=dtype))
+        return self._with_columns(None if self.local is None else self.local.to(dtype=dtype))
 
 
-StrPath = str | os.PathLike[str]
-
-
-def _columns(
-    path: StrPath,
-    ranks: Ranks,
-    own: Callable[[int], list[Run]],
+def read_partition(
+    path: str | os.PathLike[str], ranks: Ranks, runs_of: Callable[[int], list[Run]]
 ) -> tuple[dict[str, Any], int]:
-    """The arguments of a `Subspace` of this rank's columns, and n."""
+    """Read this rank's columns of a saved subspace.
+
+    Parameters
+    ----------
+    path : path
+        A file of `Subspace.save`, or a folder of torch.distributed.checkpoint.
+    ranks : Ranks
+    runs_of : callable
+        Gives the columns of this rank, of n.
+
+    Returns
+    -------
+    dict
+        Arguments of a `Subspace`.
+    int
+        n.
+    """
     if is_dcp(path):
         with ranks.agreeing():
-            shape = saved_shape(path, "subspace")
-            runs = own(shape[1])
-            ranks.agree({"dim": shape[0], "numel": shape[1]}, "load")
-        found = read_subspace(path, runs, ranks.device, process_group=ranks.group)
-        return found, shape[1]
+            dim, total = saved_shape(path, "subspace")
+            runs = runs_of(total)
+            ranks.agree({"dim": dim, "numel": total}, "load")
+        return read_subspace(path, runs, ranks.device, process_group=ranks.group), total
     with ranks.agreeing():
         with Reader(path, KIND, VERSION, check=ranks.rank == 0) as file:
             total = file.part("origin").get_shape()[0]
-            runs = own(total)
-            found = {**file.metadata}
+            runs = runs_of(total)
+            arguments = {**file.metadata}
+            columns = {"basis": runs, "origin": runs, "scale": block_runs(runs)}
             for name in file.names():
-                if name in ("basis", "origin"):
-                    found[name] = read_columns(file, name, runs, ranks.device)
-                elif name == "scale":
-                    block = SCALE_BLOCK
-                    part = [(begin // block, -(-end // block)) for begin, end in runs]
-                    found[name] = read_columns(file, name, part, ranks.device)
+                if name in columns:
+                    arguments[name] = read_columns(file, name, columns[name], ranks.device)
                 else:
-                    found[name] = file.read(name)
+                    arguments[name] = file.read(name)
         ranks.agree({"numel": total}, "load")
-    return found, total
+    return arguments, total

@@ -1,7 +1,8 @@
-"""Subspaces of replicated parameters, their basis cut by columns over the ranks."""
+"""Subspaces of replicated parameters, their basis partitioned by columns over the ranks."""
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from collections import Counter
@@ -10,20 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..collectives.consistency import Claims
-from ..collectives.partition import Run, cut
+from ..collectives.partition import Run, block_runs, cut
 from ..collectives.process_group import Ranks, members
 from ..subspace.dense import Subspace
 from ..tensors.alignment import empty_rows
-from ..tensors.formats import SCALE_BLOCK
 from ..tensors.memory import free_memory
 from ..tensors.parameters import dtype_name, flatten, type_name
-from .partitioned import CutSubspace, StrPath, _columns
+from .partitioned import PartitionedSubspace, read_partition
 
 
-class ShardedSubspace(CutSubspace):
-    """A basis cut over ranks that all hold the whole weights (plain data parallelism).
+class ShardedSubspace(PartitionedSubspace):
+    """A basis partitioned over ranks that all hold the whole weights (plain data parallelism).
 
     Each rank keeps d n / size numbers. A gradient is reduced and scattered, a direction gathered:
     as many bytes as summing the gradient alone would move, half of what summing the gradient and
@@ -44,6 +45,11 @@ class ShardedSubspace(CutSubspace):
         The columns of this rank.
     origin : Tensor, shape (n,)
         Whole, on every rank.
+
+    See Also
+    --------
+    shard_if_needed : Partitions a basis only where it does not fit.
+    LocalSubspace : For parameters that are sharded themselves.
     """
 
     def __init__(
@@ -58,34 +64,49 @@ class ShardedSubspace(CutSubspace):
         if begin < end:
             scale = subspace.scale
             if scale is not None:
-                scale = scale[:, begin // SCALE_BLOCK : -(-end // SCALE_BLOCK)].to(origin.device)
+                ((first, last),) = block_runs([(begin, end)])
+                scale = scale[:, first:last].to(origin.device)
             columns = subspace.basis[:, begin:end].contiguous()
             columns = columns.clone() if columns is subspace.basis else columns
             local = Subspace(columns.to(origin.device), origin[begin:end], scale=scale)
-        super().__init__(subspace.dim, local, ranks)
-        self._basis = subspace.basis.new_empty(subspace.dim, 0)
+        placeholder = subspace.basis.new_empty(subspace.dim, 0)
+        super().__init__(
+            subspace.dim,
+            local,
+            ranks,
+            placeholder,
+            explained_variance_ratio=subspace.explained_variance_ratio,
+            singular_values=subspace.singular_values,
+            choice=subspace.choice,
+        )
         self.origin = origin
         self.shapes, self.names = subspace.shapes, subspace.names
-        self.explained_variance_ratio = subspace.explained_variance_ratio
-        self.singular_values = subspace.singular_values
-        self.choice = subspace.choice
 
     @classmethod
     def of_columns(
-        cls, basis: Tensor, origin: Tensor, numel: int, ranks: Ranks, **known: Any
+        cls, basis: Tensor, origin: Tensor, numel: int, ranks: Ranks, **arguments: Any
     ) -> ShardedSubspace:
-        """From the columns of each rank, which are those of `cut`; the origin is gathered."""
+        """Put together the columns of each rank, which are those of `cut`.
+
+        Parameters
+        ----------
+        basis : Tensor, shape (d, columns of this rank)
+        origin : Tensor, shape (columns of this rank,)
+            Gathered.
+        numel : int
+            n.
+        ranks : Ranks
+        **arguments
+            Of `Subspace`.
+        """
         result = object.__new__(cls)
-        scale = known.pop("scale", None)
+        scale = arguments.pop("scale", None)
         local = Subspace(basis, origin, scale=scale) if basis.shape[1] else None
-        CutSubspace.__init__(result, len(basis), local, ranks)
-        result._basis = basis.new_empty(len(basis), 0)
+        placeholder = basis.new_empty(len(basis), 0)
+        PartitionedSubspace.__init__(result, len(basis), local, ranks, placeholder, **arguments)
         result.origin = origin.new_empty(numel)  # of this dtype and length, until it is gathered
-        result.origin = result._whole(origin)
-        result.shapes, result.names = known.get("shapes"), known.get("names")
-        ratio, values = (known.get(k) for k in ("explained_variance_ratio", "singular_values"))
-        result.explained_variance_ratio, result.singular_values = ratio, values
-        result.choice = known.get("choice")
+        result.origin = result._gathered(origin)
+        result.shapes, result.names = arguments.get("shapes"), arguments.get("names")
         return result
 
     @classmethod
@@ -96,120 +117,139 @@ class ShardedSubspace(CutSubspace):
         *,
         device: torch.device | str = "cpu",
     ) -> ShardedSubspace:
-        """The columns of each rank of a saved subspace: as `LocalSubspace.load`."""
-        pass
+        """Load the columns of each rank of a saved subspace; the others are not read.
 
-        return load_sharded(path, process_group, device)
+        Parameters
+        ----------
+        path : path
+            A file that `Subspace.save` wrote, or a folder that torch.distributed.checkpoint wrote,
+            with `dldr_ext.dcp.stateful` under the key "subspace".
+        process_group : ProcessGroup, DeviceMesh, module or "world"
+        device : torch.device or str
+            Where the columns go.
+
+        Returns
+        -------
+        ShardedSubspace
+
+        Raises
+        ------
+        ValueError
+            On every rank: the file is not whole, or something else.
+        """
+        group, _ = members("ShardedSubspace", process_group)
+        ranks = Ranks("ShardedSubspace", group, torch.device(device))
+
+        def runs_here(total: int) -> list[Run]:
+            begin, end = cut(total, ranks.rank, ranks.size)
+            return [(begin, end)] if begin < end else []
+
+        arguments, total = read_partition(path, ranks, runs_here)
+        if arguments["shapes"] is not None:
+            arguments["shapes"] = [*map(tuple, arguments["shapes"])]
+        basis, origin = arguments.pop("basis"), arguments.pop("origin")
+        return cls.of_columns(basis, origin, total, ranks, **arguments)
 
     def whole(self) -> Subspace:
-        """All columns, on every rank: d n numbers of memory."""
+        """Return the subspace with all columns, on every rank: d n numbers of memory.
+
+        Raises
+        ------
+        ValueError
+            The basis has 8 bits.
+        """
         scale = None if self.local is None else self.local.scale
         if self.ranks.most(scale is not None):
             raise ValueError("whole: expected a basis that is not quantised, got one of 8 bits")
         dtype = self.origin.dtype if self.local is None else self.local.basis.dtype
-        held = self.ranks.exchange({"dtype": str(dtype)}, "the basis")[0]["dtype"]
-        basis = empty_rows(
-            self.dim, self.numel, dtype=getattr(torch, held.split(".")[1]), device=self.device
-        )
+        # A rank without columns goes by the first.
+        name = self.ranks.exchange({"dtype": dtype_name(dtype)}, "the basis")[0]["dtype"]
+        basis = empty_rows(self.dim, self.numel, dtype=getattr(torch, name), device=self.device)
         for i, row in enumerate(basis):
             row.copy_(self.direction(i))
         return Subspace(
-            basis, self.origin, shapes=self.shapes, names=self.names,
-            explained_variance_ratio=self.explained_variance_ratio,
-            singular_values=self.singular_values, choice=self.choice,
-        )  # fmt: skip
+            basis, self.origin, shapes=self.shapes, names=self.names, **self._metadata()
+        )
 
+    @override
     def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
-        """This rank's columns of the mean: n numbers scattered for each list that differs."""
+        # n numbers are scattered for each list that differs between the ranks.
         differ = len(lists) - same
-        own = [self._own(one) for one in lists[:differ]]
-        own += [self._flat(one)[self._columns] for one in lists[differ:]]
-        return self._products([[one] for one in own])
+        columns = [self._scattered_mean(tensors) for tensors in lists[:differ]]
+        columns += [self._flat(tensors)[self._columns] for tensors in lists[differ:]]
+        return self._products([[vector] for vector in columns])
 
+    @override
     def direction(self, index: int) -> Tensor:
-        return self._whole(None if self.local is None else self.local.direction(index))
+        """Return one basis vector, a column of P, shape (n,), on every rank: a copy."""
+        return self._gathered(None if self.local is None else self.local.direction(index))
 
+    @override
     def combine_residual(
         self, theta: Tensor, coordinates: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        own = self._own(tensors)
-        both: tuple[Tensor | None, Tensor | None] = (None, None)
+        gradient = self._scattered_mean(tensors)
+        direction: Tensor | None = None
+        residual: Tensor | None = None
         if self.local is not None:
-            both = self.local.combine_residual(theta, coordinates, [own])
-        return self._whole(both[0]), self._whole(both[1])
+            direction, residual = self.local.combine_residual(theta, coordinates, [gradient])
+        return self._gathered(direction), self._gathered(residual)
 
+    @override
     def with_origin(self, params: Iterable[Any] | Tensor) -> ShardedSubspace:
-        result = self._like(self.local)
+        result = self._with_columns(self.local)
         result.origin = flatten(self._weights(params), self.origin.dtype)
         return result
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
-        piece = self._piece()
+        padded = self._padded_columns()
         if self.local is not None:
-            own = None if origin is None else origin[self._columns]
-            self.local._write([piece[: self.local.numel]], theta, own)
-        full = self.ranks.gather(piece, "a direction")[: self.numel]
+            columns = None if origin is None else origin[self._columns]
+            self.local._write([padded[: self.local.numel]], theta, columns)
+        flat = self.ranks.gather(padded, "a direction")[: self.numel]
         with torch.no_grad():
-            pieces = full.split([t.numel() for t in tensors])
-            for tensor, part in zip(tensors, pieces, strict=True):
-                tensor.copy_(part.view(tensor.shape))
+            pieces = flat.split([t.numel() for t in tensors])
+            for tensor, piece in zip(tensors, pieces, strict=True):
+                tensor.copy_(piece.view(tensor.shape))
 
-    def _own(self, tensors: Sequence[Tensor]) -> Tensor:
-        """This rank's piece of the mean of what the ranks hold."""
+    def _scattered_mean(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return this rank's columns of the mean of what the ranks hold."""
         piece = self.ranks.scatter_mean(self._flat(tensors), "gradients")
-        return piece[: 0 if self.local is None else self.local.numel]
+        return piece[: self._columns_here]
 
     def _flat(self, tensors: Sequence[Tensor]) -> Tensor:
-        """A flat copy, with zeros after it; in 16 bits where all tensors have the same 16."""
+        """Return a flat copy, zeros after it; in 16 bits where all tensors have the same 16."""
         first = tensors[0].dtype
         short = first.itemsize == 2 and all(t.dtype == first for t in tensors)
         size = cut(self.numel, 0, self.ranks.size, pad=True)[1] * self.ranks.size
-        full = self.origin.new_empty(size, dtype=first if short else self.origin.dtype)
-        full[self.numel :] = 0
-        torch.cat([t.reshape(-1).to(full.dtype) for t in tensors], out=full[: self.numel])
-        return full
+        flat = self.origin.new_empty(size, dtype=first if short else self.origin.dtype)
+        flat[self.numel :] = 0
+        torch.cat([t.reshape(-1).to(flat.dtype) for t in tensors], out=flat[: self.numel])
+        return flat
 
     @property
     def _columns(self) -> slice:
         return slice(*cut(self.numel, self.ranks.rank, self.ranks.size))
 
-    def _whole(self, piece: Tensor | None) -> Tensor:
-        """A flat vector (n,) from the pieces of all ranks."""
-        padded = self._piece()
-        if piece is not None:
-            padded[: len(piece)] = piece
+    def _gathered(self, columns: Tensor | None) -> Tensor:
+        """Return a flat vector (n,) from the columns of all ranks."""
+        padded = self._padded_columns()
+        if columns is not None:
+            padded[: len(columns)] = columns
         return self.ranks.gather(padded, "a direction")[: self.numel]
 
-    def _piece(self) -> Tensor:
-        """Memory for this rank's columns, of equal length on all ranks; zeros after the columns."""
-        piece = self.origin.new_empty(cut(self.numel, 0, self.ranks.size, pad=True)[1])
-        piece[0 if self.local is None else self.local.numel :] = 0
-        return piece
+    def _padded_columns(self) -> Tensor:
+        """Return memory for this rank's columns and zeros: of equal length on all ranks."""
+        padded = self.origin.new_empty(cut(self.numel, 0, self.ranks.size, pad=True)[1])
+        padded[self._columns_here :] = 0
+        return padded
 
-    def _like(self, local: Subspace | None) -> ShardedSubspace:
-        result = object.__new__(ShardedSubspace)
-        result.__dict__.update(self.__dict__)
+    def _with_columns(self, local: Subspace | None) -> ShardedSubspace:
+        result = copy.copy(self)
         result.local = local
         if local is not None:
             result.origin = self.origin.to(local.origin.dtype)
         return result
-
-
-def load_sharded(path: StrPath, process_group: Any, device: Any) -> ShardedSubspace:
-    """See `ShardedSubspace.load`."""
-    group, _ = members("ShardedSubspace", process_group)
-    ranks = Ranks("ShardedSubspace", group, torch.device(device))
-
-    def own(total: int) -> list[Run]:
-        begin, end = cut(total, ranks.rank, ranks.size)
-        return [(begin, end)] if begin < end else []
-
-    known, total = _columns(path, ranks, own)
-    if known["shapes"] is not None:
-        known["shapes"] = [*map(tuple, known["shapes"])]
-    return ShardedSubspace.of_columns(
-        known.pop("basis"), known.pop("origin"), total, ranks, **known
-    )
 
 
 # Flat vectors beside the basis: origin, point, direction, a kept gradient, the gradients.
@@ -223,10 +263,10 @@ def shard_if_needed(
     device: torch.device | str | None = None,
     memory: float | None = None,
 ) -> Subspace | ShardedSubspace:
-    """The subspace for this rank's optimizer: whole if that fits on every rank, else cut.
+    """Return the subspace for this rank's optimizer: whole if it fits on every rank, else sharded.
 
-    A whole basis needs d n numbers on each rank, and d numbers on the wire for a gradient; one that
-    is cut, d n / size numbers, and n on the wire. All ranks decide alike.
+    A whole basis needs d n numbers on each rank, and d numbers on the wire for a gradient; a
+    sharded one d n / size numbers, and n on the wire. All ranks decide alike.
 
     Parameters
     ----------
@@ -248,8 +288,6 @@ def shard_if_needed(
     TypeError, ValueError
         On every rank: an argument on one of them is not as expected, or subspaces differ.
     """
-    pass
-
     name = "shard_if_needed"
     group, _ = members(name, process_group)
     wanted = getattr(subspace, "device", "cpu") if device is None else device
@@ -260,18 +298,18 @@ def shard_if_needed(
         room = _checked_memory(name, memory)
         kind = dtype_name(subspace.dtype)
         ranks.agree({"dim": subspace.dim, "numel": subspace.numel, "dtype": kind}, name)
-    own: Claims = {"need": _needed(subspace, here), "room": room, "device": None}
+    needs: Claims = {"need": _needed(subspace, here), "room": room, "device": None}
     if room is None:
-        own |= {"room": free_memory(here), "device": _name_of(here)}
-    told = ranks.exchange(own, name)
-    users = Counter(one["device"] for one in told) | {None: 1}
-    if all(one["need"] * users[one["device"]] <= one["room"] for one in told):
+        needs |= {"room": free_memory(here), "device": _name_of(here)}
+    of_ranks = ranks.exchange(needs, name)
+    users = Counter(rank["device"] for rank in of_ranks) | {None: 1}
+    if all(rank["need"] * users[rank["device"]] <= rank["room"] for rank in of_ranks):
         return subspace.to(device=here)
     return ShardedSubspace(subspace, process_group, device=here)
 
 
 def checked_whole(owner: str, subspace: Any) -> Subspace:
-    """A `Subspace`, or an error."""
+    """Return the subspace if it is one that can be partitioned."""
     if not isinstance(subspace, Subspace):
         raise TypeError(
             f"{owner}: subspace: expected a Subspace (others cannot be cut by columns), got "
@@ -289,7 +327,7 @@ def _checked_memory(owner: str, memory: Any) -> float | None:
 
 
 def _needed(subspace: Subspace, device: torch.device) -> int:
-    """Bytes of a whole basis and the vectors of an optimizer, but for a basis on that GPU already.
+    """Return the bytes of a whole basis and an optimizer's vectors, but for a basis on that GPU.
 
     One in the host's memory counts: it may be mapped from a file.
     """
@@ -301,7 +339,7 @@ def _needed(subspace: Subspace, device: torch.device) -> int:
 
 
 def _name_of(device: torch.device) -> str:
-    """The same for ranks that share the memory of a device."""
+    """Return a name that ranks which share the memory of a device have in common."""
     if device.type != "cuda":
         return socket.gethostname()
     return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"

@@ -62,7 +62,7 @@ def save(
     tensors: Mapping[str, Tensor | Stream],
     metadata: Mapping[str, Any],
 ) -> None:
-    """Saves an artefact; an earlier file at ``path`` stays in place unless all went well.
+    """Save an artefact; an earlier file at ``path`` stays in place unless all went well.
 
     Parameters
     ----------
@@ -155,27 +155,27 @@ class Reader:
         self._file.__exit__(kind, error, trace)
 
     def error(self, what: str) -> ValueError:
-        """A ValueError that names the file."""
+        """Return a ValueError that names the file."""
         return ValueError(f"{self.path}: {what}")
 
     def names(self) -> set[str]:
-        """The tensors in the file."""
+        """Return the names of the tensors in the file."""
         return set(self._file.keys())
 
     def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor, in memory of its own."""
+        """Return one tensor, in memory of its own."""
         source = self._get(name)
         out = torch.empty(source.shape, dtype=source.dtype, device=device)
         out.copy_(source)
         return out
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """One tensor, straight into ``out``, which must have its shape and dtype."""
+        """Read one tensor into ``out``, which must have its shape and dtype."""
         self.check(name, tuple(out.shape), out.dtype)
         out.copy_(self._get(name))
 
     def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Checks the shape and the dtype of a tensor."""
+        """Check the shape and the dtype of a tensor."""
         source = self._get(name)
         if source.shape != shape or source.dtype != dtype:
             raise self.error(
@@ -184,7 +184,7 @@ class Reader:
             )
 
     def part(self, name: str) -> Any:
-        """A tensor that is read when it is indexed, and only what is asked for."""
+        """Return a tensor that is read when it is indexed, and only what is asked for."""
         self._check_name(name)
         return self._file.get_slice(name)
 
@@ -257,7 +257,7 @@ def header(
     tensors: Mapping[str, Tensor | Stream],
     metadata: Mapping[str, Any],
 ) -> bytes:
-    """The header of a file, its checksum still to come: after 8 bytes that say its size."""
+    """Return the header of a file, without its checksum and the 8 bytes before it."""
     fields: dict[str, Any] = {
         "__metadata__": {
             _CHECKSUM: _NO_CHECKSUM,
@@ -282,7 +282,7 @@ def header(
 
 
 def write_checksum(file: BinaryIO, header: bytes, crc: int) -> None:
-    """Writes the CRC-32 of the header and all that follows it."""
+    """Write the CRC-32 of the header and all that follows it."""
     place = header.index(_field(_NO_CHECKSUM)) + len(_field(""))
     file.seek(8 + place - 1)
     file.write(f"{crc:08x}".encode())
@@ -293,7 +293,7 @@ def _field(checksum: str) -> bytes:
 
 
 def _pieces(tensor: Tensor | Stream) -> Iterator[memoryview]:
-    """The bytes of a tensor in logical order, some at a time."""
+    """Yield the bytes of a tensor in logical order, some at a time."""
     if isinstance(tensor, Stream):
         for part in tensor.pieces:
             yield from _pieces(part)
@@ -313,7 +313,7 @@ def _pieces(tensor: Tensor | Stream) -> Iterator[memoryview]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut, where the system can."""
+    """Make a rename last through a power cut, where the system can."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:  # some systems cannot open a folder
@@ -325,7 +325,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_columns(file: Reader, name: str, runs: Sequence[Run], device: Any) -> Tensor:
-    """Some columns of a tensor in a file, one after the other; the others are not read."""
+    """Return some columns of a tensor in a file, one after the other; no others are read."""
     whole = file.part(name)
     shape, dtype = whole.get_shape(), whole[..., :0].dtype
     out = torch.empty((*shape[:-1], sum(b - a for a, b in runs)), dtype=dtype, device=device)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..collectives.partition import Run
+from ..collectives.partition import Run, block_runs
 from ..tensors.formats import SCALE_BLOCK
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Columns(Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, runs: Sequence[Run], total: int, known: bool = True) -> Columns:
+        """Make one of the columns that are here."""
         shape = (*local.shape[:-1], total)
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
         rows = local[..., :1].numel() or 1
@@ -105,12 +106,12 @@ def _chunk(at: tuple[int, ...], chunk: Tensor) -> ChunkStorageMetadata:
 
 
 def is_dcp(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is a checkpoint of torch.distributed.checkpoint."""
+    """Return whether a folder is a checkpoint of torch.distributed.checkpoint."""
     return Path(path, ".metadata").is_file()
 
 
 def saved_shape(path: str | os.PathLike[str], key: str) -> tuple[int, int]:
-    """d and n of the subspace in a checkpoint."""
+    """Return d and n of the subspace in a checkpoint."""
     return tuple(_entry(path, f"{key}.basis").size)
 
 
@@ -122,7 +123,7 @@ def read_subspace(
     key: str = "subspace",
     process_group: Any = None,
 ) -> dict[str, Any]:
-    """Columns of a saved subspace, as arguments of `Subspace`."""
+    """Read columns of a saved subspace, as arguments of `Subspace`."""
     import torch.distributed.checkpoint as dcp
 
     dim, total = saved_shape(path, key)
@@ -136,7 +137,7 @@ def read_subspace(
             continue
         own, count = (runs, total)
         if name == "scale":
-            own, count = _blocks(runs), -(-total // SCALE_BLOCK)
+            own, count = block_runs(runs), -(-total // SCALE_BLOCK)
         size = sum(end - begin for begin, end in own) if name == "scale" else width
         shape = (size,) if name == "origin" else (dim, size)
         found[name] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
@@ -159,8 +160,3 @@ def _entry(path: str | os.PathLike[str], name: str) -> Any:
     if name not in entries:
         raise ValueError(f"{path}: expected {name} in the checkpoint, found {sorted(entries)[:9]}")
     return entries[name]
-
-
-def _blocks(runs: Sequence[Run]) -> list[Run]:
-    """Of the scales of 8-bit numbers."""
-    return [(begin // SCALE_BLOCK, -(-end // SCALE_BLOCK)) for begin, end in runs]

@@ -1,4 +1,4 @@
-"""A safetensors file of `dldr_ext.storage` whose tensors are written in any order, in pieces."""
+"""A safetensors file as `artifacts` writes, with tensors written in any order, in pieces."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PartialFile:
     ----------
     path : Path
     kind, version, metadata
-        As in `storage.save`.
+        As in `artifacts.save`.
     tensors : mapping of str to Tensor
         On the meta device: their dtypes and shapes.
     resume : bool
@@ -74,7 +74,7 @@ class PartialFile:
         self._file.close()
 
     def write(self, name: str, begin: int, values: Tensor) -> None:
-        """Elements ``begin``, ``begin + 1``, ... of a tensor in logical order, of its dtype."""
+        """Write elements ``begin``, ``begin + 1``, ... of a tensor in logical order."""
         flat: Any = values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         data = memoryview(flat)
         at = self._begins[name] + begin * values.itemsize
@@ -83,11 +83,11 @@ class PartialFile:
             data, at = data[done:], at + done
 
     def sync(self) -> None:
-        """What was written so far outlives a power cut."""
+        """Make what was written so far outlive a power cut."""
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Puts the file in its place."""
+        """Put the file in its place."""
         self._file.seek(8)
         crc = 0
         while piece := self._file.read(_PIECE):
@@ -98,7 +98,7 @@ class PartialFile:
         artifacts.sync_folder(self.path.parent)
 
     def discard(self) -> None:
-        """Removes what was written."""
+        """Remove what was written."""
         self.temporary.unlink(missing_ok=True)
 
     def _holds(self, start: bytes, size: int) -> bool:

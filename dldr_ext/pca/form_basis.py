@@ -14,7 +14,7 @@ from ..tensors.matrices import Matrix, ScaledRows, stored_pieces
 
 
 def combined(matrix: Matrix, coefficients: Tensor, dtype: torch.dtype, step: int) -> Tensor:
-    """coefficients @ matrix, as `ops.form_basis`; stored rows ``step`` columns at a time."""
+    """Return coefficients @ matrix, as `ops.form_basis`; stored rows ``step`` columns at a time."""
     if isinstance(matrix, Tensor):
         return ops.form_basis(matrix, coefficients, dtype=dtype)
     size = (len(coefficients), matrix.shape[1])
@@ -27,7 +27,7 @@ def combined(matrix: Matrix, coefficients: Tensor, dtype: torch.dtype, step: int
 def formed(
     matrix: Matrix, coefficients: Tensor, dtype: torch.dtype, step: int
 ) -> tuple[Tensor, Tensor | None]:
-    """`combined` in any storage dtype, and the scale of an 8-bit one: chunk by chunk."""
+    """Return `combined` in any storage dtype, and the scale of an 8-bit one: chunk by chunk."""
     if dtype not in LARGEST:
         return combined(matrix, coefficients, dtype, step), None
     size = (len(coefficients), matrix.shape[1])

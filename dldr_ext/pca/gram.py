@@ -46,18 +46,18 @@ def exact_gram(snapshots: Matrix, *, relative: bool = False, total: Tensor | Non
 
 
 def column_step(matrix: Matrix) -> int:
-    """Columns of a chunk: a multiple of 4096 set by the number of rows and the kind of device."""
+    """Return the columns of a chunk: a multiple of 4096, by the rows and the kind of device."""
     return columns_together(len(matrix), matrix.device)
 
 
 def columns_together(rows: int, device: torch.device) -> int:
-    """The same for so many rows."""
+    """Return the columns of a chunk of so many rows."""
     size = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cpu"])
     return max(4096, size // (8 * rows) // 4096 * 4096)
 
 
 def orthonormalize_(basis: Tensor) -> None:
-    """Makes linearly independent rows orthonormal in place, chunk by chunk (Cholesky QR).
+    """Make linearly independent rows orthonormal in place, chunk by chunk (Cholesky QR).
 
     Row i stays in the span of rows 0 to i.
     """
@@ -71,7 +71,7 @@ def orthonormalize_(basis: Tensor) -> None:
 
 
 def gram_schmidt(gram: Tensor, dim: int) -> Tensor:
-    """Coefficients (r, T) of the first ``dim`` linearly independent rows, orthonormalised in order.
+    """Return coefficients (r, T) of the first ``dim`` independent rows, orthonormalised in order.
 
     Works on the Gram matrix alone. A row whose part orthogonal to the earlier ones has a squared
     length of less than 2^-44 of its own is left out: r may be less than ``dim``.

@@ -23,7 +23,7 @@ _NOTHING = 0.001  # gaps where less than this is left do not count
 
 
 def walk_spectrum(length: int) -> Tensor:
-    """Eigenvalues of the centred Gram matrix of a walk of ``length`` points, (length - 1,).
+    """Return the spectrum of a walk of ``length`` points: eigenvalues (length - 1,), descending.
 
     For steps of unit length, orthogonal to each other: what independent steps come to in high
     dimension. With D the difference matrix of a path, the Gram matrix is the pseudo-inverse of
@@ -34,13 +34,13 @@ def walk_spectrum(length: int) -> Tensor:
 
 
 def left_over(values: Tensor) -> Tensor:
-    """Share of the variance beyond the first 1, 2, ... directions, (len(values),)."""
+    """Return the share of the variance beyond the first 1, 2, ... directions, (len(values),)."""
     rest = values.flip(0).cumsum(0).flip(0)
     return torch.cat([rest[1:], rest.new_zeros(1)]) / rest[0]
 
 
 def supported(values: Tensor, rank: int) -> tuple[int, str]:
-    """How many leading directions to keep, and why no more.
+    """Return how many leading directions to keep, and why no more.
 
     Parameters
     ----------
@@ -70,25 +70,25 @@ def supported(values: Tensor, rank: int) -> tuple[int, str]:
             f"a random walk of {length} snapshots, too, has {100 * (1 - _WALK):g} % of its "
             "variance along as many",
         ),
-        key=lambda one: one[0],
+        key=lambda bound: bound[0],
     )
     gap = _last_gap(values, walk, left)
     return (gap, "a gap in the spectrum follows") if gap > kept else (kept, why)
 
 
 def _last_gap(values: Tensor, walk: Tensor, left: Tensor) -> int:
-    """The last of the first half of the directions that a gap follows; 0 without one.
+    """Return the last of the first half of the directions that a gap follows; 0 without one.
 
     In the other half a spectrum ends, and steps are those of its end.
     """
     half = len(values) // 2
     steps = values[:half] * walk[1 : half + 1] >= _GAP * values[1 : half + 1] * walk[:half]
     before = torch.cat([left.new_ones(1), left])[:half]
-    found = (steps & (before > _NOTHING)).nonzero()
-    return int(found.max()) + 1 if len(found) else 0
+    gaps = (steps & (before > _NOTHING)).nonzero()
+    return int(gaps.max()) + 1 if len(gaps) else 0
 
 
 def _first(true: Tensor, otherwise: int = -1) -> int:
-    """Index of the first true element."""
-    found = true.nonzero()
-    return int(found[0]) if len(found) else otherwise
+    """Return the index of the first true element."""
+    indices = true.nonzero()
+    return int(indices[0]) if len(indices) else otherwise

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..collectives.partition import Share
+from ..collectives.partition import ColumnShard
 from ..tensors.formats import LARGEST, wide_dtype
 from ..tensors.parameters import check_matches, dtype_name, flatten, type_name
 
@@ -33,22 +33,22 @@ def checked_capacity(capacity: int) -> int:
 
 
 def flat_anchor(
-    what: Recorded, anchor: Tensor | Sequence[Tensor], share: Share | None = None
+    what: Recorded, anchor: Tensor | Sequence[Tensor], shard: ColumnShard | None = None
 ) -> Tensor:
     """Return a flat copy of an anchor that the user gives; over ranks this rank's columns of it."""
-    if share is not None and share.mesh is not None:
+    if shard is not None and shard.mesh is not None:
         if isinstance(anchor, Tensor):
             raise ValueError("anchor: expected a list of DTensors, as params, got one tensor")
-        tensors = share.own(list(anchor))
-        check_matches(tensors, share.shapes, share.names, "local shards", "anchor")
+        tensors = shard.local_part(list(anchor))
+        check_matches(tensors, shard.shapes, shard.names, "local shards", "anchor")
     else:
         tensors = _anchor_tensors(what, anchor)
     flat = flatten(tensors, wide_dtype(what.dtype))
     if not bool(flat.isfinite().all()):
         raise ValueError("anchor: expected finite values, got NaN or Inf")
-    if share is None or share.mesh is not None:
+    if shard is None or shard.mesh is not None:
         return flat
-    return torch.cat([flat[:0], *(flat[begin:end] for begin, end in share.runs)])
+    return torch.cat([flat[:0], *(flat[begin:end] for begin, end in shard.runs)])
 
 
 def _anchor_tensors(what: Recorded, anchor: Tensor | Sequence[Tensor]) -> list[Tensor]:

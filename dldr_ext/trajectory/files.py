@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..collectives.partition import Share, stand_ins
+from ..collectives.partition import ColumnShard, placeholders
 from ..collectives.process_group import Ranks
 from ..collectives.transaction import all_or_none
 from ..files.artifacts import Reader, read_columns
@@ -68,11 +68,11 @@ def load_on_ranks(
     params: Sequence[Tensor],
     names: list[str] | None,
     ranks: Ranks,
-    share: Share,
+    shard: ColumnShard,
 ) -> Saved:
     """Read this rank's columns of a file of any number of ranks; or open a folder of as many."""
     if os.path.isdir(path):
-        return _open_rank_folders(Path(path), params, names, ranks, share)
+        return _open_rank_folders(Path(path), params, names, ranks, shard)
     local: Store | None = None
     with all_or_none(ranks, "load", lambda: 0 if local is None else local.length):
         # One rank checks the checksum of the file for all.
@@ -84,21 +84,21 @@ def load_on_ranks(
                     "their blocks are not those of this cut; load it on one process"
                 )
             length = counted(file, "length", 1, saved.capacity)
-            file.check("snapshots", (length, share.total), saved.dtype)
-            file.check("anchor", (share.total,), wide_dtype(saved.dtype))
+            file.check("snapshots", (length, shard.total), saved.dtype)
+            file.check("anchor", (shard.total,), wide_dtype(saved.dtype))
             file.check("gram", (length, length), torch.float64)
             device = params[0].device
-            rows = read_columns(file, "snapshots", share.runs, device)
-            anchor = read_columns(file, "anchor", share.runs, device)
+            rows = read_columns(file, "snapshots", shard.runs, device)
+            anchor = read_columns(file, "anchor", shard.runs, device)
             gram = file.read("gram")
-        spec = StoreSpec(share.numel, saved.capacity, saved.dtype, device)
+        spec = StoreSpec(shard.numel, saved.capacity, saved.dtype, device)
         local = EmptyStore(spec)
-        if share.numel:
+        if shard.numel:
             local = MemoryStore(spec)
             local.restore(length, anchor).rows.copy_(rows)
         else:
             local.restore(length)
-    store = ShardedStore(ranks, share, local, at_once=True)
+    store = ShardedStore(ranks, shard, local, at_once=True)
     store.restore_gram(gram)
     return Saved(saved.names, "device", store)
 
@@ -108,7 +108,7 @@ def _open_rank_folders(
     params: Sequence[Tensor],
     names: list[str] | None,
     ranks: Ranks,
-    share: Share,
+    shard: ColumnShard,
 ) -> Saved:
     """Go on from the snapshots that all ranks have in their folders."""
     local: DiskStore | None = None
@@ -124,9 +124,9 @@ def _open_rank_folders(
                 "one for each rank"
             )
         folder = rank_folder(path, ranks)
-        if share.numel:
-            shards = stand_ins(share.shapes, params[0].dtype, params[0].device)
-            _, local = _open_folder(folder, shards, share.names)
+        if shard.numel:
+            shards = placeholders(shard.shapes, params[0].dtype, params[0].device)
+            _, local = _open_folder(folder, shards, shard.names)
     metadata: dict[str, Any] = {}
     if local is not None:
         metadata = {
@@ -153,7 +153,7 @@ def _open_rank_folders(
         kept = EmptyStore(spec)
         kept.restore(len(common))
     at_once = multiplies_at_once("disk", params[0].device)
-    return Saved(names, "disk", ShardedStore(ranks, share, kept, at_once))
+    return Saved(names, "disk", ShardedStore(ranks, shard, kept, at_once))
 
 
 def _open_folder(
@@ -194,7 +194,7 @@ class _Description(NamedTuple):
 
 
 def matching(file: Reader, params: Sequence[Tensor], names: list[str] | None) -> _Description:
-    """What the file says, if it is of these parameters; with their names, if they have some."""
+    """Return the file's description, if it is of these parameters; with their names, if known."""
     saved = _description(file)
     what = f"trajectory {file.path}"
     check_matches(params, saved.shapes, saved.names, what)
@@ -228,6 +228,7 @@ def _field(file: Reader, name: str) -> Any:
 
 
 def counted(file: Reader, name: str, least: int, most: int) -> int:
+    """Return a number in the metadata of a file, from ``least`` to ``most``."""
     value = _field(file, name)
     if type(value) is not int or not least <= value <= most:
         raise _wrong(file, name, f"a number from {least} to {most}", value)

@@ -27,6 +27,7 @@ Progress = Callable[[int, int], None]
 
 
 def ranks_of_model(process_group: Any, model: nn.Module) -> Ranks:
+    """Return the ranks that record the checkpoints of a model together."""
     group, _ = members("Trajectory", process_group)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return Ranks("Trajectory", group, torch.device("cpu") if device.type == "meta" else device)

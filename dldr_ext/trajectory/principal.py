@@ -139,18 +139,18 @@ def subspace_over_ranks(
     names: list[str] | None,
 ) -> ShardedSubspace | LocalSubspace:
     """Return the subspace of which each rank has its columns."""
-    ranks, share = store.ranks, store.share
+    ranks, shard = store.ranks, store.shard
     basis, scale = torch.empty((components.dim, 0), dtype=dtype, device=store.device), None
-    if share.numel:
+    if shard.numel:
         rows, coefficients = store.snapshots(), components.coefficients.to(store.device)
         basis, scale = formed(rows, coefficients, dtype, column_step(rows))
     metadata: dict[str, Any] = {"scale": scale, **components.metadata()}
-    if share.mesh is None:
+    if shard.mesh is None:
         metadata |= {"shapes": shapes, "names": names}
-        return ShardedSubspace.of_columns(basis, origin, share.total, ranks, **metadata)
-    metadata |= {"shapes": share.shapes, "names": share.names}
-    result = LocalSubspace(basis, origin, ranks.group, replicas=share.replicas, **metadata)
-    result.layout = Layout(share.runs, shapes)
+        return ShardedSubspace.of_columns(basis, origin, shard.total, ranks, **metadata)
+    metadata |= {"shapes": shard.shapes, "names": shard.names}
+    result = LocalSubspace(basis, origin, ranks.group, replicas=shard.replicas, **metadata)
+    result.layout = Layout(shard.runs, shapes)
     return result
 
 

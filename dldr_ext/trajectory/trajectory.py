@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.reader import Pieces
-from ..collectives.partition import Share
+from ..collectives.partition import ColumnShard
 from ..collectives.process_group import Ranks, listed, together
 from ..distributed.local import LocalSubspace
 from ..distributed.sharded import ShardedSubspace
@@ -103,15 +103,15 @@ class Trajectory:
             self.dtype = _stored_dtype(dtype)
             check_storage(storage, path)
             self.storage = storage
-            share = None
+            shard = None
             if ranks is not None:
-                share = Share(self.params, self.names, ranks.rank, ranks.size)
-            flat = None if anchor is None else flat_anchor(self, anchor, share)
-            if ranks is not None and share is not None:
-                ranks.agree({**self._facts(share), "anchor": anchor is not None})
+                shard = ColumnShard(self.params, self.names, ranks.rank, ranks.size)
+            flat = None if anchor is None else flat_anchor(self, anchor, shard)
+            if ranks is not None and shard is not None:
+                ranks.agree({**self._facts(shard), "anchor": anchor is not None})
         spec = StoreSpec(self.numel, self.capacity, dtype, self.device)
         self._kept: Store | None = new_store(
-            storage, path, spec, self._metadata(), flat, ranks, share
+            storage, path, spec, self._metadata(), flat, ranks, shard
         )
 
     def _set_parameters(self, params: Iterable[Any]) -> None:
@@ -130,10 +130,10 @@ class Trajectory:
             "capacity": self.capacity,
         }
 
-    def _facts(self, share: Share) -> dict[str, Any]:
+    def _facts(self, shard: ColumnShard) -> dict[str, Any]:
         """Return what must be the same on every rank."""
         facts = {key: str(value) for key, value in self._metadata().items()}
-        sharded = "sharded" if share.mesh is not None else "whole"
+        sharded = "sharded" if shard.mesh is not None else "whole"
         return {**facts, "storage": self.storage, "parameters": sharded}
 
     @property
@@ -498,10 +498,10 @@ class Trajectory:
         else:
             with ranks.agreeing():
                 result._set_parameters(params)
-                share = Share(result.params, result.names, ranks.rank, ranks.size)
+                shard = ColumnShard(result.params, result.names, ranks.rank, ranks.size)
                 shapes = [str(shape) for shape in result.shapes]
                 ranks.agree({"params": shapes, "names": result.names}, "load")
-            saved = files.load_on_ranks(path, result.params, result.names, ranks, share)
+            saved = files.load_on_ranks(path, result.params, result.names, ranks, shard)
         result.names, result.storage, result._kept = saved
         result.capacity, result.dtype = saved.store.capacity, saved.store.dtype
         return result

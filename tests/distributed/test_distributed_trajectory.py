@@ -21,8 +21,8 @@ from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_te
 
 from dldr_ext import LocalSubspace, ShardedSubspace, Trajectory
 from dldr_ext.checkpoints.reader import Pieces
-from dldr_ext.collectives.dtensors import local_columns, local_shards
-from dldr_ext.collectives.partition import Share, runs_of
+from dldr_ext.collectives.dtensors import local_columns
+from dldr_ext.collectives.partition import ColumnShard, runs_of
 from dldr_ext.files import artifacts
 
 STEPS, D = 6, 3
@@ -487,23 +487,23 @@ def test_a_bad_checkpoint_is_left_out_on_all_ranks(ranks: RankGroup, tmp_path: P
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1), st.data())
 def test_a_share_knows_its_columns(pairs: Any, data: Any) -> None:
     """Runs with gaps; `stretches` and `within` against plain indices."""
-    share, at, mine = object.__new__(Share), 0, []
-    share.runs = []
+    shard, at, mine = object.__new__(ColumnShard), 0, []
+    shard.runs = []
     for gap, length in pairs:
-        share.runs.append((at + gap, at + gap + length))
+        shard.runs.append((at + gap, at + gap + length))
         at += gap + length
         mine += range(at - length, at)
-    share.index()
-    assert share.numel == len(mine)
+    shard.index()
+    assert shard.numel == len(mine)
     begin = data.draw(st.integers(0, len(mine)))
     end = data.draw(st.integers(begin, len(mine)))
     found = [-1] * (end - begin)
-    for place, (low, high) in share.stretches(begin, end):
+    for place, (low, high) in shard.global_runs(begin, end):
         found[place] = range(low, high)
     assert found == mine[begin:end]
     first = data.draw(st.integers(0, at))
     last = data.draw(st.integers(first, at))
-    pieces = [(list(range(len(mine))[own]), run) for own, run in share.within(first, last)]
+    pieces = [(list(range(len(mine))[own]), run) for own, run in shard.local_runs(first, last)]
     assert [mine[i] for own, _ in pieces for i in own] == [i for i in mine if first <= i < last]
     assert [i for _, run in pieces for i in range(*run)] == [i for i in mine if first <= i < last]
 

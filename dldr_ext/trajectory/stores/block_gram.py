@@ -1,4 +1,4 @@
-"""Gram rows of rows that are stored elsewhere, to the bit those that `ops.gram_append_` makes."""
+"""Gram matrices of rows that are stored elsewhere: to the bit those of `ops.gram_append_`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ _WINDOW_BYTES = 1 << 24  # read at a time; more if a chunk of all rows is more
 
 
 class Seconds(NamedTuple):
+    """Time that a pass over stored rows took."""
+
     reading: float
     computing: float
 
 
 def multiply_on_cpu(rows: StoredRows | ScaledRows, gram: Tensor, index: int) -> Seconds:
-    """Fills rows ``index`` to T - 1 of a Gram matrix, reading every stored row once.
+    """Fill rows ``index`` to T - 1 of a Gram matrix, reading every stored row once.
 
     By columns, a window of whole chunks at a time: the memory is a window, whatever T - ``index``.
 
@@ -45,17 +47,17 @@ def multiply_on_cpu(rows: StoredRows | ScaledRows, gram: Tensor, index: int) -> 
     chunk = max(1, -(-tiles // _MOST_CHUNKS)) * _TILE
     itemsize = as_stored(rows)[0].dtype.itemsize
     window = max(1, _WINDOW_BYTES // (chunk * width * itemsize)) * chunk
-    total, part, one = (gram.new_zeros((width, width)) for _ in range(3))
+    total, of_chunk, of_part = (gram.new_zeros((width, width)) for _ in range(3))
     computing, start = 0.0, time.perf_counter()
     for _, piece, scale in stored_pieces(rows, window):
         begun = time.perf_counter()
         for begin in range(0, piece.shape[1], chunk):
-            part.zero_()
+            of_chunk.zero_()
             for a, b in _in_order(begin, min(begin + chunk, piece.shape[1])):
-                own = scale_of(scale, a, b)
-                ops.gram_block_(piece[:, a:b], one, index, width - index, scale=own)
-                part += one
-            total += part
+                part_scale = scale_of(scale, a, b)
+                ops.gram_block_(piece[:, a:b], of_part, index, width - index, scale=part_scale)
+                of_chunk += of_part
+            total += of_chunk
         computing += time.perf_counter() - begun
     gram[index:width, :width] = total[index:]
     gram[:width, index:width] = total[:, index:]
@@ -63,7 +65,7 @@ def multiply_on_cpu(rows: StoredRows | ScaledRows, gram: Tensor, index: int) -> 
 
 
 def multiply_by_rows(rows: StoredRows | ScaledRows, gram: Tensor, index: int, end: int) -> None:
-    """Fills rows [index, end) of a Gram matrix, reading the rows before them once.
+    """Fill rows [index, end) of a Gram matrix, reading the rows before them once.
 
     For any device. The new rows are in its memory meanwhile, and up to three of the earlier ones.
     """
@@ -89,8 +91,8 @@ def multiply_by_rows(rows: StoredRows | ScaledRows, gram: Tensor, index: int, en
         buffer[1:] = part[index:end]
     products = torch.zeros(1 + count, 1 + count, dtype=torch.float64, device=device)
     for row, earlier in enumerate(staged(load, index, lambda: make(1), device)):
-        for buffer, one in zip(buffers, earlier, strict=True):
-            buffer[0] = one[0]
+        for buffer, row_part in zip(buffers, earlier, strict=True):
+            buffer[0] = row_part[0]
         multiply(0, 1)
         gram[index:end, row] = products[1:, 0]
         gram[row, index:end] = products[1:, 0]
@@ -99,7 +101,7 @@ def multiply_by_rows(rows: StoredRows | ScaledRows, gram: Tensor, index: int, en
 
 
 def _in_order(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Parts of a chunk whose sums, added one after the other, are those of the chunk to the bit.
+    """Yield parts of a chunk whose sums, added in order, are those of the chunk to the bit.
 
     The op adds up to 1,024 tiles from left to right, as the chunk has them; what a larger chunk has
     beyond them goes tile by tile.

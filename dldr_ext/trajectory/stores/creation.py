@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...collectives.partition import Share
+from ...collectives.partition import ColumnShard
 from ...collectives.process_group import Ranks
 from ...collectives.transaction import all_or_none
 from .base import Store, StoreSpec
@@ -39,7 +39,7 @@ def new_store(
     metadata: Mapping[str, Any],
     anchor: Tensor | None = None,
     ranks: Ranks | None = None,
-    share: Share | None = None,
+    shard: ColumnShard | None = None,
 ) -> Store:
     """Return an empty store; over ranks they all call it.
 
@@ -50,21 +50,21 @@ def new_store(
     metadata : mapping
         What goes to the disk with the anchor.
     anchor : Tensor, shape (columns of this process,), optional
-    ranks, share
-        The ranks that keep the columns together, and the share of this one.
+    ranks, shard
+        The ranks that keep the columns together, and the shard of this one.
     """
-    if ranks is None or share is None:
+    if ranks is None or shard is None:
         return _new_local_store(storage, path, spec, metadata, anchor)
     run = ranks.exchange({"run": secrets.token_hex(8)}, "construction")[0]["run"]
     part = {"run": run, "ranks": ranks.size}
-    metadata = {**metadata, "shapes": share.shapes, "names": share.names, "part": part}
-    spec = spec._replace(numel=share.numel)
+    metadata = {**metadata, "shapes": shard.shapes, "names": shard.names, "part": part}
+    spec = spec._replace(numel=shard.numel)
     local: Store = EmptyStore(spec, anchor)
     with all_or_none(ranks, "construction", lambda: 0, lambda: local.close()):
         folder = None if path is None else rank_folder(path, ranks)
-        if share.numel:
+        if shard.numel:
             local = _new_local_store(storage, folder, spec, metadata, anchor)
-    return ShardedStore(ranks, share, local, multiplies_at_once(storage, spec.device))
+    return ShardedStore(ranks, shard, local, multiplies_at_once(storage, spec.device))
 
 
 def _new_local_store(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ... import ops
 from ...tensors.formats import LARGEST, blocks, empty_scale
@@ -39,6 +40,7 @@ class DeferredStore(Store):
         self.block = 1
         self._multiplied = 0
 
+    @override
     def snapshots(self) -> StoredRows | ScaledRows:
         rows = StoredRows(self, self.length)
         if self.dtype not in LARGEST:
@@ -47,15 +49,15 @@ class DeferredStore(Store):
 
     @abstractmethod
     def read(self, row: int, begin: int, end: int, out: Tensor) -> None:
-        """Copies columns [begin, end) of a row into ``out``, on the parameters' device."""
+        """Copy columns [begin, end) of a row into ``out``, on the parameters' device."""
 
     @abstractmethod
     def read_scale(self, row: int, begin: int, end: int, out: Tensor) -> None:
-        """The same for the scale of a row, of 8-bit rows: blocks [begin, end)."""
+        """Copy the scale of an 8-bit row into ``out``: blocks [begin, end)."""
 
     @abstractmethod
     def _put(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
-        """Stores row ``length``; False, and nothing stored, if it or its square is not finite."""
+        """Store row ``length``; False, and nothing stored, if it or its square is not finite."""
 
     def _put_pieces(self, pieces: RowPieces, anchor: Tensor) -> bool:
         """Store row ``length``, which comes piece by piece; as `_put`."""
@@ -64,9 +66,11 @@ class DeferredStore(Store):
             whole[columns] = piece.to(anchor.device)
         return self._put([whole], anchor)
 
+    @override
     def defer_products(self) -> None:
         self.block = self.capacity
 
+    @override
     def undo(self) -> None:
         super().undo()
         self._multiplied = min(self._multiplied, self.length)
@@ -112,7 +116,7 @@ class _Scales:
 
 
 def next_block(seconds: Seconds, count: int) -> int:
-    """The k whose arithmetic takes four times the reading, after a pass for ``count`` rows."""
+    """Return the k whose arithmetic takes four times the reading, after ``count`` rows."""
     each = max(seconds.computing, 1e-9) / count
     return max(1, min(_MOST_ROWS, math.ceil(_COMPUTING_SHARE * seconds.reading / each)))
 
@@ -120,7 +124,7 @@ def next_block(seconds: Seconds, count: int) -> int:
 def stored(
     params: Sequence[Tensor], anchor: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, ...] | None:
-    """flat(params) - anchor, rounded to ``dtype``, and its scale if it has one.
+    """Return flat(params) - anchor, rounded to ``dtype``, and its scale if it has one.
 
     None if it, or its square, is not finite.
     """

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ...files import artifacts
 from ...tensors.formats import LARGEST, blocks
@@ -109,34 +110,38 @@ class DiskStore(DeferredStore):
 
     @property
     def numbers(self) -> list[int]:
-        """Of the files of the rows."""
+        """The numbers of the files of the rows."""
         return [int(row.path.stem) for row in self._rows]
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the trajectory is of."""
+        """The description of the trajectory, as it was saved."""
         return self._metadata
 
     def keep(self, numbers: Collection[int], next_number: int) -> None:
-        """Leaves out all rows but those whose files have these numbers."""
+        """Leave out all rows but those whose files have these numbers."""
         self._rows = [row for row in self._rows if int(row.path.stem) in numbers]
         self._maps.clear()
         self.length, self._multiplied = len(self._rows), 0
         self._skipped = next_number - self.length
 
+    @override
     def undo(self) -> None:
         super().undo()
         self._rows[self.length].path.unlink()
         del self._rows[self.length :]
 
+    @override
     def close(self) -> None:
         self._maps.clear()
         self._lock.close()
 
+    @override
     def read(self, row: int, begin: int, end: int, out: Tensor) -> None:
         size = self.dtype.itemsize
         out.copy_(self._bytes(row, begin * size, end * size).view(self.dtype), non_blocking=True)
 
+    @override
     def read_scale(self, row: int, begin: int, end: int, out: Tensor) -> None:
         start = self.numel * self.dtype.itemsize
         found = self._bytes(row, start + 4 * begin, start + 4 * end)
@@ -144,7 +149,7 @@ class DiskStore(DeferredStore):
         out.copy_(found.clone().view(torch.float32))
 
     def _bytes(self, row: int, begin: int, end: int) -> Tensor:
-        """Some of the bytes of a row, mapped."""
+        """Return some of the bytes of a row, mapped."""
         if self._mapped > _MAPPED_BYTES:
             self._maps.clear()
             self._mapped = 0
@@ -265,13 +270,13 @@ def _check_new(folder: Path) -> None:
 
 
 def _row_files(folder: Path) -> list[tuple[int, Path]]:
-    """The files named like rows, by number."""
+    """Return the files named like rows, by number."""
     matches = (_ROW_NAME.fullmatch(name) for name in os.listdir(folder))
     return sorted((int(match[1]), folder / match[0]) for match in matches if match)
 
 
 def _drop_temporaries(folder: Path) -> None:
-    """Removes what writers that were killed have left half-written."""
+    """Remove what writers that were killed have left half-written."""
     for path in folder.glob(".*.safetensors.*.tmp"):
         path.unlink()
         warnings.warn(
@@ -280,7 +285,7 @@ def _drop_temporaries(folder: Path) -> None:
 
 
 def _pieces_of(params: Sequence[Tensor], step: int) -> Iterator[list[Tensor]]:
-    """The flat vector of a list of tensors, ``step`` elements at a time."""
+    """Yield the flat vector of a list of tensors, ``step`` elements at a time."""
     piece: list[Tensor] = []
     left = step
     for tensor in params:

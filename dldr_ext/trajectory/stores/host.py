@@ -1,4 +1,7 @@
-"""Rows in pinned memory of the host, for parameters on CUDA. (Has not run on a GPU.)"""
+"""Rows in pinned memory of the host, for parameters on CUDA.
+
+The copies on a stream of their own have not run on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ...tensors.formats import LARGEST, blocks
 from .base import StoreSpec
@@ -24,9 +28,11 @@ class HostStore(DeferredStore):
         self._rows: list[tuple[Tensor, ...]] = []
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
+    @override
     def read(self, row: int, begin: int, end: int, out: Tensor) -> None:
         self._read(self._rows[row][0][begin:end], out)
 
+    @override
     def read_scale(self, row: int, begin: int, end: int, out: Tensor) -> None:
         self._read(self._rows[row][1][begin:end], out)
 

@@ -12,9 +12,11 @@ _locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
 class FolderLock:
-    """Held until `close`, or until the process ends in whatever way.
+    """A lock on a folder, held until `close` or until the process ends in whatever way.
 
-    A forked child does not hold it, nor keep it from being given back.
+    A forked child, as a worker of a data loader is one, does not hold it, nor keep it from being
+    given back: that, and the number of the process that holds it, is what it has over the package
+    filelock (with whose release 3.20 a child believed that it still held the lock).
 
     Raises
     ------
@@ -47,9 +49,11 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
+        """Whether this process holds the lock."""
         return self._close.alive
 
     def close(self) -> None:
+        """Give the folder back."""
         self._close()
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ... import ops
 from ...checkpoints.series import finite
@@ -37,6 +38,7 @@ class MemoryStore(Store):
         self._scale = empty_scale(rows, columns, dtype, device)
         self._multiplied = 0  # rows in the Gram matrix
 
+    @override
     def snapshots(self) -> Tensor | ScaledRows:
         return scaled(*self._stored())
 
@@ -52,6 +54,7 @@ class MemoryStore(Store):
         self.length = self._multiplied = 0
         self.anchor = self._given_anchor
 
+    @override
     def undo(self) -> None:
         super().undo()
         self._multiplied = min(self._multiplied, self.length)
@@ -97,12 +100,15 @@ class MemoryStore(Store):
 class EmptyStore(Store):
     """The rows of a rank that keeps no columns: they are counted."""
 
+    @override
     def append(self, params: Sequence[Tensor]) -> bool:
         return self._counted(self._no_columns(), lambda: True)
 
+    @override
     def append_pieces(self, pieces: RowPieces) -> bool:
         return self._counted(self._no_columns(), lambda: True)
 
+    @override
     def snapshots(self) -> Tensor:
         return torch.empty((self.length, 0), dtype=self.dtype, device=self.device)
 

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from typing_extensions import override
 
-from ...collectives.partition import Run, Share
+from ...collectives.partition import ColumnShard, Run
 from ...collectives.process_group import Ranks
 from ...collectives.transaction import RankErrors, all_or_none
 from ...files.artifacts import Stream, save
@@ -35,7 +36,7 @@ class ShardedStore(Store):
     Parameters
     ----------
     ranks : Ranks
-    share : Share
+    shard : ColumnShard
         The columns of this rank.
     local : Store
         Where they are kept.
@@ -44,46 +45,54 @@ class ShardedStore(Store):
 
     Attributes
     ----------
-    ranks, share
+    ranks, shard
         As given.
     """
 
     spans_ranks = True
 
-    def __init__(self, ranks: Ranks, share: Share, local: Store, at_once: bool) -> None:
-        self.ranks, self.share, self.local = ranks, share, local
+    def __init__(self, ranks: Ranks, shard: ColumnShard, local: Store, at_once: bool) -> None:
+        self.ranks, self.shard, self.local = ranks, shard, local
         self._at_once = at_once
-        self.numel, self.capacity = share.numel, local.capacity
+        self.numel, self.capacity = shard.numel, local.capacity
         self.dtype, self.device = local.dtype, local.device
         self._gram_rows: list[Tensor] = []  # of the lower half of the Gram matrix
 
     @property
+    @override
     def length(self) -> int:  # type: ignore[override]
         """Number of rows, T."""
         return self.local.length
 
     @property
+    @override
     def anchor(self) -> Tensor | None:  # type: ignore[override]
         """The columns of the anchor that are kept here."""
         return self.local.anchor
 
     @property
+    @override
     def cost(self) -> RecordingCost:  # type: ignore[override]
         """The cost of recording on this rank."""
         return self.local.cost
 
+    @override
     def append(self, params: Sequence[Tensor]) -> bool:
-        return self.local.append(self.share.own(params))
+        return self.local.append(self.shard.local_part(params))
 
+    @override
     def append_pieces(self, pieces: RowPieces) -> bool:
         return self.local.append_pieces(pieces)
 
+    @override
     def undo(self) -> None:
         self.local.undo()
 
+    @override
     def snapshots(self) -> Matrix:
         return self.local.snapshots()
 
+    @override
     def gram(self) -> Tensor:
         """Return K of all columns, shape (T, T): the same bits on every rank."""
         self._complete()
@@ -97,12 +106,15 @@ class ShardedStore(Store):
         gram = gram.to(self.device)
         self._gram_rows = [gram[t, : t + 1] for t in range(len(gram))]
 
+    @override
     def close(self) -> None:
         self.local.close()
 
+    @override
     def defer_products(self) -> None:
         self.local.defer_products()
 
+    @override
     @contextmanager
     def transaction(
         self, what: str, params: Sequence[Tensor] = (), errors: RankErrors | None = None
@@ -124,28 +136,34 @@ class ShardedStore(Store):
             if self.length > length:
                 self.undo()
 
-        sample = 0 if self.share.mesh is not None else _sample(params)
+        sample = 0 if self.shard.mesh is not None else _sample(params)
         with all_or_none(self.ranks, what, lambda: self.length, undo, sample, errors):
             yield
 
+    @override
     def settle(self) -> None:
         if self._at_once:
             self._complete()
 
+    @override
     def local_part(
         self, params: Sequence[Tensor], names: list[str] | None
     ) -> tuple[list[Tensor], list[str] | None]:
-        return self.share.own(params), self.share.names
+        return self.shard.local_part(params), self.shard.names
 
+    @override
     def check_consistent(self, facts: Mapping[str, Any], what: str) -> None:
         self.ranks.agree(dict(facts), what)
 
+    @override
     def column_runs(self, begin: int, end: int) -> Iterator[tuple[slice, Run]]:
-        return self.share.stretches(begin, end)
+        return self.shard.global_runs(begin, end)
 
+    @override
     def summed(self, tensor: Tensor) -> Tensor:
-        return self.ranks.ordered_sum(tensor, "products").div_(self.share.replicas)
+        return self.ranks.ordered_sum(tensor, "products").div_(self.shard.replicas)
 
+    @override
     def solved_once(self, solve: Callable[[], Any]) -> Any:
         """Return the spectrum that rank 0 finds, on all ranks."""
         count = self.length
@@ -159,12 +177,14 @@ class ShardedStore(Store):
         values, vectors, rank = flat.cpu().split([count, count * count, 1])
         return Spectrum(values, vectors.view(count, count), int(rank))
 
+    @override
     def exact_gram(self) -> Tensor:
         if self.numel:
             return self.summed(exact_gram(self.snapshots()))
         count = self.length
         return self.summed(torch.zeros((count, count), dtype=torch.float64, device=self.device))
 
+    @override
     def save(
         self, path: str | os.PathLike[str], kind: str, version: int, metadata: Mapping[str, Any]
     ) -> None:
@@ -172,7 +192,7 @@ class ShardedStore(Store):
         rows, anchor, gram = self.snapshots(), self.anchor, self.gram()
         assert anchor is not None
         pieces = self._whole_rows(rows), self._whole_rows([anchor])
-        n = self.share.total
+        n = self.shard.total
         tensors: dict[str, Tensor | Stream] = {
             "snapshots": Stream(rows.dtype, (len(rows), n), pieces[0]),
             "gram": gram,
@@ -198,11 +218,11 @@ class ShardedStore(Store):
     def _whole_rows(self, rows: Any) -> Iterator[Tensor]:
         """Yield pieces of the rows of all columns; on rank 0 alone with all their numbers."""
         for t in range(len(rows)):
-            for begin in range(0, self.share.total, PIECE):
-                end = min(begin + PIECE, self.share.total)
+            for begin in range(0, self.shard.total, PIECE):
+                end = min(begin + PIECE, self.shard.total)
                 row: Tensor = rows[t]
                 piece = row.new_zeros(end - begin)
-                for local, (low, high) in self.share.within(begin, end):
+                for local, (low, high) in self.shard.local_runs(begin, end):
                     piece[low - begin : high - begin] = row[local]
                 # As bytes, of which all ranks but those that keep the column have zeros.
                 dist.reduce(
