@@ -204,11 +204,11 @@ class Analysis:
                 for begin in range(self._done.basis_column, numel, self._chunks.width):
                     anchor, rows = self._chunks.read(pieces, begin)
                     basis, scale = formed(rows, components.coefficients, self.dtype, self._step)
-                    for row, part in enumerate(basis):
-                        file.write("basis", row * numel + begin, part)
-                    for row, part in enumerate(() if scale is None else scale):
+                    for row, values in enumerate(basis):
+                        file.write("basis", row * numel + begin, values)
+                    for row, values in enumerate(() if scale is None else scale):
                         at = row * blocks(numel) + begin // SCALE_BLOCK
-                        file.write("scale", at, part)
+                        file.write("scale", at, values)
                     file.write("origin", begin, anchor)
                     end = begin + len(anchor)
                     self._done = self._done._replace(basis_column=end)

@@ -50,10 +50,10 @@ def near_duplicates(gram: Tensor) -> list[tuple[int, int, float]]:
 def pairwise_distances(gram: Tensor) -> Tensor:
     """|x_s - x_t|, shape (T, T)."""
     squares = gram.diagonal()
-    found = squares[:, None] + squares - 2 * gram
+    squared = squares[:, None] + squares - 2 * gram
     # What is left of equal rows is the rounding of the sums.
     floor = (squares[:, None] + squares) * 2.0**-44
-    return torch.where(found > floor, found, 0).sqrt()
+    return torch.where(squared > floor, squared, 0).sqrt()
 
 
 def of_gram(gram: Tensor, ratio: Tensor) -> dict[str, Any]:

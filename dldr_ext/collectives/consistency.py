@@ -22,27 +22,29 @@ def digest(*tensors: Tensor | None) -> str:
 
     The sum of the words of each row as integers, and the words at 64 places of each.
     """
-    found = hashlib.blake2b(digest_size=12)
+    checksum = hashlib.blake2b(digest_size=12)
     for tensor in tensors:
         if tensor is None or tensor.numel() == 0:
-            found.update(b"none")
+            checksum.update(b"none")
             continue
         rows = tensor.detach().reshape(len(tensor) if tensor.ndim > 1 else 1, -1)
         for row in rows:
             words = row.contiguous().view(_WORDS[row.element_size()])
-            some = words[_places(len(words), words.device)].to(torch.int64)
-            both = torch.cat([words.sum(dtype=torch.int64).reshape(1), some])
-            found.update(both.cpu().numpy().tobytes())
-    return found.hexdigest()
+            sampled = words[_places(len(words), words.device)].to(torch.int64)
+            summary = torch.cat([words.sum(dtype=torch.int64).reshape(1), sampled])
+            checksum.update(summary.cpu().numpy().tobytes())
+    return checksum.hexdigest()
 
 
 def samples(params: Sequence[Tensor]) -> list[str]:
     """Return a digest of a few elements of each parameter, by which to tell them apart."""
-    some = [p.detach().reshape(-1)[_places(p.numel(), p.device)].to(torch.float64) for p in params]
-    flat = torch.cat(some).cpu()
+    sampled = [
+        p.detach().reshape(-1)[_places(p.numel(), p.device)].to(torch.float64) for p in params
+    ]
+    flat = torch.cat(sampled).cpu()
     return [
-        hashlib.blake2b(part.numpy().tobytes(), digest_size=6).hexdigest()
-        for part in flat.split([len(one) for one in some])
+        hashlib.blake2b(of_parameter.numpy().tobytes(), digest_size=6).hexdigest()
+        for of_parameter in flat.split([len(elements) for elements in sampled])
     ]
 
 
@@ -61,9 +63,9 @@ def difference(claims: Sequence[Claims]) -> str | None:
             if key not in other:
                 return f"expected every rank to make the same calls, got another one on rank {rank}"
             if other[key] != value:
-                found = _in_words(key, value, other[key], rank)
-                if found is not None:
-                    return found
+                words = _in_words(key, value, other[key], rank)
+                if words is not None:
+                    return words
     return None
 
 

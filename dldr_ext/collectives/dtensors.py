@@ -29,7 +29,7 @@ def local_columns(params: Iterable[Any]) -> Tensor:
     -------
     Tensor, shape (columns of this rank,), int64
     """
-    found, start = [], 0
+    columns, start = [], 0
     for p in entries(params)[0]:
         index: Any = torch.arange(start, start + p.numel()).view(p.shape)
         if hasattr(p, "device_mesh"):
@@ -37,15 +37,15 @@ def local_columns(params: Iterable[Any]) -> Tensor:
 
             index = index.to(p.device)
             index = distribute_tensor(index, p.device_mesh, p.placements, src_data_rank=None)
-        found.append(local_shard(index).reshape(-1))
+        columns.append(local_shard(index).reshape(-1))
         start += p.numel()
-    return torch.cat(found)
+    return torch.cat(columns)
 
 
 def entries(params: Iterable[Any]) -> tuple[list[Any], list[str] | None]:
     """Return `named_parameters`, of which some may be DTensors."""
-    found, names = named_parameters(params)
-    return list(found), names
+    tensors, names = named_parameters(params)
+    return list(tensors), names
 
 
 def replicas_of(params: Sequence[Any]) -> int:

@@ -143,11 +143,11 @@ def block_runs(runs: Sequence[Run]) -> list[Run]:
 
 def runs_of(params: Sequence[Any]) -> list[Run]:
     """Return the columns of local shards of DTensors, as runs of neighbours."""
-    found, start = [], 0
+    runs, start = [], 0
     for p in params:
-        found += [(start + begin, start + end) for begin, end in _runs_of_one(p)]
+        runs += [(start + begin, start + end) for begin, end in _runs_of_one(p)]
         start += p.numel()
-    return found
+    return runs
 
 
 def _runs_of_one(p: Any) -> list[Run]:

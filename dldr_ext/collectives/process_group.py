@@ -99,9 +99,9 @@ class Ranks:
         result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         step = max(1, _GATHERED // self.size)
         parts = zip(tensor.reshape(-1).split(step), result.view(-1).split(step), strict=True)
-        for part, out in parts:
-            first, *others = self.gathered(part, what)
-            for other in others:
+        for piece, out in parts:
+            first, *of_later_ranks = self.gathered(piece, what)
+            for other in of_later_ranks:
                 first += other
             out.copy_(first)
         return result
@@ -145,9 +145,9 @@ class Ranks:
             On every rank: the first fact that differs from rank 0's, with both ranks.
         """
         self._agreed = True
-        found = difference(self.exchange(claims, what))
-        if found is not None:
-            raise ValueError(f"{self.owner}: process_group: {found}")
+        problem = difference(self.exchange(claims, what))
+        if problem is not None:
+            raise ValueError(f"{self.owner}: process_group: {problem}")
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
@@ -166,10 +166,10 @@ class Ranks:
         length = torch.tensor([len(text)], dtype=torch.int64, device=self.device)
         with self._explained(f"the facts of each rank, for {what}"):
             dist.all_reduce(length, op=dist.ReduceOp.MAX, group=self.group)
-            own = torch.full((int(length),), ord(" "), dtype=torch.uint8, device=self.device)
-            own[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=self.device)
-            pieces = [torch.empty_like(own) for _ in range(self.size)]
-            dist.all_gather(pieces, own, group=self.group)
+            padded = torch.full((int(length),), ord(" "), dtype=torch.uint8, device=self.device)
+            padded[: len(text)] = torch.tensor(list(text), dtype=torch.uint8, device=self.device)
+            pieces = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(pieces, padded, group=self.group)
         return [json.loads(bytes(piece.tolist())) for piece in pieces]
 
     @contextmanager

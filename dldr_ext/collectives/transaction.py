@@ -18,10 +18,10 @@ class RankErrors:
         """Return what the other ranks are told, as JSON can hold it."""
         return {"error": str(error), "disk": isinstance(error, OSError)}
 
-    def raised(self, call: str, rank: int, told: dict[str, Any]) -> Exception:
+    def raised(self, call: str, rank: int, details: dict[str, Any]) -> Exception:
         """Return the error to raise; ``call`` names the call and its owner."""
-        kind = OSError if told["disk"] else ValueError
-        return kind(f"{call}: rank {rank}: {told['error']}")
+        kind = OSError if details["disk"] else ValueError
+        return kind(f"{call}: rank {rank}: {details['error']}")
 
 
 @contextmanager
@@ -75,9 +75,9 @@ def _raise(
     ranks: Ranks, what: str, failed: Exception | None, lengths: list[int], errors: RankErrors
 ) -> NoReturn:
     call = f"{ranks.owner}: {what}"
-    for rank, told in enumerate(ranks.exchange(errors.told(failed) if failed else {}, what)):
-        if told:
-            raise errors.raised(call, rank, told) from failed
+    for rank, details in enumerate(ranks.exchange(errors.told(failed) if failed else {}, what)):
+        if details:
+            raise errors.raised(call, rank, details) from failed
     if len(set(lengths)) > 1:
         raise ValueError(f"{call}: expected the same calls on every rank, got {lengths} snapshots")
     raise ValueError(

@@ -60,12 +60,12 @@ class _Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         state = self._optimizer.state_dict()
-        found, flat = state["subspace"], self._optimizer.flat_state
+        entries, flat = state["subspace"], self._optimizer.flat_state
         origin = self._optimizer.subspace.origin
-        vectors = {key: found.pop(key) for key in flat}
-        here = [key for key, vector in vectors.items() if vector is not None]
+        vectors = {key: entries.pop(key) for key in flat}
+        present = [key for key, vector in vectors.items() if vector is not None]
         buffer = io.BytesIO()
-        torch.save({**state, "flat": here, "total": self._total}, buffer)
+        torch.save({**state, "flat": present, "total": self._total}, buffer)
         columns = {
             key: Columns(
                 torch.zeros_like(origin) if vector is None else vector,
@@ -80,13 +80,13 @@ class _Optimizer:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         name = type(self._optimizer).__name__
         state = torch.load(io.BytesIO(state_dict["state"]), weights_only=True)
-        here, total = state.pop("flat"), state.pop("total")
+        present, total = state.pop("flat"), state.pop("total")
         if total != self._total:
             raise ValueError(
                 f"{name}: checkpoint: expected the state of {self._total} weights, got {total}"
             )
         for key in self._optimizer.flat_state:
-            state["subspace"][key] = state_dict[key].local if key in here else None
+            state["subspace"][key] = state_dict[key].local if key in present else None
         self._optimizer.load_state_dict(state)
 
 
@@ -101,21 +101,21 @@ class _Subspace:
     def state_dict(self) -> dict[str, Any]:
         subspace, runs, total = self._subspace, self._runs, self._total
         local = subspace if isinstance(subspace, Subspace) else subspace.local
-        known: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "shapes": self._shapes,
             "names": subspace.names,
             "choice": subspace.choice,
         }
         for key in ("explained_variance_ratio", "singular_values"):
             value = getattr(subspace, key)
-            known[key] = None if value is None else value.tolist()
+            metadata[key] = None if value is None else value.tolist()
         basis = subspace._placeholder if local is None else local.basis
         origin = subspace.origin
-        own = [(0, total)] if isinstance(subspace, ShardedSubspace) else runs
+        origin_runs = [(0, total)] if isinstance(subspace, ShardedSubspace) else runs
         state = {
-            "known": json.dumps(known),
+            "known": json.dumps(metadata),
             "basis": Columns(basis, runs, total),
-            "origin": Columns(origin, own, total),
+            "origin": Columns(origin, origin_runs, total),
         }
         scale = None if local is None else local.scale
         if scale is not None:

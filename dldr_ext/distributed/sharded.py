@@ -291,21 +291,21 @@ def shard_if_needed(
     name = "shard_if_needed"
     group, _ = members(name, process_group)
     wanted = getattr(subspace, "device", "cpu") if device is None else device
-    here = torch.empty(0, device=wanted).device  # with its index
-    ranks = Ranks(name, group, here)
+    target = torch.empty(0, device=wanted).device  # with its index
+    ranks = Ranks(name, group, target)
     with ranks.agreeing():
         subspace = checked_whole(name, subspace)
         room = _checked_memory(name, memory)
         kind = dtype_name(subspace.dtype)
         ranks.agree({"dim": subspace.dim, "numel": subspace.numel, "dtype": kind}, name)
-    needs: Claims = {"need": _needed(subspace, here), "room": room, "device": None}
+    needs: Claims = {"need": _needed(subspace, target), "room": room, "device": None}
     if room is None:
-        needs |= {"room": free_memory(here), "device": _name_of(here)}
+        needs |= {"room": free_memory(target), "device": _name_of(target)}
     of_ranks = ranks.exchange(needs, name)
     users = Counter(rank["device"] for rank in of_ranks) | {None: 1}
     if all(rank["need"] * users[rank["device"]] <= rank["room"] for rank in of_ranks):
-        return subspace.to(device=here)
-    return ShardedSubspace(subspace, process_group, device=here)
+        return subspace.to(device=target)
+    return ShardedSubspace(subspace, process_group, device=target)
 
 
 def checked_whole(owner: str, subspace: Any) -> Subspace:

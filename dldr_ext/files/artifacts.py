@@ -133,14 +133,14 @@ class Reader:
             pass  # a missing or unreadable file is the usual OSError
         try:
             self._file = safe_open(str(self.path), framework="pt")
-            found = self._file.metadata() or {}
+            header = self._file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise self.error(f"not a whole safetensors file ({error})") from error
-        self._check_kind(found, kind, version)
+        self._check_kind(header, kind, version)
         if check:
-            self._check_sum(found)
-        self.version = int(found[_PREFIX + "version"])
-        self.metadata: dict[str, Any] = self._parsed(found[_PREFIX + "metadata"])
+            self._check_sum(header)
+        self.version = int(header[_PREFIX + "version"])
+        self.metadata: dict[str, Any] = self._parsed(header[_PREFIX + "metadata"])
 
     def __enter__(self) -> Reader:
         self._file.__enter__()
@@ -198,19 +198,19 @@ class Reader:
 
     def _parsed(self, text: str) -> dict[str, Any]:
         try:
-            found = json.loads(text)
+            metadata = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise self.error(f"expected metadata as JSON, found {error}") from error
-        if not isinstance(found, dict):
+        if not isinstance(metadata, dict):
             raise self.error(f"expected metadata as a JSON object, found {text[:40]}")
-        return found
+        return metadata
 
-    def _check_kind(self, found: Mapping[str, str], kind: str, version: int) -> None:
-        fields = {key: found.get(_PREFIX + key) for key in ("kind", "version", "metadata")}
+    def _check_kind(self, header: Mapping[str, str], kind: str, version: int) -> None:
+        fields = {key: header.get(_PREFIX + key) for key in ("kind", "version", "metadata")}
         if None in fields.values():
             raise self.error(
                 f"expected a {kind} saved by dldr_ext, found a safetensors file with the metadata "
-                f"keys {sorted(found)}"
+                f"keys {sorted(header)}"
             )
         if fields["kind"] != kind:
             raise self.error(f"expected a {kind}, found a {fields['kind']}")
@@ -295,16 +295,16 @@ def _field(checksum: str) -> bytes:
 def _pieces(tensor: Tensor | Stream) -> Iterator[memoryview]:
     """Yield the bytes of a tensor in logical order, some at a time."""
     if isinstance(tensor, Stream):
-        for part in tensor.pieces:
-            yield from _pieces(part)
+        for piece_of_tensor in tensor.pieces:
+            yield from _pieces(piece_of_tensor)
         return
     tensor = tensor.detach()
     if tensor.numel() == 0:
         return
     if not tensor.is_contiguous():
         if tensor.dim() > 1:
-            for part in tensor:
-                yield from _pieces(part)
+            for piece_of_tensor in tensor:
+                yield from _pieces(piece_of_tensor)
             return
         tensor = tensor.contiguous()
     flat = tensor.reshape(-1).view(torch.uint8)

@@ -129,28 +129,28 @@ def read_subspace(
     dim, total = saved_shape(path, key)
     width = sum(end - begin for begin, end in runs)
     entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     columns: dict[str, Any] = {"known": ""}
     for name in ("basis", "origin", "scale"):
         entry: Any = entries.get(f"{key}.{name}")
         if entry is None:
             continue
-        own, count = (runs, total)
+        runs_of_tensor, count = (runs, total)
         if name == "scale":
-            own, count = block_runs(runs), -(-total // SCALE_BLOCK)
-        size = sum(end - begin for begin, end in own) if name == "scale" else width
+            runs_of_tensor, count = block_runs(runs), -(-total // SCALE_BLOCK)
+        size = sum(end - begin for begin, end in runs_of_tensor) if name == "scale" else width
         shape = (size,) if name == "origin" else (dim, size)
-        found[name] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
-        columns[name] = Columns(found[name], own, count)
+        tensors[name] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
+        columns[name] = Columns(tensors[name], runs_of_tensor, count)
     state = {key: columns}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(state, checkpoint_id=path, process_group=process_group)
-    known = json.loads(state[key]["known"])
+    metadata = json.loads(state[key]["known"])
     for name in ("explained_variance_ratio", "singular_values"):
-        if known[name] is not None:
-            known[name] = torch.tensor(known[name], dtype=torch.float64, device="cpu")
-    return {**found, **known}
+        if metadata[name] is not None:
+            metadata[name] = torch.tensor(metadata[name], dtype=torch.float64, device="cpu")
+    return {**tensors, **metadata}
 
 
 def _entry(path: str | os.PathLike[str], name: str) -> Any:

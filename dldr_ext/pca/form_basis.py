@@ -19,8 +19,8 @@ def combined(matrix: Matrix, coefficients: Tensor, dtype: torch.dtype, step: int
         return ops.form_basis(matrix, coefficients, dtype=dtype)
     size = (len(coefficients), matrix.shape[1])
     result = empty_rows(*size, dtype=dtype, device=matrix.device)
-    for begin, part in _combined_pieces(matrix, coefficients, dtype, step):
-        result[:, begin : begin + part.shape[1]] = part
+    for begin, product in _combined_pieces(matrix, coefficients, dtype, step):
+        result[:, begin : begin + product.shape[1]] = product
     return result
 
 
@@ -40,5 +40,5 @@ def _combined_pieces(
 ) -> Iterator[tuple[int, Tensor]]:
     skip = matrix.skip if isinstance(matrix, ScaledRows) else 0
     for begin, piece, scale in stored_pieces(matrix, step):
-        part = ops.form_basis(piece, coefficients, scale=scale, dtype=dtype)
-        yield begin, part[:, skip:]
+        product = ops.form_basis(piece, coefficients, scale=scale, dtype=dtype)
+        yield begin, product[:, skip:]

@@ -77,16 +77,16 @@ def gram_schmidt(gram: Tensor, dim: int) -> Tensor:
     length of less than 2^-44 of its own is left out: r may be less than ``dim``.
     """
     gram = gram.detach().cpu()
-    found: list[Tensor] = []
+    combinations: list[Tensor] = []
     for t in range(len(gram)):
-        if len(found) == dim:
+        if len(combinations) == dim:
             break
         row = torch.zeros_like(gram[t])
         row[t] = 1
         for _ in range(2):  # twice is enough (Kahan and Parlett)
-            for earlier in found:
+            for earlier in combinations:
                 row -= (earlier @ gram @ row) * earlier
         square = float(row @ gram @ row)
         if square > FLOAT64_SUMS * float(gram[t, t]):
-            found.append(row / square**0.5)
-    return torch.stack(found) if found else gram[:0].clone()
+            combinations.append(row / square**0.5)
+    return torch.stack(combinations) if combinations else gram[:0].clone()

@@ -35,8 +35,8 @@ def walk_spectrum(length: int) -> Tensor:
 
 def left_over(values: Tensor) -> Tensor:
     """Return the share of the variance beyond the first 1, 2, ... directions, (len(values),)."""
-    rest = values.flip(0).cumsum(0).flip(0)
-    return torch.cat([rest[1:], rest.new_zeros(1)]) / rest[0]
+    beyond = values.flip(0).cumsum(0).flip(0)
+    return torch.cat([beyond[1:], beyond.new_zeros(1)]) / beyond[0]
 
 
 def supported(values: Tensor, rank: int) -> tuple[int, str]:

@@ -46,13 +46,13 @@ def described(
         lines["kept"] = "all of them; how they were chosen is not known"
     else:
         length, walk = facts["snapshots"], facts["walk"]
-        there = length if walk is None else length - 1
+        directions = length if walk is None else length - 1
         lines["from"] = f"{length} snapshots{'' if walk is None else ', centred'}"
         lines["asked for"] = facts["asked"]
         lines["kept"] = f"{dim} of {_directions(facts['rank'])}: {facts['why']}"
-        if facts["rank"] < there:
+        if facts["rank"] < directions:
             lines["rank guard"] = (
-                f"{_directions(there - facts['rank'])} that rounding made: dropped"
+                f"{_directions(directions - facts['rank'])} that rounding made: dropped"
             )
     if ratio is not None:
         lines["explained"] = f"{_percent(float(ratio.sum()))} of the variance"

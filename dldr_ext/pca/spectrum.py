@@ -92,7 +92,7 @@ def centered(gram: Tensor) -> Tensor:
     return (result + result.T) / 2
 
 
-def coefficients(found: Spectrum, dim: int, *, center: bool = True) -> Tensor:
+def coefficients(spectrum: Spectrum, dim: int, *, center: bool = True) -> Tensor:
     """C = diag(1 / sigma) V_d^T H, shape (d, T): the basis is C X."""
-    result = found.vectors[:dim] / found.values[:dim, None].sqrt()
+    result = spectrum.vectors[:dim] / spectrum.values[:dim, None].sqrt()
     return result - result.mean(1, keepdim=True) if center else result

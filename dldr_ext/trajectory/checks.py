@@ -33,7 +33,7 @@ def checked_capacity(capacity: int) -> int:
 
 
 def flat_anchor(
-    what: Recorded, anchor: Tensor | Sequence[Tensor], shard: ColumnShard | None = None
+    recorded: Recorded, anchor: Tensor | Sequence[Tensor], shard: ColumnShard | None = None
 ) -> Tensor:
     """Return a flat copy of an anchor that the user gives; over ranks this rank's columns of it."""
     if shard is not None and shard.mesh is not None:
@@ -42,8 +42,8 @@ def flat_anchor(
         tensors = shard.local_part(list(anchor))
         check_matches(tensors, shard.shapes, shard.names, "local shards", "anchor")
     else:
-        tensors = _anchor_tensors(what, anchor)
-    flat = flatten(tensors, wide_dtype(what.dtype))
+        tensors = _anchor_tensors(recorded, anchor)
+    flat = flatten(tensors, wide_dtype(recorded.dtype))
     if not bool(flat.isfinite().all()):
         raise ValueError("anchor: expected finite values, got NaN or Inf")
     if shard is None or shard.mesh is not None:
@@ -51,28 +51,28 @@ def flat_anchor(
     return torch.cat([flat[:0], *(flat[begin:end] for begin, end in shard.runs)])
 
 
-def _anchor_tensors(what: Recorded, anchor: Tensor | Sequence[Tensor]) -> list[Tensor]:
+def _anchor_tensors(recorded: Recorded, anchor: Tensor | Sequence[Tensor]) -> list[Tensor]:
     tensors = [anchor] if isinstance(anchor, Tensor) else list(anchor)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             got = tensor.dtype if isinstance(tensor, Tensor) else type_name(tensor)
             raise TypeError(f"anchor[{i}]: expected a floating-point tensor, got {got}")
-        if tensor.device != what.device:
-            raise ValueError(f"anchor[{i}]: expected device {what.device}, got {tensor.device}")
+        if tensor.device != recorded.device:
+            raise ValueError(f"anchor[{i}]: expected device {recorded.device}, got {tensor.device}")
     if isinstance(anchor, Tensor):
-        check_matches(tensors, [(what.numel,)], what="parameters (flat)", argument="anchor")
+        check_matches(tensors, [(recorded.numel,)], what="parameters (flat)", argument="anchor")
     else:
-        check_matches(tensors, what.shapes, what.names, "parameters", "anchor")
+        check_matches(tensors, recorded.shapes, recorded.names, "parameters", "anchor")
     return tensors
 
 
-def check_current(what: Recorded, params: Sequence[Tensor]) -> None:
+def check_current(recorded: Recorded, params: Sequence[Tensor]) -> None:
     """Check that the parameters are still those that the trajectory was made for."""
-    check_matches(params, what.shapes, what.names, "trajectory when it was made")
+    check_matches(params, recorded.shapes, recorded.names, "trajectory when it was made")
     for i, p in enumerate(params):
-        if p.device != what.device:
+        if p.device != recorded.device:
             raise ValueError(
-                f"params[{i}]: expected device {what.device}, as when the trajectory was made, "
+                f"params[{i}]: expected device {recorded.device}, as when the trajectory was made, "
                 f"got {p.device}"
             )
 

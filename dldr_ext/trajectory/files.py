@@ -247,5 +247,5 @@ def _are_names(names: Any, count: int) -> bool:
     )
 
 
-def _wrong(file: Reader, name: str, expected: str, found: Any) -> ValueError:
-    return file.error(f"{name}: expected {expected}, found {str(found)[:60]!r}")
+def _wrong(file: Reader, name: str, expected: str, value: Any) -> ValueError:
+    return file.error(f"{name}: expected {expected}, found {str(value)[:60]!r}")

@@ -96,10 +96,10 @@ class _CheckpointErrors(RankErrors):
             return {"error": error.problem, "checkpoint": True}
         return {"error": str(error), "checkpoint": False}
 
-    def raised(self, call: str, rank: int, told: dict[str, Any]) -> Exception:
-        if told["checkpoint"]:
-            return self._series.error(self._t, told["error"])
-        return OSError(f"from_checkpoints: rank {rank}: {told['error']}")
+    def raised(self, call: str, rank: int, details: dict[str, Any]) -> Exception:
+        if details["checkpoint"]:
+            return self._series.error(self._t, details["error"])
+        return OSError(f"from_checkpoints: rank {rank}: {details['error']}")
 
 
 def record_series(
@@ -136,7 +136,7 @@ def check_recorded(
     reader: Pieces,
     dtype: torch.dtype,
     capacity: int,
-    what: object,
+    trajectory: object,
 ) -> None:
     """Check that a store was recorded from these checkpoints, as far as it goes.
 
@@ -144,8 +144,8 @@ def check_recorded(
     ----------
     dtype, capacity
         What is asked for.
-    what
-        The trajectory, for the message.
+    trajectory
+        For the message.
     """
     anchor, last = store.anchor, store.length - 1
     assert anchor is not None
@@ -165,7 +165,7 @@ def check_recorded(
     if not same:
         raise ValueError(
             f"path: expected the folder of a trajectory of {dtype}, capacity {capacity}, of these "
-            f"checkpoints in this order, got {what} of others"
+            f"checkpoints in this order, got {trajectory} of others"
         )
 
 

@@ -75,6 +75,38 @@ class Trajectory:
         docs/distributed.md. `subspace` then gives a `ShardedSubspace`, or for DTensors a
         `LocalSubspace`; ``snapshots`` and ``anchor`` are of this rank's columns.
 
+    See Also
+    --------
+    Subspace.from_snapshots : For weights that were kept by other means.
+    Trajectory.from_checkpoints : For checkpoints that a run left behind.
+
+    References
+    ----------
+    Li, Tan, Huang, Tao, Liu, Huang, "Low Dimensional Trajectory Hypothesis is True: DNNs Can Be
+    Trained in Tiny Subspaces", IEEE TPAMI 2022 (arXiv:2103.11154), algorithm 1.
+
+    Examples
+    --------
+    Ten steps of gradient descent, and the few directions that they went along:
+
+    >>> import torch
+    >>> from dldr_ext import Trajectory
+    >>> _ = torch.manual_seed(0)
+    >>> model, inputs = torch.nn.Linear(8, 1), torch.randn(64, 8)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> trajectory = Trajectory(model.named_parameters(), capacity=20, dtype=torch.float32)
+    >>> for _ in range(10):
+    ...     index = trajectory.record()
+    ...     optimizer.zero_grad()
+    ...     (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
+    ...     optimizer.step()
+    >>> trajectory
+    Trajectory(10 of 20 snapshots, numel=9, dtype=float32, device=cpu)
+    >>> trajectory.gram.shape
+    torch.Size([10, 10])
+    >>> trajectory.subspace(dim=3)
+    Subspace(dim=3, numel=9, dtype=float32, device=cpu)
+
     Notes
     -----
     A stored row is ``round_to(dtype, w_t - a)``, computed in float32 (float64 for float64
@@ -415,8 +447,8 @@ class Trajectory:
         request = Request(dim, explained, center)
         dtype, origin = self._checked(request, start, dtype)
         subspaces, end = [], 0
-        for i, part in enumerate(group_slices(groups, len(self.params))):
-            begin, end = end, end + numel(self.params[part])
+        for i, group in enumerate(group_slices(groups, len(self.params))):
+            begin, end = end, end + numel(self.params[group])
             rows, point = columns(self.snapshots, begin, end), origin[begin:end]
             try:
                 components = decompose(
@@ -426,9 +458,9 @@ class Trajectory:
                 raise ValueError(f"groups[{i}]: {error}") from None
             if components.warning is not None and dim == "auto":
                 warnings.warn(components.warning, UserWarning, stacklevel=2)
-            names = None if self.names is None else self.names[part]
+            names = None if self.names is None else self.names[group]
             subspaces.append(
-                principal.dense_subspace(rows, components, point, dtype, self.shapes[part], names)
+                principal.dense_subspace(rows, components, point, dtype, self.shapes[group], names)
             )
         return GroupedSubspace(subspaces)
 

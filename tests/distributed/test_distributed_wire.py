@@ -266,7 +266,9 @@ def scattered_mean(numel: int, dtype: torch.dtype) -> None:
     gradient = torch.full((numel,), 39_936.0 + 256 * rank).to(dtype)
     whole = sum((39_936.0 + 256 * r) for r in range(size)) / size
     begin, end = cut(numel, rank, size)
-    assert torch.equal(ours._scattered_mean([gradient[:5], gradient[5:]]), torch.full((end - begin,), whole))
+    assert torch.equal(
+        ours._scattered_mean([gradient[:5], gradient[5:]]), torch.full((end - begin,), whole)
+    )
 
 
 def test_sixteen_bits_are_summed_in_thirty_two(ranks: RankGroup) -> None:

@@ -119,18 +119,18 @@ class Store(ABC):
         bool
             False if it, or its square, is not finite: nothing has been stored then.
         """
-        known = self._known_anchor()
-        anchor = flatten(params, wide_dtype(self.dtype)) if known is None else known
+        given = self._known_anchor()
+        anchor = flatten(params, wide_dtype(self.dtype)) if given is None else given
         return self._counted(anchor, lambda: self._append(params, anchor))
 
     def append_pieces(self, pieces: RowPieces) -> bool:
         """Store one more row whose weights come piece by piece; else as `append`."""
-        known = self._known_anchor()
-        if known is None:
-            known = torch.empty(self.numel, dtype=wide_dtype(self.dtype), device=self.device)
+        given = self._known_anchor()
+        if given is None:
+            given = torch.empty(self.numel, dtype=wide_dtype(self.dtype), device=self.device)
             for columns, piece in pieces:
-                known[columns] = piece.to(known.device)
-        anchor = known
+                given[columns] = piece.to(given.device)
+        anchor = given
         return self._counted(anchor, lambda: self._append_pieces(pieces, anchor))
 
     def undo(self) -> None:

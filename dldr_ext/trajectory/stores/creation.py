@@ -56,8 +56,8 @@ def new_store(
     if ranks is None or shard is None:
         return _new_local_store(storage, path, spec, metadata, anchor)
     run = ranks.exchange({"run": secrets.token_hex(8)}, "construction")[0]["run"]
-    part = {"run": run, "ranks": ranks.size}
-    metadata = {**metadata, "shapes": shard.shapes, "names": shard.names, "part": part}
+    recording = {"run": run, "ranks": ranks.size}
+    metadata = {**metadata, "shapes": shard.shapes, "names": shard.names, "part": recording}
     spec = spec._replace(numel=shard.numel)
     local: Store = EmptyStore(spec, anchor)
     with all_or_none(ranks, "construction", lambda: 0, lambda: local.close()):

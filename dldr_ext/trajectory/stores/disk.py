@@ -144,9 +144,9 @@ class DiskStore(DeferredStore):
     @override
     def read_scale(self, row: int, begin: int, end: int, out: Tensor) -> None:
         start = self.numel * self.dtype.itemsize
-        found = self._bytes(row, start + 4 * begin, start + 4 * end)
+        scale = self._bytes(row, start + 4 * begin, start + 4 * end)
         # A copy, since what follows 8-bit numbers need not be aligned.
-        out.copy_(found.clone().view(torch.float32))
+        out.copy_(scale.clone().view(torch.float32))
 
     def _bytes(self, row: int, begin: int, end: int) -> Tensor:
         """Return some of the bytes of a row, mapped."""
@@ -234,8 +234,8 @@ class DiskStore(DeferredStore):
                 raise file.error(
                     f"expected the tensors {sorted(expected)}, found {sorted(file.names())}"
                 )
-            for name, known in expected.items():
-                file.check(name, *known)
+            for name, shape_and_dtype in expected.items():
+                file.check(name, *shape_and_dtype)
             # The format has no gaps: the last tensor ends where the file ends.
             row = _Row(path, path.stat().st_size - self.row_bytes)
             if row.offset % self.dtype.itemsize:
@@ -244,10 +244,10 @@ class DiskStore(DeferredStore):
 
     def _map(self, row: _Row) -> Tensor:
         size = row.offset + self.row_bytes
-        found = row.path.stat().st_size
-        if found != size:
+        size_now = row.path.stat().st_size
+        if size_now != size:
             raise ValueError(
-                f"{row.path}: changed since it was recorded: {found} bytes, not {size}"
+                f"{row.path}: changed since it was recorded: {size_now} bytes, not {size}"
             )
         # Mapped copy-on-write: nothing is ever written to the file.
         mapped = torch.from_file(

@@ -36,10 +36,10 @@ class HostStore(DeferredStore):
     def read_scale(self, row: int, begin: int, end: int, out: Tensor) -> None:
         self._read(self._rows[row][1][begin:end], out)
 
-    def _read(self, part: Tensor, out: Tensor) -> None:
+    def _read(self, source: Tensor, out: Tensor) -> None:
         if self._copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)
-        out.copy_(part, non_blocking=True)
+        out.copy_(source, non_blocking=True)
 
     def _put(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
         if len(self._rows) == self.length:
@@ -49,13 +49,13 @@ class HostStore(DeferredStore):
             return False
         if self._copies is not None:
             self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        for part, place in zip(row, self._rows[self.length], strict=True):
+        for tensor, place in zip(row, self._rows[self.length], strict=True):
             if self._copies is None:
-                place.copy_(part)
+                place.copy_(tensor)
                 continue
             with torch.cuda.stream(self._copies):
-                place.copy_(part, non_blocking=True)
-            part.record_stream(self._copies)
+                place.copy_(tensor, non_blocking=True)
+            tensor.record_stream(self._copies)
         return True
 
     def _more_rows(self) -> list[tuple[Tensor, ...]]:
@@ -69,4 +69,4 @@ class HostStore(DeferredStore):
             torch.empty(count * size, dtype=dtype, device="cpu", pin_memory=pinned)
             for size, dtype in parts
         ]
-        return list(zip(*(part.view(count, -1) for part in memory), strict=True))
+        return list(zip(*(block.view(count, -1) for block in memory), strict=True))

@@ -87,6 +87,7 @@ class ShardedStore(Store):
     @override
     def undo(self) -> None:
         self.local.undo()
+        del self._gram_rows[self.length :]
 
     @override
     def snapshots(self) -> Matrix:
