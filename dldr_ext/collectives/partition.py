@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..tensors.formats import SCALE_BLOCK
-from ..tensors.parameters import local_shard
+from ..tensors.constants import SCALE_BLOCK
+from ..tensors.parameters import is_dtensor, local_shard
 from .dtensors import local_columns, replicas_of
 
 Run = tuple[int, int]  # columns [begin, end) in flat order
@@ -65,7 +65,7 @@ class Share:
         self, params: Sequence[Any], names: Sequence[str] | None, rank: int, size: int
     ) -> None:
         self.total = sum(p.numel() for p in params)
-        self.mesh = next((p.device_mesh for p in params if hasattr(p, "device_mesh")), None)
+        self.mesh = next((p.device_mesh for p in params if is_dtensor(p)), None)
         self._parts: list[tuple[int, int, int]] | None = None
         if self.mesh is not None:
             self.replicas, self.runs = replicas_of(params), runs_of(params)

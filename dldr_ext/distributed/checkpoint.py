@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from ..collectives.partition import Run, cut, runs_of
-from ..files.column_checkpoint import Columns, _blocks
+from ..files.column_checkpoint import Columns, scale_runs
 from ..optim.base import SubspaceOptimizer
 from ..subspace.dense import Subspace
-from ..tensors.formats import SCALE_BLOCK
+from ..tensors.formats import blocks
+from ..tensors.parameters import is_dtensor
 from .local import LocalSubspace
 from .sharded import ShardedSubspace
 
@@ -29,7 +30,7 @@ class _Optimizer:
         self._optimizer = optimizer
         leaves: list[Any] = optimizer._leaves
         self._total = sum(p.numel() for p in leaves)
-        sharded = any(hasattr(p, "device_mesh") for p in leaves)
+        sharded = any(map(is_dtensor, leaves))
         self._runs = runs_of(leaves) if sharded else [(0, self._total)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class _Subspace:
         }
         scale = None if local is None else local.scale
         if scale is not None:
-            state["scale"] = Columns(scale, _blocks(runs), -(-total // SCALE_BLOCK))
+            state["scale"] = Columns(scale, scale_runs(runs), blocks(total))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -14,11 +14,10 @@ from torch import Tensor
 from ..collectives.partition import Run
 from ..collectives.process_group import Ranks
 from ..files.artifacts import Reader, read_columns
-from ..files.column_checkpoint import is_dcp, read_subspace, saved_shape
+from ..files.column_checkpoint import is_dcp, read_subspace, saved_shape, scale_runs
 from ..pca import report as report_module
 from ..subspace.base import AffineSubspace
 from ..subspace.dense import KIND, VERSION, Subspace
-from ..tensors.formats import SCALE_BLOCK
 
 
 class CutSubspace(AffineSubspace):
@@ -127,9 +126,7 @@ def _columns(
                 if name in ("basis", "origin"):
                     found[name] = read_columns(file, name, runs, ranks.device)
                 elif name == "scale":
-                    block = SCALE_BLOCK
-                    part = [(begin // block, -(-end // block)) for begin, end in runs]
-                    found[name] = read_columns(file, name, part, ranks.device)
+                    found[name] = read_columns(file, name, scale_runs(runs), ranks.device)
                 else:
                     found[name] = file.read(name)
         ranks.agree({"numel": total}, "load")

@@ -16,7 +16,7 @@ from ..collectives.partition import Run, cut
 from ..collectives.process_group import Ranks, members
 from ..subspace.dense import Subspace
 from ..tensors.alignment import empty_rows
-from ..tensors.formats import SCALE_BLOCK
+from ..tensors.formats import scale_of
 from ..tensors.memory import free_memory
 from ..tensors.parameters import dtype_name, flatten, type_name
 from .partitioned import CutSubspace, StrPath, _columns
@@ -56,9 +56,8 @@ class ShardedSubspace(CutSubspace):
         begin, end = cut(subspace.numel, ranks.rank, ranks.size)
         local = None
         if begin < end:
-            scale = subspace.scale
-            if scale is not None:
-                scale = scale[:, begin // SCALE_BLOCK : -(-end // SCALE_BLOCK)].to(origin.device)
+            scale = scale_of(subspace.scale, begin, end)
+            scale = None if scale is None else scale.to(origin.device)
             columns = subspace.basis[:, begin:end].contiguous()
             columns = columns.clone() if columns is subspace.basis else columns
             local = Subspace(columns.to(origin.device), origin[begin:end], scale=scale)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..collectives.partition import Run
-from ..tensors.formats import SCALE_BLOCK
+from ..tensors.constants import SCALE_BLOCK
+from ..tensors.formats import block_range, blocks
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -136,7 +137,7 @@ def read_subspace(
             continue
         own, count = (runs, total)
         if name == "scale":
-            own, count = _blocks(runs), -(-total // SCALE_BLOCK)
+            own, count = scale_runs(runs), blocks(total)
         size = sum(end - begin for begin, end in own) if name == "scale" else width
         shape = (size,) if name == "origin" else (dim, size)
         found[name] = torch.empty(shape, dtype=entry.properties.dtype, device=device)
@@ -161,6 +162,6 @@ def _entry(path: str | os.PathLike[str], name: str) -> Any:
     return entries[name]
 
 
-def _blocks(runs: Sequence[Run]) -> list[Run]:
-    """Of the scales of 8-bit numbers."""
-    return [(begin // SCALE_BLOCK, -(-end // SCALE_BLOCK)) for begin, end in runs]
+def scale_runs(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs of the scales of 8-bit numbers."""
+    return [block_range(begin, end) for begin, end in runs]

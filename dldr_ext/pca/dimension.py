@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
+from ..tensors.constants import MAX_DIM
 from .random_walk import SHORTEST, left_over, supported, walk_spectrum
 from .report import _FIELDS
 from .spectrum import Spectrum
@@ -74,9 +75,6 @@ def checked_auto(length: int, center: bool) -> None:
             f"dim: 'auto' needs {SHORTEST} snapshots or more to tell a spectrum from noise, got "
             f"{length}"
         )
-
-
-MAX_DIM = 1024
 
 
 def checked_dim(dim: int, limit: int, have: str) -> int:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pca.dimension import MAX_DIM
 from ..pca.gram import column_step
 from ..tensors.alignment import empty_rows, readable_rows
-from ..tensors.formats import LARGEST, SCALE_BLOCK, STORED, blocks, decoded, rounded, scale_of
-from ..tensors.parameters import DTYPES, dtype_name, type_name
+from ..tensors.constants import MAX_DIM, SCALE_BLOCK
+from ..tensors.formats import LARGEST, STORED, blocks, decoded, rounded, scale_of, wide_dtype
+from ..tensors.parameters import DTYPES, dtype_name, dtype_names, type_name
 
 _FORMATS = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 
@@ -39,8 +39,9 @@ def checked_basis(basis: Any) -> Tensor:
     if not isinstance(basis, Tensor):
         raise TypeError(f"basis: expected a tensor, got {type_name(basis)}")
     if basis.dtype not in STORED:
-        expected = ", ".join(map(dtype_name, STORED))
-        raise TypeError(f"basis: expected a dtype of {expected}, got {dtype_name(basis.dtype)}")
+        raise TypeError(
+            f"basis: expected a dtype of {dtype_names(STORED)}, got {dtype_name(basis.dtype)}"
+        )
     if basis.layout != torch.strided:
         raise TypeError(f"basis: expected a dense tensor, got {basis.layout}")
     if basis.dim() != 2 or not 1 <= basis.shape[0] <= MAX_DIM or basis.shape[1] == 0:
@@ -93,8 +94,7 @@ def checked_origin(origin: Any, basis: Tensor) -> Tensor:
         )
     if origin.device != basis.device:
         raise ValueError(f"origin: expected device {basis.device}, as basis, got {origin.device}")
-    wide = torch.float64 if basis.dtype == torch.float64 else torch.float32
-    origin = origin.detach().to(wide).contiguous()
+    origin = origin.detach().to(wide_dtype(basis.dtype)).contiguous()
     if not bool(torch.stack(torch.aminmax(origin)).isfinite().all()):  # no mask of n numbers
         raise ValueError("origin: expected finite values, got NaN or Inf")
     return origin

@@ -18,8 +18,9 @@ from ..pca.form_basis import formed
 from ..pca.gram import column_step, orthonormalize_
 from ..pca.report import checked_facts
 from ..tensors.alignment import empty_rows
+from ..tensors.formats import wide_dtype
 from ..tensors.matrices import Matrix
-from ..tensors.parameters import DTYPES, dtype_name, flatten, named_parameters, numel
+from ..tensors.parameters import DTYPES, dtype_name, dtype_names, flatten, named_parameters, numel
 from . import basis as basis_module
 from .exact import ReadableSubspace
 from .from_snapshots import subspace_arguments
@@ -204,10 +205,9 @@ class Subspace(ReadableSubspace):
         dtype = self.dtype if dtype is None else dtype
         device = self.device if device is None else torch.device(device)
         if dtype != self.dtype and dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
             raise ValueError(
-                f"dtype: expected one of {expected}, got {dtype}; for int8 or float8_e4m3fn use "
-                "quantize()"
+                f"dtype: expected one of {dtype_names(DTYPES)}, got {dtype}; for int8 or "
+                "float8_e4m3fn use quantize()"
             )
         basis, scale, origin = self.basis, self.scale, self.origin
         if dtype != self.dtype:
@@ -215,7 +215,7 @@ class Subspace(ReadableSubspace):
                 basis = basis.to(dtype)
             else:
                 basis, scale = basis_module.dequantize(basis, scale, dtype), None
-            origin = origin.to(torch.float64 if dtype == torch.float64 else torch.float32)
+            origin = origin.to(wide_dtype(dtype))
         basis, origin = basis.to(device), origin.to(device)
         scale = None if scale is None else scale.to(device)
         if basis is self.basis:
@@ -280,9 +280,8 @@ class Subspace(ReadableSubspace):
         n, device = numel(listed), listed[0].device
         dim = checked_dim(dim, n, f"the parameters have {n} elements")
         if dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
-            raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+            raise ValueError(f"dtype: expected one of {dtype_names(DTYPES)}, got {dtype}")
+        wide = wide_dtype(dtype)
         origin = flatten(listed, wide)
         basis = empty_rows(dim, n, dtype=dtype, device=device)
         for row in basis:

@@ -13,10 +13,12 @@ from .. import ops
 from ..pca.dimension import MAX_DIM, checked_auto, checked_dim, choose
 from ..pca.gram import exact_gram, gram_schmidt, orthonormalize_
 from ..pca.spectrum import coefficients, exact_spectrum
+from ..tensors.formats import wide_dtype
 from ..tensors.parameters import (
     DTYPES,
     check_matches,
     dtype_name,
+    dtype_names,
     named_parameters,
     numel,
     type_name,
@@ -30,8 +32,7 @@ def subspace_arguments(
     if orthonormal not in ("pca", "qr"):
         raise ValueError(f"orthonormal: expected 'pca' or 'qr', got {orthonormal!r}")
     if dtype is not None and dtype not in DTYPES:
-        expected = ", ".join(map(dtype_name, DTYPES))
-        raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
+        raise ValueError(f"dtype: expected one of {dtype_names(DTYPES)}, got {dtype}")
     rows, shapes, names = _as_rows(snapshots)
     count = len(rows)
     if count < 2:
@@ -41,7 +42,7 @@ def subspace_arguments(
     gram = exact_gram(rows, relative=pca)
     _check_finite(rows, gram)
     dtype = rows.dtype if dtype is None else dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     known: dict[str, Any] = {"shapes": shapes, "names": names}
     if pca:
         origin = rows[0].to(wide, copy=True)
@@ -74,9 +75,8 @@ def _as_rows(
     """One flat row for each snapshot; the shapes and names if known."""
     if isinstance(snapshots, Tensor):
         if snapshots.dtype not in DTYPES or snapshots.layout != torch.strided:
-            expected = ", ".join(map(dtype_name, DTYPES))
             raise TypeError(
-                f"snapshots: expected a dense tensor of {expected}, got "
+                f"snapshots: expected a dense tensor of {dtype_names(DTYPES)}, got "
                 f"{dtype_name(snapshots.dtype)}, {snapshots.layout}"
             )
         if snapshots.dim() != 2 or snapshots.shape[1] == 0:

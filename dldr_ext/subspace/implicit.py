@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..files import artifacts
 from ..tensors.alignment import readable_rows
-from ..tensors.formats import SCALE_BLOCK
+from ..tensors.formats import scale_of, wide_dtype
 from ..tensors.parameters import dtype_name, flatten, type_name
 from .dense import KIND, VERSION, Subspace
 from .exact import ReadableSubspace
@@ -119,7 +119,7 @@ class ImplicitSubspace(ReadableSubspace):
         basis = self._rows(slice(None), self._dense_dtype() if dtype is None else dtype)
         return Subspace(
             basis,
-            self.origin.to(torch.float64 if basis.dtype == torch.float64 else torch.float32),
+            self.origin.to(wide_dtype(basis.dtype)),
             **self._known(),
             **self._facts(),
         )
@@ -170,10 +170,7 @@ class ImplicitSubspace(ReadableSubspace):
 
     def _values(self, begin: int, step: int) -> Tensor:
         columns = self.snapshots[:, begin : begin + step].contiguous()
-        scale = self.scale
-        if scale is not None:
-            size = SCALE_BLOCK
-            scale = scale[:, begin // size : -(-(begin + step) // size)].contiguous()
+        scale = scale_of(self.scale, begin, begin + step)
         return ops.form_basis(columns, self.coefficients, scale=scale, dtype=torch.float64)
 
     def _coordinates(self, products: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .alignment import empty_rows
-from .formats import SCALE_BLOCK, blocks, decoded
+from .constants import SCALE_BLOCK
+from .formats import block_range, blocks, decoded
 
 Index = int | slice | tuple[int | slice, slice]
 _Buffer = TypeVar("_Buffer")
@@ -163,9 +164,9 @@ class ScaledRows:
 
     def stored_pieces(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Where each of `pieces` begins; its codes and scale, `skip` columns in front of it."""
-        total, size = self.shape[1], SCALE_BLOCK
+        total = self.shape[1]
         places = [(b, min(b + step, total) + self.skip) for b in range(0, total, step)]
-        parts = [(begin // size, blocks(end)) for begin, end in places]
+        parts = [block_range(begin, end) for begin, end in places]
         read = zip(_read(self.codes, places), _read(self.scale, parts), strict=True)
         for (begin, _), (codes, scale) in zip(places, read, strict=True):
             yield begin, codes, scale.contiguous()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +93,14 @@ def gradients(params: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
+def is_dtensor(value: Any) -> TypeGuard[Any]:
+    """Return whether a value is a ``DTensor``, without the import of torch.distributed.tensor."""
+    return hasattr(value, "device_mesh")
+
+
 def local_shard(tensor: Any, like: Any = None) -> Tensor:
     """What this rank holds of a ``DTensor``, cut as ``like`` is; any other tensor as it is."""
-    if not hasattr(tensor, "to_local"):
+    if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
         placements = getattr(like, "placements", tensor.placements)
@@ -159,8 +164,13 @@ def flatten(params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name without "torch."."""
+    """Return the name without "torch."."""
     return str(dtype).removeprefix("torch.")
+
+
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    """Return the names of the dtypes that an argument may have, for messages."""
+    return ", ".join(map(dtype_name, dtypes))
 
 
 def type_name(value: object) -> str:
@@ -190,8 +200,9 @@ def _check_tensor(tensor: Any, label: str) -> None:
     if tensor.layout != torch.strided:
         raise TypeError(f"{label}: expected a dense tensor, got {tensor.layout}")
     if tensor.dtype not in DTYPES:
-        expected = ", ".join(map(dtype_name, DTYPES))
-        raise TypeError(f"{label}: expected a dtype of {expected}, got {dtype_name(tensor.dtype)}")
+        raise TypeError(
+            f"{label}: expected a dtype of {dtype_names(DTYPES)}, got {dtype_name(tensor.dtype)}"
+        )
 
 
 def _frozen(tensor: Tensor) -> bool:

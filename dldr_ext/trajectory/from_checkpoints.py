@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 from typing import TYPE_CHECKING
 
 from ..collectives.partition import Share
+from ..tensors.parameters import is_dtensor
 
 Progress = Callable[[int, int], None]
 _PIECE = 1 << 22  # elements; DiskStore cuts rows at the same places, so that none is kept
@@ -102,7 +103,7 @@ def from_checkpoints(
         if ranks is not None:
             ranks.agree({"checkpoints": series.indices, "capacity": capacity, "resume": resume})
     # Stand-ins without memory, on the CPU for a model on the meta device.
-    named = [(name, p if hasattr(p, "device_mesh") else _stand_in(p)) for name, p in params.items()]
+    named = [(name, p if is_dtensor(p) else _stand_in(p)) for name, p in params.items()]
     if resume and path is not None and _holds_one(path, ranks):
         result = cls.load(path, named, process_group=process_group)
     else:
@@ -138,7 +139,7 @@ def _opened(
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
     params = model_parameters(model, include, exclude)
-    if any(hasattr(p, "device_mesh") and p.device.type == "meta" for p in params.values()):
+    if any(is_dtensor(p) and p.device.type == "meta" for p in params.values()):
         raise ValueError("model: expected DTensors with memory, got some on the meta device")
     return params, Series(
         paths, model, include=include, exclude=exclude, key=key, skip_bad=skip_bad

@@ -15,7 +15,7 @@ from ..pca.form_basis import formed
 from ..pca.gram import column_step
 from ..subspace.dense import Subspace
 from ..subspace.implicit import ImplicitSubspace
-from ..tensors.formats import SCALE_BLOCK, blocks
+from ..tensors.formats import block_range
 from ..tensors.matrices import Matrix, as_stored, scaled, stored_pieces
 from ..tensors.parameters import dtype_name
 from .stores import MemoryStore, SpentStore
@@ -96,7 +96,7 @@ def into_subspace(
             end = begin + new.shape[1]
             basis[:, begin:end] = new
             if scale is not None and factors is not None:
-                scale[:, begin // SCALE_BLOCK : blocks(end)] = factors
+                scale[:, slice(*block_range(begin, end))] = factors
         return Subspace(basis, origin, scale=scale, **known)
 
     return principal_of(self, form, dim, explained, start, center, dtype)

@@ -18,7 +18,7 @@ from ..subspace.grouped import GroupedSubspace, group_slices
 from ..subspace.implicit import ImplicitSubspace
 from ..tensors.formats import STORED, wide_dtype
 from ..tensors.matrices import Matrix, columns
-from ..tensors.parameters import dtype_name, flatten, named_parameters, numel
+from ..tensors.parameters import dtype_name, dtype_names, flatten, named_parameters, numel
 from .checks import check_current, checked_capacity, given_anchor, why_not_finite
 from .files import load_trajectory, save_trajectory
 from .from_checkpoints import from_checkpoints
@@ -97,9 +97,8 @@ class Trajectory:
         self.device = self.params[0].device
         self.capacity = checked_capacity(capacity)
         if dtype not in STORED:
-            expected = ", ".join(map(dtype_name, STORED))
             found = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
-            raise ValueError(f"dtype: expected one of {expected}, got {found}")
+            raise ValueError(f"dtype: expected one of {dtype_names(STORED)}, got {found}")
         if self.numel == 0:
             raise ValueError("params: expected at least one element, got tensors of size 0")
         self.dtype = dtype
@@ -396,8 +395,7 @@ class Trajectory:
         """The most directions that were asked for, the dtype of the basis and the origin."""
         dtype = self.dtype if dtype is None else dtype
         if dtype not in STORED:
-            expected = ", ".join(map(dtype_name, STORED))
-            raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
+            raise ValueError(f"dtype: expected one of {dtype_names(STORED)}, got {dtype}")
         self._check_length()
         count = asked_count(len(self), dim, explained, center)
         assert self._anchor is not None

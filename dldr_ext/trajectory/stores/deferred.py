@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import ops
 from ...tensors.formats import LARGEST, blocks, empty_scale
 from ...tensors.matrices import ScaledRows, StoredRows
+from ...tensors.memory import free_memory
 from .base import Store
 from .block_gram import Seconds, multiply_by_rows, multiply_on_cpu
 
@@ -77,8 +78,7 @@ class DeferredStore(Store):
             self._count(read=end * self.row_bytes)
 
     def _rows_that_fit(self) -> int:
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return max(1, min(_MOST_ROWS, free // _FREE_SHARE // self.row_bytes))
+        return max(1, min(_MOST_ROWS, free_memory(self.device) // _FREE_SHARE // self.row_bytes))
 
 
 class _Scales:
