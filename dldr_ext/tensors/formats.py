@@ -14,7 +14,7 @@ from .parameters import DTYPES
 
 # The 8-bit formats, and the largest magnitude that each uses.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# What rows may be stored in.
+# The dtypes that rows may be stored in.
 STORED = (*DTYPES, *LARGEST)
 # A block whose largest magnitude is below this is stored as zeros: its scale would be subnormal.
 _SMALLEST = 448 * torch.finfo(torch.float32).tiny
