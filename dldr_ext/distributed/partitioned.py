@@ -45,11 +45,10 @@ class CutSubspace(AffineSubspace):
 
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
         """Coordinates of the ranks' mean of several lists, shape (len(lists), d)."""
-        c = self.ranks.sum_(self.addend(lists, self.ranks.size), "coordinates")
+        c = self.ranks.sum_(self.partial_sum(lists, self.ranks.size), "coordinates")
         return c.to(self.coordinate_dtype)
 
-    def reconstruct(self, theta: Tensor) -> Tensor:
-        """Flat weights w0 + P theta, shape (n,). Not differentiable."""
+    def _reconstruct(self, theta: Tensor) -> Tensor:
         if theta.requires_grad and torch.is_grad_enabled():
             raise ValueError("theta: expected a tensor that needs no gradient, got one that does")
         result = torch.empty_like(self.origin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..subspace.dense import Subspace
 from ..tensors.alignment import empty_rows
 from ..tensors.formats import scale_of
 from ..tensors.memory import free_memory
-from ..tensors.parameters import dtype_name, flatten, type_name
+from ..tensors.parameters import dtype_name, type_name
 from .partitioned import CutSubspace, StrPath, _columns
 
 
@@ -118,14 +118,14 @@ class ShardedSubspace(CutSubspace):
             singular_values=self.singular_values, choice=self.choice,
         )  # fmt: skip
 
-    def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
+    def partial_sum(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
         """This rank's columns of the mean: n numbers scattered for each list that differs."""
         differ = len(lists) - same
         own = [self._own(one) for one in lists[:differ]]
         own += [self._flat(one)[self._columns] for one in lists[differ:]]
         return self._products([[one] for one in own])
 
-    def direction(self, index: int) -> Tensor:
+    def _direction(self, index: int) -> Tensor:
         return self._whole(None if self.local is None else self.local.direction(index))
 
     def combine_residual(
@@ -137,9 +137,9 @@ class ShardedSubspace(CutSubspace):
             both = self.local.combine_residual(theta, coordinates, [own])
         return self._whole(both[0]), self._whole(both[1])
 
-    def with_origin(self, params: Iterable[Any] | Tensor) -> ShardedSubspace:
+    def _moved_to(self, origin: Tensor) -> ShardedSubspace:
         result = self._like(self.local)
-        result.origin = flatten(self._weights(params), self.origin.dtype)
+        result.origin = origin
         return result
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
