@@ -165,7 +165,7 @@ class ShardedSubspace(CutSubspace):
         size = cut(self.numel, 0, self.ranks.size, pad=True)[1] * self.ranks.size
         full = self.origin.new_empty(size, dtype=first if short else self.origin.dtype)
         full[self.numel :] = 0
-        torch.cat([t.reshape(-1).to(full.dtype) for t in tensors], out=full[: self.numel])
+        torch.cat([t.detach().reshape(-1).to(full.dtype) for t in tensors], out=full[: self.numel])
         return full
 
     @property

@@ -105,7 +105,8 @@ class ImplicitSubspace(ReadableSubspace):
         return ops.reconstruct(self.origin, self.snapshots, self._combine(theta), scale=self.scale)
 
     def _direction(self, index: int) -> Tensor:
-        return self._rows(slice(index, index + 1 or None), self.origin.dtype)[0]
+        index = range(self.dim)[index]
+        return self._rows(slice(index, index + 1), self.origin.dtype)[0]
 
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
         """Return the coordinates of several lists of tensors, (len(lists), d), in one pass."""
