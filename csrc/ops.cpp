@@ -1,5 +1,5 @@
 // Every schema of the library. CPU kernels register beside themselves in cpu/, CUDA kernels in
-// cuda/ (another library); fake kernels and autograd formulas in dldr_ext/_registrations.py.
+// cuda/ (another library); fake kernels and autograd formulas in dldr_ext/ops/registrations.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(dldr_ext, m) {
@@ -33,4 +33,5 @@ STABLE_TORCH_LIBRARY(dldr_ext, m) {
   m.def("_cpu_capability() -> str");
   m.def("_cpu_capabilities() -> str");
   m.def("_set_cpu_capability(str name) -> ()");
+  m.def("_constants() -> int[]");
 }

@@ -1,4 +1,5 @@
-// What dldr_ext.build_info() shows of the CPU paths, and the switch that tests use.
+// What Python asks of the library itself: the CPU paths that dldr_ext.build_info() shows, the switch
+// that tests use, and the constants of plan.h.
 #include "../stable_utils.h"
 #include "capability.h"
 
@@ -18,12 +19,16 @@ std::string cpu_capabilities() {
   return names;
 }
 
+// In the order of dldr_ext/tensors/constants.py.
+std::vector<int64_t> constants() { return {kTile, kScaleBlock, kMaxChunks, kMaxDim}; }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dldr_ext, CompositeExplicitAutograd, m) {
   m.impl("_cpu_capability", TORCH_BOX(&cpu_capability));
   m.impl("_set_cpu_capability", TORCH_BOX(&set_cpu_capability));
   m.impl("_cpu_capabilities", TORCH_BOX(&cpu_capabilities));
+  m.impl("_constants", TORCH_BOX(&constants));
 }
 
 }  // namespace dldr

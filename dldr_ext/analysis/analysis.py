@@ -30,7 +30,7 @@ from ..pca.form_basis import formed
 from ..pca.gram import column_step, exact_gram
 from ..pca.report import described
 from ..subspace import dense
-from ..tensors.formats import SCALE_BLOCK, blocks, empty_scale, row_bytes, wide_dtype
+from ..tensors.formats import block_range, blocks, empty_scale, row_bytes, wide_dtype
 from ..tensors.matrices import ScaledRows
 from ..tensors.parameters import dtype_name
 from ..trajectory.stores import MemoryStore, StoreSpec
@@ -207,7 +207,7 @@ class Analysis:
                     for row, values in enumerate(basis):
                         file.write("basis", row * numel + begin, values)
                     for row, values in enumerate(() if scale is None else scale):
-                        at = row * blocks(numel) + begin // SCALE_BLOCK
+                        at = row * blocks(numel) + block_range(begin, numel)[0]
                         file.write("scale", at, values)
                     file.write("origin", begin, anchor)
                     end = begin + len(anchor)

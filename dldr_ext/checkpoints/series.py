@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..tensors.parameters import DTYPES, dtype_name, named_parameters
+from ..tensors.parameters import DTYPES, dtype_name, dtype_names, named_parameters
 from .discovery import find
 from .errors import CheckpointError
 from .formats import Contents, Entry, read_contents
@@ -282,9 +282,8 @@ def _row(path: Path, contents: Contents, wanted: Wanted, of_model: bool) -> list
                 f"{names[0]}: expected shape {shape}, as in the {whose}, got {entry.shape}",
             )
         if entry.dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
             raise CheckpointError(
-                path, f"{names[0]}: expected {expected}, got {dtype_name(entry.dtype)}"
+                path, f"{names[0]}: expected {dtype_names(DTYPES)}, got {dtype_name(entry.dtype)}"
             )
         row.append(entry)
     return row

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tensors.parameters import local_shard, named_parameters
+from ..tensors.parameters import is_dtensor, local_shard, named_parameters
 
 
 def local_shards(params: Iterable[Any]) -> list[Tensor]:
@@ -32,7 +32,7 @@ def local_columns(params: Iterable[Any]) -> Tensor:
     columns, start = [], 0
     for p in entries(params)[0]:
         index: Any = torch.arange(start, start + p.numel()).view(p.shape)
-        if hasattr(p, "device_mesh"):
+        if is_dtensor(p):
             from torch.distributed.tensor import distribute_tensor  # a third of a second
 
             index = index.to(p.device)
@@ -58,7 +58,7 @@ def replicas_of(params: Sequence[Any]) -> int:
     """
     counts = []
     for i, p in enumerate(params):
-        if not hasattr(p, "device_mesh"):
+        if not is_dtensor(p):
             raise ValueError(f"params[{i}]: expected a DTensor (fully_shard), got a plain tensor")
         if any(place.is_partial() for place in p.placements):
             raise ValueError(f"params[{i}]: expected shards or replicas, got {p.placements}")

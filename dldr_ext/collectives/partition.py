@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..tensors.formats import SCALE_BLOCK
-from ..tensors.parameters import local_shard
+from ..tensors.constants import SCALE_BLOCK
+from ..tensors.formats import block_range
+from ..tensors.parameters import is_dtensor, local_shard
 from .dtensors import local_columns, replicas_of
 
 Run = tuple[int, int]  # columns [begin, end) in flat order
@@ -65,7 +66,7 @@ class ColumnShard:
         self, params: Sequence[Any], names: Sequence[str] | None, rank: int, size: int
     ) -> None:
         self.total = sum(p.numel() for p in params)
-        self.mesh = next((p.device_mesh for p in params if hasattr(p, "device_mesh")), None)
+        self.mesh = next((p.device_mesh for p in params if is_dtensor(p)), None)
         self._parts: list[tuple[int, int, int]] | None = None
         if self.mesh is not None:
             self.replicas, self.runs = replicas_of(params), runs_of(params)
@@ -138,7 +139,7 @@ def cut(numel: int, rank: int, size: int, pad: bool = False) -> tuple[int, int]:
 
 def block_runs(runs: Sequence[Run]) -> list[Run]:
     """Return the scale blocks of 8-bit numbers in runs of columns, which begin with a block."""
-    return [(begin // SCALE_BLOCK, -(-end // SCALE_BLOCK)) for begin, end in runs]
+    return [block_range(begin, end) for begin, end in runs]
 
 
 def runs_of(params: Sequence[Any]) -> list[Run]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..tensors.parameters import type_name
+from ..tensors.parameters import is_dtensor, type_name
 from .consistency import Claims, difference
 
 _log = logging.getLogger("dldr_ext")
@@ -223,7 +223,7 @@ def members(owner: str, process_group: Any) -> tuple[Any, nn.Module | None]:
     elif isinstance(process_group, nn.parallel.DistributedDataParallel):
         group = process_group.process_group
     elif isinstance(process_group, nn.Module):
-        meshes = [p.device_mesh for p in process_group.parameters() if hasattr(p, "device_mesh")]
+        meshes = [p.device_mesh for p in process_group.parameters() if is_dtensor(p)]
         if not meshes:
             raise ValueError(
                 f"{owner}: process_group: expected a module in DistributedDataParallel or one with "
@@ -251,7 +251,7 @@ def together(owner: str, process_group: Any, params: Any) -> Ranks | None:
     """Return the ranks that an optimizer steps with; None: it steps alone."""
     sharded = _first(params)
     if process_group is None:
-        if hasattr(sharded, "device_mesh"):
+        if is_dtensor(sharded):
             raise ValueError(
                 f"{owner}: process_group: expected the module that the DTensor parameters belong "
                 "to (fully_shard), or its group, got None"

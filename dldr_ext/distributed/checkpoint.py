@@ -16,7 +16,8 @@ import torch
 from ..collectives.partition import Run, block_runs, cut, runs_of
 from ..files.column_checkpoint import Columns
 from ..subspace.dense import Subspace
-from ..tensors.formats import SCALE_BLOCK
+from ..tensors.formats import blocks
+from ..tensors.parameters import is_dtensor
 from .local import LocalSubspace
 from .sharded import ShardedSubspace
 
@@ -55,7 +56,7 @@ class _Optimizer:
         self._optimizer = optimizer
         leaves: list[Any] = optimizer.param_groups[0]["params"]
         self._total = sum(p.numel() for p in leaves)
-        sharded = any(hasattr(p, "device_mesh") for p in leaves)
+        sharded = any(map(is_dtensor, leaves))
         self._runs = runs_of(leaves) if sharded else [(0, self._total)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class _Subspace:
         }
         scale = None if local is None else local.scale
         if scale is not None:
-            state["scale"] = Columns(scale, block_runs(runs), -(-total // SCALE_BLOCK))
+            state["scale"] = Columns(scale, block_runs(runs), blocks(total))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -202,7 +202,7 @@ class LocalSubspace(PartitionedSubspace):
         return result
 
     @override
-    def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
+    def partial_sum(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
         # Gradients of shards are means over the ranks already: only replicas count twice.
         return self._products(lists).div_(self.replicas)
 
@@ -215,9 +215,7 @@ class LocalSubspace(PartitionedSubspace):
         product = torch.dot(a, b).to(torch.float64).reshape(1) / self.replicas
         return float(self.ranks.sum_(product, "a product"))
 
-    @override
-    def direction(self, index: int) -> Tensor:
-        """Return this rank's columns of one basis vector, shape (n_local,): a copy."""
+    def _direction(self, index: int) -> Tensor:
         return torch.empty_like(self.origin) if self.local is None else self.local.direction(index)
 
     @override
@@ -228,10 +226,8 @@ class LocalSubspace(PartitionedSubspace):
             return torch.empty_like(self.origin), torch.empty_like(self.origin)
         return self.local.combine_residual(theta, coordinates, tensors)
 
-    @override
-    def with_origin(self, params: Iterable[Any] | Tensor) -> LocalSubspace:
-        flat = flatten(self._weights(params), self.origin.dtype)
-        return self._with_columns(None if self.local is None else self.local.with_origin(flat))
+    def _moved_to(self, origin: Tensor) -> LocalSubspace:
+        return self._with_columns(None if self.local is None else self.local.with_origin(origin))
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
         if self.local is not None:

@@ -76,28 +76,10 @@ class PartitionedSubspace(AffineSubspace):
     @override
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
         """Return the coordinates of the ranks' mean of several lists, shape (len(lists), d)."""
-        c = self.ranks.sum_(self.addend(lists, self.ranks.size), "coordinates")
+        c = self.ranks.sum_(self.partial_sum(lists, self.ranks.size), "coordinates")
         return c.to(self.coordinate_dtype)
 
-    @override
-    def reconstruct(self, theta: Tensor) -> Tensor:
-        """Return the flat weights w0 + P theta that are held here. Not differentiable.
-
-        Parameters
-        ----------
-        theta : Tensor, shape (d,)
-            The same on every rank.
-
-        Returns
-        -------
-        Tensor
-            Of the shape of ``origin``.
-
-        Raises
-        ------
-        ValueError
-            ``theta`` needs a gradient.
-        """
+    def _reconstruct(self, theta: Tensor) -> Tensor:
         if theta.requires_grad and torch.is_grad_enabled():
             raise ValueError("theta: expected a tensor that needs no gradient, got one that does")
         result = torch.empty_like(self.origin)

@@ -6,7 +6,7 @@ import copy
 import os
 import socket
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..collectives.consistency import Claims
-from ..collectives.partition import Run, block_runs, cut
+from ..collectives.partition import Run, cut
 from ..collectives.process_group import Ranks, members
 from ..subspace.dense import Subspace
 from ..tensors.alignment import empty_rows
+from ..tensors.formats import scale_of
 from ..tensors.memory import free_memory
-from ..tensors.parameters import dtype_name, flatten, type_name
+from ..tensors.parameters import dtype_name, type_name
 from .partitioned import PartitionedSubspace, read_partition
 
 
@@ -62,10 +63,8 @@ class ShardedSubspace(PartitionedSubspace):
         begin, end = cut(subspace.numel, ranks.rank, ranks.size)
         local = None
         if begin < end:
-            scale = subspace.scale
-            if scale is not None:
-                ((first, last),) = block_runs([(begin, end)])
-                scale = scale[:, first:last].to(origin.device)
+            scale = scale_of(subspace.scale, begin, end)
+            scale = None if scale is None else scale.to(origin.device)
             columns = subspace.basis[:, begin:end].contiguous()
             columns = columns.clone() if columns is subspace.basis else columns
             local = Subspace(columns.to(origin.device), origin[begin:end], scale=scale)
@@ -172,16 +171,14 @@ class ShardedSubspace(PartitionedSubspace):
         )
 
     @override
-    def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
+    def partial_sum(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
         # n numbers are scattered for each list that differs between the ranks.
         differ = len(lists) - same
         columns = [self._scattered_mean(tensors) for tensors in lists[:differ]]
         columns += [self._flat(tensors)[self._columns] for tensors in lists[differ:]]
         return self._products([[vector] for vector in columns])
 
-    @override
-    def direction(self, index: int) -> Tensor:
-        """Return one basis vector, a column of P, shape (n,), on every rank: a copy."""
+    def _direction(self, index: int) -> Tensor:
         return self._gathered(None if self.local is None else self.local.direction(index))
 
     @override
@@ -195,10 +192,9 @@ class ShardedSubspace(PartitionedSubspace):
             direction, residual = self.local.combine_residual(theta, coordinates, [gradient])
         return self._gathered(direction), self._gathered(residual)
 
-    @override
-    def with_origin(self, params: Iterable[Any] | Tensor) -> ShardedSubspace:
+    def _moved_to(self, origin: Tensor) -> ShardedSubspace:
         result = self._with_columns(self.local)
-        result.origin = flatten(self._weights(params), self.origin.dtype)
+        result.origin = origin
         return result
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
@@ -224,7 +220,7 @@ class ShardedSubspace(PartitionedSubspace):
         size = cut(self.numel, 0, self.ranks.size, pad=True)[1] * self.ranks.size
         flat = self.origin.new_empty(size, dtype=first if short else self.origin.dtype)
         flat[self.numel :] = 0
-        torch.cat([t.reshape(-1).to(flat.dtype) for t in tensors], out=flat[: self.numel])
+        torch.cat([t.detach().reshape(-1).to(flat.dtype) for t in tensors], out=flat[: self.numel])
         return flat
 
     @property

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..collectives.partition import Run, block_runs
-from ..tensors.formats import SCALE_BLOCK
+from ..tensors.constants import SCALE_BLOCK
+from ..tensors.formats import blocks
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
@@ -137,7 +138,7 @@ def read_subspace(
             continue
         runs_of_tensor, count = (runs, total)
         if name == "scale":
-            runs_of_tensor, count = block_runs(runs), -(-total // SCALE_BLOCK)
+            runs_of_tensor, count = block_runs(runs), blocks(total)
         size = sum(end - begin for begin, end in runs_of_tensor) if name == "scale" else width
         shape = (size,) if name == "origin" else (dim, size)
         tensors[name] = torch.empty(shape, dtype=entry.properties.dtype, device=device)

@@ -1,4 +1,4 @@
-"""How the raw ops are called: errors that name the argument, and None in lists of gradients."""
+"""Calls of the raw ops: errors that name the argument, and None in lists of gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .library import device_problem
 def fill_none(
     op: str, name: str, basis: Tensor, tensors: Sequence[Tensor | None]
 ) -> Sequence[Tensor]:
-    """Puts one stride-0 zero in the place of the Nones of a list."""
+    """Replace the Nones of a list by one zero of stride 0."""
     if not isinstance(tensors, (list, tuple)) or not any(t is None for t in tensors):
         return tensors  # type: ignore[return-value]  # a list without None, or diagnosed later
     places = [i for i, t in enumerate(tensors) if t is None]
@@ -40,7 +40,7 @@ def fill_none(
 
 
 def check_list(op: str, name: str, tensors: Any, basis: Any) -> None:
-    """Checks one of several lists before they are joined: then they cannot be told apart."""
+    """Check one of several lists before they are joined: then they cannot be told apart."""
     if not isinstance(tensors, (list, tuple)) or not all([isinstance(t, Tensor) for t in tensors]):
         _check_sequence(op, name, tensors)
     if not isinstance(basis, Tensor) or basis.dim() != 2:
@@ -54,7 +54,7 @@ def check_list(op: str, name: str, tensors: Any, basis: Any) -> None:
 
 
 def call(name: str, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls the raw op; turns its RuntimeError into a ValueError or TypeError.
+    """Call the raw op; turn its RuntimeError into a ValueError or TypeError.
 
     The checks live in C++ and cost nothing here. Only a failed call is looked at again: the ops
     mark their own messages with the exception's name, and what the dispatcher refuses before an op
@@ -80,7 +80,7 @@ _OPTIONAL = ("origin", "scale", "dtype")
 
 
 def _diagnose(name: str, arguments: dict[str, Any]) -> None:
-    """Raises for what the dispatcher refuses; returns if nothing is found."""
+    """Raise an error for what the dispatcher refuses, if there is something."""
     devices: dict[torch.device, str] = {}
     for argument, value in arguments.items():
         if value is None and argument in _OPTIONAL:

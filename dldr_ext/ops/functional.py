@@ -1,4 +1,8 @@
-"""The ops as functions with checked arguments: see `dldr_ext.ops`."""
+"""The ops as functions with checked arguments: see `dldr_ext.ops`.
+
+Every function raises ``TypeError`` or ``ValueError`` for an argument that is not as described, with
+its name, what was expected and what came; nothing has been written then.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ _raw = torch.ops.dldr_ext
 def project(
     basis: Tensor, tensors: Sequence[Tensor | None], *, scale: Tensor | None = None
 ) -> Tensor:
-    """Coordinates c = basis @ flat(tensors), the projected gradient P^T g.
+    """Return the coordinates c = basis @ flat(tensors), the projected gradient P^T g.
 
     Parameters
     ----------
@@ -33,6 +37,29 @@ def project(
     Tensor, shape (d,)
         float32 (float64 for a float64 basis). Differentiable in the tensors (backward is
         `reconstruct`).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
+
+    See Also
+    --------
+    project_many : Several lists with one read of the basis.
+    reconstruct : The way back, from coordinates to weights.
+
+    References
+    ----------
+    Li, Tan, Huang, Tao, Liu, Huang, "Low Dimensional Trajectory Hypothesis is True: DNNs Can Be
+    Trained in Tiny Subspaces", IEEE TPAMI 2022 (arXiv:2103.11154).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import ops
+    >>> basis = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
+    >>> ops.project(basis, [torch.tensor([2.0]), torch.tensor([[1.0], [2.0]])])
+    tensor([2.0000, 2.2000])
     """
     tensors = fill_none("project", "tensors", basis, tensors)
     return call("project", _raw.project.default, basis, tensors, scale=scale)
@@ -44,7 +71,7 @@ def project_many(
     *,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Coordinates of several lists of tensors, with one read of the basis.
+    """Return the coordinates of several lists of tensors, with one read of the basis.
 
     Parameters
     ----------
@@ -56,16 +83,35 @@ def project_many(
     Returns
     -------
     Tensor, shape (len(lists), d)
-        Row k is bitwise what `project` gives for ``lists[k]``.
+        Row k is bitwise what `project` gives for ``lists[k]``. Not differentiable.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
+
+    See Also
+    --------
+    project : One list, differentiable.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import ops
+    >>> basis = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
+    >>> gradient, weights = [torch.tensor([2.0, 1.0, 2.0])], [torch.ones(1), torch.zeros(2)]
+    >>> ops.project_many(basis, [gradient, weights])
+    tensor([[2.0000, 2.2000],
+            [1.0000, 0.0000]])
     """
     if isinstance(lists, Tensor) or not isinstance(lists, (list, tuple)):
         raise TypeError(
             f"project_many: lists: expected a list or tuple of lists, got {type_name(lists)}"
         )
     tensors: list[Tensor] = []
-    for k, one in enumerate(lists):
+    for k, listed in enumerate(lists):
         name = f"lists[{k}]"
-        filled = fill_none("project_many", name, basis, one)
+        filled = fill_none("project_many", name, basis, listed)
         check_list("project_many", name, filled, basis)
         tensors += filled
     with torch.no_grad():
@@ -77,7 +123,7 @@ def project_many(
 def reconstruct(
     origin: Tensor | None, basis: Tensor, theta: Tensor, *, scale: Tensor | None = None
 ) -> Tensor:
-    """Flat weights origin + theta @ basis = w0 + P theta.
+    """Return the flat weights origin + theta @ basis = w0 + P theta.
 
     Parameters
     ----------
@@ -92,6 +138,25 @@ def reconstruct(
     Tensor, shape (n,)
         float32 (float64 for a float64 basis). Differentiable in theta (backward is `project`) and
         in origin.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came. A basis that requires a gradient
+        is refused: there is none with respect to it.
+
+    See Also
+    --------
+    reconstruct_ : The same, written into a list of parameters.
+    project : The way back, from a gradient to its coordinates.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import ops
+    >>> basis = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
+    >>> ops.reconstruct(torch.ones(3), basis, torch.tensor([2.0, 5.0]))
+    tensor([3., 4., 5.])
     """
     if isinstance(basis, Tensor) and basis.requires_grad and torch.is_grad_enabled():
         raise ValueError("reconstruct: basis: expected a tensor that needs no gradient, got one")
@@ -106,10 +171,35 @@ def reconstruct_(
     *,
     scale: Tensor | None = None,
 ) -> None:
-    """Writes origin + theta @ basis into a list of tensors, rounded once to each one's dtype.
+    """Write origin + theta @ basis into a list of tensors, rounded once to each one's dtype.
 
-    Arguments as in `reconstruct`; ``params`` holds n elements in all and may mix dtypes, strides
-    and memory formats. Works on leaves that require a gradient (outside autograd).
+    Parameters
+    ----------
+    params : sequence of Tensor
+        Written; n elements in all, any mix of dtypes, strides and memory formats. Leaves that
+        require a gradient are written too (outside autograd).
+    origin, basis, theta, scale
+        As in `reconstruct`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came; nothing has been written then.
+
+    See Also
+    --------
+    reconstruct : The same as a new tensor, differentiable.
+    trial_ : Another point on a line that was reconstructed once, without reading the basis.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import ops
+    >>> weight, bias = torch.zeros(1, 2), torch.zeros(1, dtype=torch.bfloat16)
+    >>> basis = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
+    >>> ops.reconstruct_([weight, bias], torch.ones(3), basis, torch.tensor([2.0, 5.0]))
+    >>> weight, bias
+    (tensor([[3., 4.]]), tensor([5.], dtype=torch.bfloat16))
     """
     with torch.no_grad():
         call("reconstruct_", _raw.reconstruct_.default, params, origin, basis, theta, scale=scale)
@@ -124,7 +214,7 @@ def reconstruct_residual(
     *,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """P theta and the part of a gradient outside the subspace, with one read of the basis.
+    """Return P theta and the part of a gradient outside the subspace, with one read of the basis.
 
     Parameters
     ----------
@@ -141,7 +231,24 @@ def reconstruct_residual(
     residual : Tensor, shape (n,)
         flat(tensors) - coordinates @ basis, the product summed alone and subtracted once: the
         gradient less its projection if ``coordinates`` is what `project` gives. Both float32
-        (float64 for a float64 basis).
+        (float64 for a float64 basis). Not differentiable.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
+
+    See Also
+    --------
+    project : The coordinates, which have to be complete before this pass begins.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import ops
+    >>> basis, gradient = torch.tensor([[1.0, 0.0, 0.0]]), [torch.tensor([2.0, 1.0, 3.0])]
+    >>> ops.reconstruct_residual(basis, torch.ones(1), ops.project(basis, gradient), gradient)
+    (tensor([1., 0., 0.]), tensor([0., 1., 3.]))
     """
     name = "reconstruct_residual"
     tensors = fill_none(name, "tensors", basis, tensors)
@@ -152,7 +259,7 @@ def reconstruct_residual(
 
 
 def trial_(params: Sequence[Tensor], point: Tensor, direction: Tensor, alpha: float) -> None:
-    """Writes point + alpha * direction into a list of tensors: one trial of a line search.
+    """Write point + alpha * direction into a list of tensors: one trial of a line search.
 
     Parameters
     ----------
@@ -162,6 +269,20 @@ def trial_(params: Sequence[Tensor], point: Tensor, direction: Tensor, alpha: fl
         Both float32 or both float64.
     alpha : float
         Finite. The basis is not read: a trial moves 12 bytes a parameter.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came; nothing has been written then.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import ops
+    >>> params = [torch.zeros(2), torch.zeros(1)]
+    >>> ops.trial_(params, torch.zeros(3), torch.tensor([1.0, 2.0, 3.0]), 0.5)
+    >>> params
+    [tensor([0.5000, 1.0000]), tensor([1.5000])]
     """
     with torch.no_grad():
         call("trial_", _raw.trial_.default, params, point, direction, alpha)
@@ -169,17 +290,35 @@ def trial_(params: Sequence[Tensor], point: Tensor, direction: Tensor, alpha: fl
 
 
 def gram(snapshots: Tensor, *, scale: Tensor | None = None) -> Tensor:
-    """Gram matrix K = X X^T of stored rows.
+    """Return the Gram matrix K = X X^T of stored rows.
 
     Parameters
     ----------
     snapshots : Tensor, shape (T, n)
     scale : Tensor, shape (T, ceil(n / 256)), optional
+        For int8 and float8_e4m3fn.
 
     Returns
     -------
     Tensor, shape (T, T), float64
         Symmetric to the bit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
+
+    See Also
+    --------
+    gram_append_ : One row, together with storing its snapshot.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import ops
+    >>> ops.gram(torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]]))
+    tensor([[ 5.,  2.],
+            [ 2., 10.]], dtype=torch.float64)
     """
     with torch.no_grad():
         return call("gram", _raw.gram.default, snapshots, scale=scale)
@@ -194,7 +333,7 @@ def gram_append_(
     *,
     scale: Tensor | None = None,
 ) -> None:
-    """Stores one snapshot and its row of the Gram matrix, in one pass over the earlier rows.
+    """Store one snapshot and its row of the Gram matrix, in one pass over the earlier rows.
 
     Row ``index`` of ``snapshots`` becomes flat(params) - anchor, rounded to the storage dtype;
     ``gram[index, :index + 1]`` and its mirror become the products of the *stored* rows.
@@ -213,6 +352,30 @@ def gram_append_(
     scale : Tensor, shape (capacity, ceil(n / 256)), optional
         For int8 and float8_e4m3fn: row ``index`` is written, largest |delta| of a block of 256
         over the largest stored value.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came; nothing has been written then.
+
+    See Also
+    --------
+    store_snapshot_, gram_block_ : The two halves, for products that are made later together.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import ops
+    >>> snapshots, gram = torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.float64)
+    >>> anchor = torch.ones(3)
+    >>> ops.gram_append_(snapshots, gram, 0, [torch.tensor([2.0, 1.0, 3.0])], anchor)
+    >>> ops.gram_append_(snapshots, gram, 1, [torch.tensor([1.0, 4.0, 2.0])], anchor)
+    >>> snapshots
+    tensor([[1., 0., 2.],
+            [0., 3., 1.]])
+    >>> gram
+    tensor([[ 5.,  2.],
+            [ 2., 10.]], dtype=torch.float64)
     """
     with torch.no_grad():
         call(
@@ -236,9 +399,31 @@ def store_snapshot_(
     *,
     scale: Tensor | None = None,
 ) -> None:
-    """Stores one snapshot exactly as `gram_append_` does, without any product.
+    """Store one snapshot exactly as `gram_append_` does, without any product.
 
-    Arguments as in `gram_append_`. No other row is read; `gram_block_` makes the products later.
+    Parameters
+    ----------
+    snapshots, index, params, anchor, scale
+        As in `gram_append_`; no other row is read.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came; nothing has been written then.
+
+    See Also
+    --------
+    gram_block_ : Makes the products later.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import ops
+    >>> snapshots = torch.zeros(2, 3, dtype=torch.bfloat16)
+    >>> ops.store_snapshot_(snapshots, 1, [torch.tensor([2.0, 1.0, 3.0])], torch.ones(3))
+    >>> snapshots
+    tensor([[0., 0., 0.],
+            [1., 0., 2.]], dtype=torch.bfloat16)
     """
     with torch.no_grad():
         call(
@@ -256,9 +441,9 @@ def store_snapshot_(
 def gram_block_(
     snapshots: Tensor, gram: Tensor, index: int, count: int, *, scale: Tensor | None = None
 ) -> None:
-    """Rows ``index``, ..., ``index + count - 1`` of the Gram matrix of rows stored already.
+    """Fill rows ``index``, ..., ``index + count - 1`` of the Gram matrix of rows stored already.
 
-    Fills ``gram[index : index + count, : index + count]`` and its mirror, bit for bit as ``count``
+    Writes ``gram[index : index + count, : index + count]`` and its mirror, bit for bit as ``count``
     calls of `gram_append_` would have, with one read of the rows before ``index``.
 
     Parameters
@@ -270,6 +455,26 @@ def gram_block_(
         0 <= index, 1 <= count, index + count <= capacity.
     scale : Tensor, shape (capacity, ceil(n / 256)), optional
         For int8 and float8_e4m3fn snapshots.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came; nothing has been written then.
+
+    See Also
+    --------
+    store_snapshot_ : Stores the rows.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import ops
+    >>> snapshots = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
+    >>> gram = torch.zeros(2, 2, dtype=torch.float64)
+    >>> ops.gram_block_(snapshots, gram, 0, 2)
+    >>> gram
+    tensor([[ 5.,  2.],
+            [ 2., 10.]], dtype=torch.float64)
     """
     with torch.no_grad():
         call("gram_block_", _raw.gram_block_.default, snapshots, gram, index, count, scale=scale)
@@ -283,7 +488,7 @@ def form_basis(
     scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Basis rows coefficients @ snapshots, chunk by chunk: no second (T, n) array.
+    """Return the basis rows coefficients @ snapshots, chunk by chunk: no second (T, n) array.
 
     Parameters
     ----------
@@ -298,6 +503,20 @@ def form_basis(
     Returns
     -------
     Tensor, shape (d, n)
+        Not differentiable.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import ops
+    >>> snapshots = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
+    >>> ops.form_basis(snapshots, torch.tensor([[1.0, -1.0]], dtype=torch.float64))
+    tensor([[ 1., -3.,  1.]])
     """
     with torch.no_grad():
         return call(
@@ -306,6 +525,6 @@ def form_basis(
 
 
 def _written(*tensors: Tensor) -> None:
-    """Tells autograd that the tensors changed, so that a stale saved tensor is noticed."""
+    """Tell autograd that the tensors changed, so that a stale saved tensor is noticed."""
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)

@@ -1,4 +1,4 @@
-"""Finds and loads the compiled op libraries; says plainly what is wrong when it cannot."""
+"""The compiled op libraries: found and loaded, or an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HELP = "Every case is explained in docs/building.md."
 
 
 def build_metadata() -> dict[str, Any]:
-    """What the libraries were built with, as setup.py noted it (empty if they were never built)."""
+    """Return what the libraries were built with (setup.py writes it); empty if never built."""
     path = _HERE / "_build.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -31,7 +31,7 @@ def _registered() -> bool:
     return hasattr(torch.ops.dldr_ext, "project")
 
 
-def _found() -> str:
+def _running() -> str:
     return (
         f"found: torch {torch.__version__} (CUDA {torch.version.cuda}), "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
@@ -39,21 +39,19 @@ def _found() -> str:
 
 
 def _built() -> str:
-    note = build_metadata()
-    if not note:
+    build = build_metadata()
+    if not build:
         return "built with unknown settings"
-    archs = f" for {', '.join(note['cuda_archs'])}" if note["cuda"] else ""
-    cuda = f"CUDA {note['cuda']}{archs}" if note["cuda"] else "without CUDA"
-    return f"built {cuda}, with torch {note['torch']}, {note['compiler']}, on {note['machine']}"
+    archs = f" for {', '.join(build['cuda_archs'])}" if build["cuda"] else ""
+    cuda = f"CUDA {build['cuda']}{archs}" if build["cuda"] else "without CUDA"
+    return f"built {cuda}, with torch {build['torch']}, {build['compiler']}, on {build['machine']}"
 
 
 def load() -> None:
-    """Loads `_C` and, where torch has CUDA and the library is there, `_C_cuda`."""
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    needed = tuple(int(part) for part in TORCH_TARGET.split("."))
-    if version < needed:
+    """Load `_C` and, where torch has CUDA and the library is there, `_C_cuda`."""
+    if _version(torch.__version__.split("+")[0]) < _version(TORCH_TARGET):
         raise ImportError(
-            f"dldr_ext needs torch >= {TORCH_TARGET}; {_found()}. Upgrade it with "
+            f"dldr_ext needs torch >= {TORCH_TARGET}; {_running()}. Upgrade it with "
             f"`pip install 'torch>={TORCH_TARGET}'`."
         )
     if _registered():
@@ -62,44 +60,49 @@ def load() -> None:
         raise ImportError(
             f"dldr_ext: the compiled library {_CPU_LIBRARY.name} is missing beside {_HERE.name}/"
             "__init__.py. If this is a source checkout, build it with "
-            f"`pip install --no-build-isolation -e .` in its folder; {_found()}"
+            f"`pip install --no-build-isolation -e .` in its folder; {_running()}"
         )
     with_cuda = torch.version.cuda is not None and _CUDA_LIBRARY.is_file()
     if with_cuda:
         _check_cuda_major()
-    _load_one(_CPU_LIBRARY)
+    _load_library(_CPU_LIBRARY)
     if with_cuda:
-        _load_one(_CUDA_LIBRARY)
+        _load_library(_CUDA_LIBRARY)
+
+
+def _version(release: str) -> tuple[int, ...]:
+    """Return the major and minor version."""
+    return tuple(int(number) for number in release.split(".")[:2])
 
 
 def _check_cuda_major() -> None:
-    built, found = build_metadata().get("cuda"), torch.version.cuda
-    if built is None or found is None or built.split(".")[0] == found.split(".")[0]:
+    built, running = build_metadata().get("cuda"), torch.version.cuda
+    if built is None or running is None or built.split(".")[0] == running.split(".")[0]:
         return
     raise ImportError(
         f"dldr_ext: this wheel is for CUDA {built.split('.')[0]} ({_built()}), torch is for CUDA "
-        f"{found.split('.')[0]}; {_found()}. Install the wheel whose +cuNNN has torch's CUDA major "
-        f"version, or build it here: `DLDR_BUILD_CUDA=1 {_REINSTALL}`. {_HELP}"
+        f"{running.split('.')[0]}; {_running()}. Install the wheel whose +cuNNN has torch's CUDA "
+        f"major version, or build it here: `DLDR_BUILD_CUDA=1 {_REINSTALL}`. {_HELP}"
     )
 
 
-def _load_one(path: Path) -> None:
+def _load_library(path: Path) -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(
-            f"dldr_ext: {path.name} could not be loaded: {error}. It was {_built()}; {_found()}. "
-            f"Build it for this machine with `{_REINSTALL}`. {_HELP}"
+            f"dldr_ext: {path.name} could not be loaded: {error}. It was {_built()}; {_running()}."
+            f" Build it for this machine with `{_REINSTALL}`. {_HELP}"
         ) from error
 
 
 def cuda_loaded() -> bool:
-    """True if the CUDA kernels are registered."""
+    """Return whether the CUDA kernels are registered."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("dldr_ext::project", "CUDA")
 
 
 def cuda_problem() -> str | None:
-    """Why the CUDA kernels are not loaded and how to get them; None if they are."""
+    """Return why the CUDA kernels are not loaded and how to get them; None if they are."""
     if cuda_loaded():
         return None
     if torch.version.cuda is None:
@@ -114,7 +117,7 @@ def cuda_problem() -> str | None:
 
 
 def device_problem(device: torch.device) -> str | None:
-    """Why the ops cannot run on a device, and what helps; None if nothing is known against it."""
+    """Return why the ops cannot run on a device, and what helps; None if they should."""
     if device.type in ("cpu", "meta"):
         return None
     if device.type != "cuda":
@@ -124,8 +127,8 @@ def device_problem(device: torch.device) -> str | None:
         reason = build_metadata().get("without_cuda_because")
         return (
             f"got a tensor on {device}, but this installation of dldr_ext has no CUDA kernels "
-            f"({_built()}{f': {reason}' if reason else ''}); {_found()}. Install a wheel with "
-            f"+cuNNN in its version, or build one here: {rebuild}. {_HELP}"
+            f"({_built()}{f': {reason}' if reason else ''}); {_running()}. Install a wheel "
+            f"with +cuNNN in its version, or build one here: {rebuild}. {_HELP}"
         )
     archs = build_metadata().get("cuda_archs", [])
     capability = torch.cuda.get_device_capability(device)
@@ -134,13 +137,13 @@ def device_problem(device: torch.device) -> str | None:
     wanted = f"{capability[0]}.{capability[1]}"
     return (
         f"{torch.cuda.get_device_name(device)} ({device}) has compute capability {wanted}, but "
-        f"dldr_ext was {_built()}; {_found()}. Build it for this device: "
+        f"dldr_ext was {_built()}; {_running()}. Build it for this device: "
         f"`TORCH_CUDA_ARCH_LIST={wanted}` before {rebuild}. {_HELP}"
     )
 
 
 def _runs(arch: str, capability: tuple[int, int]) -> bool:
-    """True if code for an entry of TORCH_CUDA_ARCH_LIST runs on a device.
+    """Return whether code for an entry of TORCH_CUDA_ARCH_LIST runs on a device.
 
     Machine code runs on its own major version from its minor version on, PTX on anything newer;
     with the suffix `a` either runs on exactly that capability, with `f` on its major version.

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from ..tensors.alignment import empty_rows
+from ..tensors.formats import wide_dtype
 
 _check = torch._check
 _ops = torch.ops.dldr_ext
-
-
-def _wide(rows: Tensor) -> torch.dtype:
-    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 def _check_list(
@@ -48,7 +45,7 @@ def _check_rows(op: str, name: str, rows: Tensor) -> None:
 def _project(basis: Tensor, tensors: list[Tensor], scale: Tensor | None = None) -> Tensor:
     _check_rows("project", "basis", basis)
     _check_list("project", "tensors", tensors, basis.shape[1], basis.device)
-    return basis.new_empty((basis.shape[0],), dtype=_wide(basis))
+    return basis.new_empty((basis.shape[0],), dtype=wide_dtype(basis.dtype))
 
 
 @torch.library.register_fake("dldr_ext::project_many")
@@ -57,7 +54,7 @@ def _project_many(
 ) -> Tensor:
     _check_rows("project_many", "basis", basis)
     _check_list("project_many", "tensors", tensors, lists * basis.shape[1], basis.device)
-    return basis.new_empty((lists, basis.shape[0]), dtype=_wide(basis))
+    return basis.new_empty((lists, basis.shape[0]), dtype=wide_dtype(basis.dtype))
 
 
 @torch.library.register_fake("dldr_ext::reconstruct")
@@ -77,7 +74,7 @@ def _reconstruct(
             f"got {tuple(theta.shape)}"
         ),
     )
-    return basis.new_empty((basis.shape[1],), dtype=_wide(basis))
+    return basis.new_empty((basis.shape[1],), dtype=wide_dtype(basis.dtype))
 
 
 @torch.library.register_fake("dldr_ext::reconstruct_")
@@ -102,7 +99,7 @@ def _reconstruct_residual(
 ) -> tuple[Tensor, Tensor]:
     _check_rows("reconstruct_residual", "basis", basis)
     _check_list("reconstruct_residual", "tensors", tensors, basis.shape[1], basis.device)
-    shape, dtype = (basis.shape[1],), _wide(basis)
+    shape, dtype = (basis.shape[1],), wide_dtype(basis.dtype)
     return basis.new_empty(shape, dtype=dtype), basis.new_empty(shape, dtype=dtype)
 
 

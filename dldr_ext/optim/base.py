@@ -295,7 +295,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if self._ranks is None:
             c = self._subspace.project_many(lists)
         else:
-            c = self._subspace.addend(lists, self._ranks.size, same)
+            c = self._subspace.partial_sum(lists, self._ranks.size, same)
             parts = [c.reshape(-1)]
             if loss is not None:
                 own = torch.as_tensor(loss, dtype=torch.float64, device=c.device).detach()

@@ -5,12 +5,10 @@ from __future__ import annotations
 import operator
 from typing import Any, NamedTuple
 
+from ..tensors.constants import MAX_DIM
 from .random_walk import SHORTEST, left_over, supported, walk_spectrum
 from .report import FIELDS
 from .spectrum import Spectrum
-
-#: The most directions that a subspace may have.
-MAX_DIM = 1024
 
 _DEFAULT_DIM = 40
 

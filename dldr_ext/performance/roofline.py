@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..pca.gram import exact_gram
+from ..tensors.formats import blocks
 from ..tensors.memory import free_memory
 from ..tensors.parameters import dtype_name
 from .timing import Spread, Work, bandwidth, multiplier, paired, reader
@@ -71,7 +72,7 @@ class Problem:
             return self.basis, None
         if dtype.itemsize == 1:
             rows = torch.randint(-127, 128, self.basis.shape, dtype=torch.int8, device=self.device)
-            return rows.to(dtype), torch.rand(self.dim, -(-self.n // 256), device=self.device)
+            return rows.to(dtype), torch.rand(self.dim, blocks(self.n), device=self.device)
         return self.basis.to(dtype), None
 
     # What a user would write.

@@ -13,6 +13,7 @@ from ..pca.form_basis import formed
 from ..pca.gram import column_step, exact_gram
 from ..performance.roofline import Problem, resnet18_sizes
 from ..performance.timing import Work, reader, seconds
+from ..tensors.formats import wide_dtype
 from ..tensors.matrices import scaled
 from ..tensors.memory import free_memory
 from .costs import ITEMSIZE, Job, plan
@@ -47,7 +48,7 @@ def works(job: Job, device: torch.device | str = "cpu") -> Iterator[tuple[str, W
     problem = Problem(resnet18_sizes(job.numel), job.snapshots, device)
     rows, scale = problem.stored(dtype)
     del problem.basis
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = wide_dtype(dtype)
     origin, theta = problem.origin.to(wide), problem.theta[: job.dim].to(wide)
     basis, part = rows[: job.dim], None if scale is None else scale[: job.dim]
     gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)

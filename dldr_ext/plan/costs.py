@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..tensors.constants import MAX_DIM, SCALE_BLOCK
 from .devices import Device
 
 #: Bytes an element, with the scale of one float32 a block of 256.
@@ -32,8 +33,8 @@ ITEMSIZE = {
     "float32": 4.0,
     "bfloat16": 2.0,
     "float16": 2.0,
-    "int8": 1 + 4 / 256,
-    "float8_e4m3fn": 1 + 4 / 256,
+    "int8": 1 + 4 / SCALE_BLOCK,
+    "float8_e4m3fn": 1 + 4 / SCALE_BLOCK,
 }
 SHORT = {
     "fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16",
@@ -97,10 +98,10 @@ class Job:
         for name in ("steps", "closure_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
-        if self.dim > min(1024, self.snapshots - 1):
+        if self.dim > min(MAX_DIM, self.snapshots - 1):
             raise ValueError(
-                f"dim: expected at most {min(1024, self.snapshots - 1)} ({self.snapshots} "
-                f"snapshots, centred; never more than 1024), got {self.dim}"
+                f"dim: expected at most {min(MAX_DIM, self.snapshots - 1)} ({self.snapshots} "
+                f"snapshots, centred; never more than {MAX_DIM}), got {self.dim}"
             )
         for name, choices in (
             ("dtype", tuple(ITEMSIZE)),

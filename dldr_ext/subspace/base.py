@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from ..collectives.consistency import digest
 from ..tensors.parameters import check_matches, flatten, numel, unique_parameters
+from .parametrize import SubspaceModule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from .parametrize import SubspaceModule
 
 
 class AffineSubspace(ABC):
@@ -50,16 +49,16 @@ class AffineSubspace(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the basis is."""
+        """The device of the basis."""
         return self.origin.device
 
     @property
     def coordinate_dtype(self) -> torch.dtype:
-        """Of theta and of projections: float32, or float64 for a float64 basis."""
+        """The dtype of theta and of projections: float32, or float64 for a float64 basis."""
         return self.origin.dtype
 
     def project(self, tensors: Sequence[Tensor | None] | Tensor, *, exact: bool = False) -> Tensor:
-        """Coordinates P^T g of a gradient (or any vector).
+        """Return the coordinates P^T g of a gradient (or any vector).
 
         Parameters
         ----------
@@ -74,12 +73,18 @@ class AffineSubspace(ABC):
         Returns
         -------
         Tensor, shape (d,)
-            float32 (float64 for a float64 basis).
+            float32 (float64 for a float64 basis); differentiable in the tensors.
 
         Raises
         ------
-        ValueError
-            ``exact`` with a basis whose rows are linearly dependent, or that is cut over ranks.
+        TypeError, ValueError
+            The tensors are not those of the parameters, by number or shape; ``exact`` with a basis
+            whose rows are linearly dependent, or that is partitioned over ranks.
+
+        See Also
+        --------
+        coordinates : Of weights: what theta they are nearest to.
+        dldr_ext.ops.project : The pass over the basis.
         """
         listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         if self.shapes is not None and len(listed) == len(self.shapes):
@@ -94,116 +99,278 @@ class AffineSubspace(ABC):
         return self._solve(c) if exact else c
 
     def coordinates(self, params: Iterable[Any] | Tensor, *, exact: bool = False) -> Tensor:
-        """Coordinates P^T (w - w0) of weights, shape (d,).
+        """Return the coordinates P^T (w - w0) of weights.
 
         The difference is taken first: it is small, and the projections of w and of w0 would cancel.
-        With ``exact`` those of the nearest point of the subspace, as in `project`: w0 + P theta
-        gives theta back, in 8 bits too.
+
+        Parameters
+        ----------
+        params : iterable of Tensor
+            The parameters, or one flat vector (n,).
+        exact : bool
+            Coordinates of the nearest point of the subspace, as in `project`: w0 + P theta gives
+            theta back, in 8 bits too.
+
+        Returns
+        -------
+        Tensor, shape (d,)
+            float32 (float64 for a float64 basis).
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `project`; parameters on another device.
+
+        See Also
+        --------
+        nearest : Exact where the basis is rounded enough for it to matter.
+        reconstruct : The way back.
         """
         listed = self._weights(params)
         c = self._project([flatten(listed, self.origin.dtype).sub_(self.origin)])
         return self._solve(c) if exact else c
 
-    @abstractmethod
     def reconstruct(self, theta: Tensor) -> Tensor:
-        """Flat weights w0 + P theta, shape (n,); differentiable in theta."""
+        """Return the flat weights w0 + P theta.
+
+        Parameters
+        ----------
+        theta : Tensor, shape (d,)
+            On the device of the subspace.
+
+        Returns
+        -------
+        Tensor, shape (n,)
+            float32 (float64 for a float64 basis); differentiable in theta, unless the basis is
+            partitioned over ranks.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Another shape, device or an integer dtype of theta.
+
+        See Also
+        --------
+        reconstruct_ : The same, written into the parameters.
+        coordinates : The way back.
+        """
+        return self._reconstruct(theta)
 
     def reconstruct_(self, params: Iterable[Any], theta: Tensor) -> None:
-        """Writes w0 + P theta into the parameters, rounded once to the dtype of each."""
+        """Write w0 + P theta into the parameters, rounded once to the dtype of each.
+
+        Parameters
+        ----------
+        params : iterable of Tensor
+            The parameters that the subspace was made with, in order, or one flat vector (n,).
+        theta : Tensor, shape (d,)
+
+        Raises
+        ------
+        TypeError, ValueError
+            Other parameters or another theta than expected; nothing has been written then.
+
+        See Also
+        --------
+        reconstruct : The same as a new tensor, differentiable.
+        """
         self._write(self._weights(params), theta, self.origin)
 
-    @abstractmethod
     def direction(self, index: int) -> Tensor:
-        """One basis vector, a column of P, shape (n,), in the dtype of the origin: a copy."""
+        """Return one basis vector, a column of P.
 
-    # The same for optimizers, which checked their lists once: no check but those of the ops.
+        Parameters
+        ----------
+        index : int
+            -d <= index < d.
+
+        Returns
+        -------
+        Tensor, shape (n,)
+            A copy, in the dtype of the origin.
+
+        Raises
+        ------
+        IndexError
+            There are fewer directions.
+        """
+        return self._direction(index)
 
     def nearest(self, params: Iterable[Any]) -> Tensor:
-        """Coordinates of the point nearest to the weights: exact ones where it matters, (d,)."""
-        return self.coordinates(params)
+        """Return the coordinates of the point of the subspace nearest to the weights.
+
+        Those of `coordinates`, with ``exact`` where the basis has 8 bits: what an optimizer with
+        ``theta0="current"`` starts from.
+
+        Parameters
+        ----------
+        params : iterable of Tensor
+            The parameters, or one flat vector (n,).
+
+        Returns
+        -------
+        Tensor, shape (d,)
+            float32 (float64 for a float64 basis).
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `coordinates`.
+        """
+        return self.coordinates(params, exact=self._rounded)
+
+    # For optimizers, which checked their lists once: no check but those of the ops.
 
     @abstractmethod
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Coordinates of several lists of tensors, shape (len(lists), d): one pass for all."""
+        """Return the coordinates of several lists of tensors, (len(lists), d), in one pass."""
 
     def combine_(self, out: Tensor, theta: Tensor, origin: Tensor | None = None) -> None:
-        """Writes origin + P theta into a flat vector (n,); None stands for zeros."""
+        """Write origin + P theta into a flat vector (n,); None stands for zeros."""
         self._write([out], theta, origin)
 
     @abstractmethod
     def combine_residual(
         self, theta: Tensor, coordinates: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """P theta and g - P c, both (n,), in one pass: see `ops.reconstruct_residual`."""
+        """Return P theta and g - P c, both (n,), in one pass: `ops.reconstruct_residual`."""
 
-    # The same for optimizers that step on several ranks together, each with a loss of its own. Here
-    # every rank has the whole basis and all parameters.
+    # For optimizers that step on several ranks together, each with a loss of its own. Here every
+    # rank has the whole basis and all parameters.
 
     spans_ranks = False  # `project_many` and the like are the same calls on every rank
 
-    def addend(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
-        """This rank's term, (len(lists), d) float64: the mean's coordinates are the sum of all.
+    def partial_sum(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
+        """Return this rank's part of the mean's coordinates, which are the sum over all ranks.
 
-        The last ``same`` lists are the same on every rank, as weights are.
+        Shape (len(lists), d), float64. The last ``same`` lists are the same on every rank, as
+        weights are.
         """
         return self.project_many(lists).to(torch.float64) / size
 
     def digest(self) -> str:
-        """A checksum of the basis."""
+        """Return a checksum of the basis."""
         return digest(*(self.direction(i) for i in range(self.dim)))
 
     def weight(self, size: int) -> float:
-        """Of this rank's term in a sum over all parameters of the mean gradient."""
+        """Return the weight of this rank's part in a sum over all elements of a mean gradient."""
         return 1.0 / size
 
     def dot(self, a: Tensor, b: Tensor) -> float:
-        """The product of two flat vectors (n,)."""
+        """Return the inner product of two flat vectors (n,)."""
         return float(torch.dot(a, b))
 
-    @abstractmethod
     def with_origin(self, params: Iterable[Any] | Tensor) -> Self:
-        """The same directions through other weights, which theta = 0 then stands for.
+        """Return the same directions through other weights, which theta = 0 then stands for.
 
         Parameters
         ----------
         params : iterable of Tensor
             The parameters (their current values, copied), or one flat vector (n,).
+
+        Returns
+        -------
+        subspace of the same kind
+            The basis is shared, not copied.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `coordinates`.
         """
+        return self._moved_to(flatten(self._weights(params), self.origin.dtype))
 
     @abstractmethod
     def quantize(self, format: str) -> AffineSubspace:
-        """The same subspace with the basis in 8 bits: see `Subspace.quantize`."""
+        """Return the same subspace with the basis in 8 bits: see `Subspace.quantize`."""
 
     @abstractmethod
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> AffineSubspace:
-        """The same subspace on another device or with another dtype: see `Subspace.to`."""
+        """Return the same subspace on another device or with another dtype: see `Subspace.to`."""
 
     @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves as a safetensors file; an earlier file is replaced once all is written."""
+        """Save as a safetensors file.
+
+        An earlier file of this name is replaced once all is written. Any exception leaves it as it
+        was.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Shapes and names of the parameters and what `report` says are kept in the file too.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written.
+        """
 
     def parametrize(self, model: nn.Module) -> SubspaceModule:
-        """The model as a function of theta: a module whose only parameter is theta, shape (d,).
+        """Return the model as a function of theta: a module whose only parameter is theta.
 
-        See `dldr_ext.parametrize.SubspaceModule`.
+        Parameters
+        ----------
+        model : nn.Module
+            Its trainable parameters are those of the subspace.
+
+        Returns
+        -------
+        SubspaceModule
+            Any optimizer of ``torch.optim`` works on it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Not a module, or not one with the parameters of the subspace: with the first that
+            differs.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from dldr_ext import Subspace
+        >>> model = torch.nn.Linear(3, 2)
+        >>> module = Subspace.random(model.named_parameters(), 4).parametrize(model)
+        >>> [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+        [('theta', (4,))]
+        >>> optimizer = torch.optim.Adam(module.parameters(), lr=0.1)
+        >>> module(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> module.write_back() is model
+        True
         """
-        from .parametrize import SubspaceModule
-
         return SubspaceModule(model, self)
+
+    @property
+    def _rounded(self) -> bool:
+        """Whether the basis is rounded so much that exact coordinates differ visibly."""
+        return False
+
+    @abstractmethod
+    def _reconstruct(self, theta: Tensor) -> Tensor:
+        """Return w0 + P theta, differentiable."""
+
+    @abstractmethod
+    def _direction(self, index: int) -> Tensor:
+        """Return a column of P."""
+
+    @abstractmethod
+    def _moved_to(self, origin: Tensor) -> Self:
+        """Return the same directions through another origin, which is kept, not copied."""
 
     @abstractmethod
     def _project(self, tensors: Sequence[Any]) -> Tensor:
-        """P^T g, differentiable."""
+        """Return P^T g, differentiable."""
 
     def _solve(self, coordinates: Tensor) -> Tensor:
-        """(P^T P)^-1 c."""
+        """Return (P^T P)^-1 c."""
         raise ValueError(f"exact: expected False for a {type(self).__name__}, got True")
 
     @abstractmethod
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
-        """Writes origin + P theta into a list of n elements."""
+        """Write origin + P theta into a list of n elements."""
 
     def _weights(self, params: Iterable[Any] | Tensor) -> list[Tensor]:
         listed = unique_parameters([params] if isinstance(params, Tensor) else params)
@@ -215,7 +382,7 @@ class AffineSubspace(ABC):
         return listed
 
     def _check_list(self, tensors: Sequence[Any], argument: str) -> None:
-        """Checks against the shapes if known; one flat vector will always do."""
+        """Check a list against the shapes if they are known; one flat vector will always do."""
         flat = len(tensors) == 1 and tensors[0].shape == (self.numel,)
         if self.shapes is not None and not flat:
             check_matches(tensors, self.shapes, self.names, "subspace", argument)

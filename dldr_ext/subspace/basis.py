@@ -1,4 +1,4 @@
-"""What a stored basis may be: checks, and its 8-bit formats."""
+"""Stored bases: checks of the arguments that make one, and its 8-bit formats."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pca.dimension import MAX_DIM
 from ..pca.gram import column_step
 from ..tensors.alignment import empty_rows, readable_rows
-from ..tensors.formats import LARGEST, SCALE_BLOCK, STORED, blocks, decoded, rounded, scale_of
-from ..tensors.parameters import DTYPES, dtype_name, type_name
+from ..tensors.constants import MAX_DIM, SCALE_BLOCK
+from ..tensors.formats import LARGEST, STORED, blocks, decoded, rounded, scale_of, wide_dtype
+from ..tensors.parameters import DTYPES, dtype_name, dtype_names, type_name
 
 _FORMATS = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}
 
 
 def quantize(basis: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, Tensor]:
-    """Rounds a basis (d, n) to 8 bits, chunk by chunk; returns it and its scale."""
+    """Round a basis (d, n) to 8 bits, chunk by chunk; return it and its scale."""
     if format not in _FORMATS:
         raise ValueError(f"format: expected one of {sorted(_FORMATS)}, got {format!r}")
     step = column_step(basis)
@@ -27,7 +27,7 @@ def quantize(basis: Tensor, scale: Tensor | None, format: str) -> tuple[Tensor, 
 
 
 def dequantize(basis: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of an 8-bit basis in ``dtype``, chunk by chunk."""
+    """Return the values of an 8-bit basis in ``dtype``, chunk by chunk."""
     result = empty_rows(*basis.shape, dtype=dtype, device=basis.device)
     step = column_step(basis)
     for begin in range(0, basis.shape[1], step):
@@ -36,11 +36,13 @@ def dequantize(basis: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def checked_basis(basis: Any) -> Tensor:
+    """Return a basis as the ops read it, or raise an error that says what is wrong with it."""
     if not isinstance(basis, Tensor):
         raise TypeError(f"basis: expected a tensor, got {type_name(basis)}")
     if basis.dtype not in STORED:
-        expected = ", ".join(map(dtype_name, STORED))
-        raise TypeError(f"basis: expected a dtype of {expected}, got {dtype_name(basis.dtype)}")
+        raise TypeError(
+            f"basis: expected a dtype of {dtype_names(STORED)}, got {dtype_name(basis.dtype)}"
+        )
     if basis.layout != torch.strided:
         raise TypeError(f"basis: expected a dense tensor, got {basis.layout}")
     if basis.dim() != 2 or not 1 <= basis.shape[0] <= MAX_DIM or basis.shape[1] == 0:
@@ -52,6 +54,7 @@ def checked_basis(basis: Any) -> Tensor:
 
 
 def checked_scale(scale: Any, basis: Tensor) -> Tensor | None:
+    """Return the scale of an 8-bit basis, contiguous; None for other bases."""
     quantized = basis.dtype in LARGEST
     if scale is None:
         if quantized:
@@ -79,6 +82,7 @@ def checked_scale(scale: Any, basis: Tensor) -> Tensor | None:
 
 
 def checked_origin(origin: Any, basis: Tensor) -> Tensor:
+    """Return the origin in the dtype of the arithmetic, finite and as long as the basis."""
     if not isinstance(origin, Tensor):
         raise TypeError(f"origin: expected a tensor, got {type_name(origin)}")
     if origin.dtype not in DTYPES or origin.layout != torch.strided:
@@ -93,8 +97,7 @@ def checked_origin(origin: Any, basis: Tensor) -> Tensor:
         )
     if origin.device != basis.device:
         raise ValueError(f"origin: expected device {basis.device}, as basis, got {origin.device}")
-    wide = torch.float64 if basis.dtype == torch.float64 else torch.float32
-    origin = origin.detach().to(wide).contiguous()
+    origin = origin.detach().to(wide_dtype(basis.dtype)).contiguous()
     if not bool(torch.stack(torch.aminmax(origin)).isfinite().all()):  # no mask of n numbers
         raise ValueError("origin: expected finite values, got NaN or Inf")
     return origin
@@ -103,7 +106,7 @@ def checked_origin(origin: Any, basis: Tensor) -> Tensor:
 def values(
     basis: Tensor, scale: Tensor | None, begin: int, step: int, dtype: torch.dtype
 ) -> Tensor:
-    """Columns [begin, begin + step) as numbers; ``begin`` is a multiple of the block size."""
+    """Return columns [begin, begin + step) as numbers; ``begin`` is a multiple of 256."""
     chunk = basis[:, begin : begin + step]
     factors = scale_of(scale, begin, begin + chunk.shape[1])
     return chunk.to(dtype) if factors is None else decoded(chunk, factors, dtype)

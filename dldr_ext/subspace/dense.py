@@ -1,4 +1,4 @@
-"""Linear subspaces of the weights: w = w0 + P theta."""
+"""Subspaces with one stored basis."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from ..pca.form_basis import formed
 from ..pca.gram import column_step, orthonormalize_
 from ..pca.report import checked_facts
 from ..tensors.alignment import empty_rows
+from ..tensors.formats import wide_dtype
 from ..tensors.matrices import Matrix
-from ..tensors.parameters import DTYPES, dtype_name, flatten, named_parameters, numel
+from ..tensors.parameters import DTYPES, dtype_name, dtype_names, flatten, named_parameters, numel
 from . import basis as basis_module
 from .exact import ReadableSubspace
 from .from_snapshots import subspace_arguments
@@ -69,12 +70,49 @@ class Subspace(ReadableSubspace):
     names : sequence of str, optional
         Of the parameters, in order.
     choice : mapping, optional
-        How the directions were chosen: what `report` says, as a trajectory or a file has it.
+        How the number of components was chosen: what `report` says, as a trajectory or a file has
+        it.
+
+    Attributes
+    ----------
+    basis, origin, scale, explained_variance_ratio, singular_values, shapes, names, choice
+        As given.
 
     Raises
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what came.
+
+    See Also
+    --------
+    dldr_ext.Trajectory.subspace : The principal directions of a training run.
+    GroupedSubspace : A basis for each group of parameters.
+    ImplicitSubspace : Snapshots in place of a basis.
+
+    References
+    ----------
+    Li, Tan, Huang, Tao, Liu, Huang, "Low Dimensional Trajectory Hypothesis is True: DNNs Can Be
+    Trained in Tiny Subspaces", IEEE TPAMI 2022 (arXiv:2103.11154).
+
+    Examples
+    --------
+    A line and a plane's worth of directions for a layer with three weights:
+
+    >>> import torch
+    >>> from dldr_ext import Subspace
+    >>> basis = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
+    >>> subspace = Subspace(basis, torch.ones(3), shapes=[(1, 2), (1,)])
+    >>> subspace
+    Subspace(dim=2, numel=3, dtype=float32, device=cpu)
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> subspace.reconstruct_(layer.parameters(), torch.tensor([2.0, 5.0]))
+    >>> layer.weight.data, layer.bias.data
+    (tensor([[3., 4.]]), tensor([5.]))
+    >>> subspace.coordinates(layer.parameters())
+    tensor([2., 5.])
+    >>> layer(torch.ones(1, 2)).sum().backward()
+    >>> subspace.project([p.grad for p in layer.parameters()])
+    tensor([1.0000, 1.4000])
     """
 
     def __init__(
@@ -117,7 +155,7 @@ class Subspace(ReadableSubspace):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored basis."""
+        """The dtype of the stored basis."""
         return self.basis.dtype
 
     def __repr__(self) -> str:
@@ -126,12 +164,10 @@ class Subspace(ReadableSubspace):
             f"device={self.device})"
         )
 
-    def reconstruct(self, theta: Tensor) -> Tensor:
-        """Flat weights w0 + P theta, shape (n,); differentiable in theta."""
+    def _reconstruct(self, theta: Tensor) -> Tensor:
         return ops.reconstruct(self.origin, self.basis, theta, scale=self.scale)
 
-    def direction(self, index: int) -> Tensor:
-        """One basis vector, a column of P, shape (n,), in the dtype of the origin: a copy."""
+    def _direction(self, index: int) -> Tensor:
         row = self.basis[index]
         if self.scale is None:
             return row.to(self.origin.dtype, copy=True)
@@ -139,31 +175,17 @@ class Subspace(ReadableSubspace):
         return basis_module.dequantize(row[None], scale[None], self.origin.dtype)[0]
 
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Coordinates of several lists of tensors, shape (len(lists), d): one pass for all."""
+        """Return the coordinates of several lists of tensors, (len(lists), d), in one pass."""
         return ops.project_many(self.basis, lists, scale=self.scale)
 
     def combine_residual(
         self, theta: Tensor, coordinates: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """P theta and g - P c, both (n,), in one pass: see `ops.reconstruct_residual`."""
+        """Return P theta and g - P c, both (n,), in one pass: `ops.reconstruct_residual`."""
         return ops.reconstruct_residual(self.basis, theta, coordinates, tensors, scale=self.scale)
 
-    def with_origin(self, params: Iterable[Any] | Tensor) -> Subspace:
-        """The same directions through other weights, which theta = 0 then stands for.
-
-        Parameters
-        ----------
-        params : iterable of Tensor
-            The parameters (their current values, copied), or one flat vector (n,).
-        """
-        return self._with(self.basis, flatten(self._weights(params), self.origin.dtype), self.scale)
-
-    def nearest(self, params: Iterable[Any]) -> Tensor:
-        """Coordinates of the point nearest to the weights: exact ones in 8 bits, (d,)."""
-        return self.coordinates(params, exact=self.scale is not None)
-
     def quantize(self, format: str) -> Subspace:
-        """The same subspace with the basis in 8 bits.
+        """Return the same subspace with the basis in 8 bits.
 
         Parameters
         ----------
@@ -180,6 +202,18 @@ class Subspace(ReadableSubspace):
         ------
         ValueError
             Another format; the basis holds NaN or Inf.
+
+        See Also
+        --------
+        quantization_error : What rounding has done.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from dldr_ext import Subspace
+        >>> small = Subspace(torch.tensor([[0.6, 0.8]]), torch.zeros(2)).quantize("int8")
+        >>> small.basis, small.direction(0)
+        (tensor([[ 95, 127]], dtype=torch.int8), tensor([0.5984, 0.8000]))
         """
         basis, scale = basis_module.quantize(self.basis, self.scale, format)
         return self._with(basis, self.origin, scale)
@@ -187,7 +221,7 @@ class Subspace(ReadableSubspace):
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Subspace:
-        """The same subspace on another device or with another dtype of the basis.
+        """Return the same subspace on another device or with another dtype of the basis.
 
         Parameters
         ----------
@@ -200,14 +234,18 @@ class Subspace(ReadableSubspace):
         -------
         Subspace
             ``self`` if nothing changes.
+
+        Raises
+        ------
+        ValueError
+            An 8-bit dtype: that takes `quantize`.
         """
         dtype = self.dtype if dtype is None else dtype
         device = self.device if device is None else torch.device(device)
         if dtype != self.dtype and dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
             raise ValueError(
-                f"dtype: expected one of {expected}, got {dtype}; for int8 or float8_e4m3fn use "
-                "quantize()"
+                f"dtype: expected one of {dtype_names(DTYPES)}, got {dtype}; for int8 or "
+                "float8_e4m3fn use quantize()"
             )
         basis, scale, origin = self.basis, self.scale, self.origin
         if dtype != self.dtype:
@@ -215,7 +253,7 @@ class Subspace(ReadableSubspace):
                 basis = basis.to(dtype)
             else:
                 basis, scale = basis_module.dequantize(basis, scale, dtype), None
-            origin = origin.to(torch.float64 if dtype == torch.float64 else torch.float32)
+            origin = origin.to(wide_dtype(dtype))
         basis, origin = basis.to(device), origin.to(device)
         scale = None if scale is None else scale.to(device)
         if basis is self.basis:
@@ -226,12 +264,40 @@ class Subspace(ReadableSubspace):
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves as a safetensors file; an earlier file is replaced once all is written."""
+        """Save as a safetensors file.
+
+        Basis, scale and origin are written as they are stored, with all that is known of the
+        directions. An earlier file is replaced once all is written.
+
+        Parameters
+        ----------
+        path : str or path-like
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; an earlier one is left as it was.
+
+        See Also
+        --------
+        load : Opens the file, on any device.
+        """
         artifacts.save(path, KIND, VERSION, self._tensors(), self._facts())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Subspace:
-        """Loads a saved subspace onto ``device``: a file, or a folder that ranks have saved to.
+        """Load a saved subspace.
+
+        Parameters
+        ----------
+        path : str or path-like
+            A file, or a folder of torch.distributed.checkpoint that ranks have saved to.
+        device : torch.device or str
+            Where the tensors go.
+
+        Returns
+        -------
+        Subspace
 
         Raises
         ------
@@ -239,8 +305,6 @@ class Subspace(ReadableSubspace):
             The file is truncated, corrupt or something else: with the path and what was found.
         """
         if os.path.isdir(path):
-            pass
-
             return read_whole(path, device)
         with artifacts.Reader(path, KIND, VERSION) as file:
             tensors: dict[str, Any] = {name: file.read(name, device) for name in file.names()}
@@ -258,7 +322,7 @@ class Subspace(ReadableSubspace):
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Subspace:
-        """A random orthonormal basis at the current weights: the control experiment.
+        """Return a random orthonormal basis at the current weights: the control experiment.
 
         Parameters
         ----------
@@ -275,14 +339,23 @@ class Subspace(ReadableSubspace):
         -------
         Subspace
             Uniformly distributed over all subspaces of this dimension.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was expected and what came.
+
+        References
+        ----------
+        Li, Farkhoor, Liu, Yosinski, "Measuring the Intrinsic Dimension of Objective Landscapes",
+        ICLR 2018 (arXiv:1804.08838): training in random subspaces.
         """
         listed, names = named_parameters(params)
         n, device = numel(listed), listed[0].device
         dim = checked_dim(dim, n, f"the parameters have {n} elements")
         if dtype not in DTYPES:
-            expected = ", ".join(map(dtype_name, DTYPES))
-            raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+            raise ValueError(f"dtype: expected one of {dtype_names(DTYPES)}, got {dtype}")
+        wide = wide_dtype(dtype)
         origin = flatten(listed, wide)
         basis = empty_rows(dim, n, dtype=dtype, device=device)
         for row in basis:
@@ -301,7 +374,7 @@ class Subspace(ReadableSubspace):
         *,
         dtype: torch.dtype | None = None,
     ) -> Subspace:
-        """A subspace from weights that were kept by other means.
+        """Return a subspace of weights that were kept by other means than a `Trajectory`.
 
         Parameters
         ----------
@@ -320,16 +393,41 @@ class Subspace(ReadableSubspace):
         dtype : torch.dtype, optional
             Of the basis. Default: the snapshots' (lists: float32, or float64 if any tensor is).
 
+        Returns
+        -------
+        Subspace
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was expected and what came.
+
         Warns
         -----
         UserWarning
             ``dim`` is above the numerical rank: the directions up to the rank are returned.
             "auto" finds nothing but noise: one direction is returned.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from dldr_ext import Subspace
+        >>> weights = torch.tensor([[1.0, 1.0], [2.0, 1.0], [4.0, 1.0]])
+        >>> subspace = Subspace.from_snapshots(weights, dim=1)
+        >>> subspace.origin, subspace.coordinates(weights[2])
+        (tensor([1., 1.]), tensor([3.]))
         """
         return cls(**subspace_arguments(snapshots, dim, orthonormal, dtype))
 
     def _project(self, tensors: Sequence[Any]) -> Tensor:
         return ops.project(self.basis, tensors, scale=self.scale)
+
+    @property
+    def _rounded(self) -> bool:
+        return self.scale is not None
+
+    def _moved_to(self, origin: Tensor) -> Subspace:
+        return self._with(self.basis, origin, self.scale)
 
     def _values(self, begin: int, step: int) -> Tensor:
         return basis_module.values(self.basis, self.scale, begin, step, torch.float64)
@@ -338,10 +436,10 @@ class Subspace(ReadableSubspace):
         ops.reconstruct_(tensors, origin, self.basis, theta, scale=self.scale)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What a file holds, by the names of the constructor's arguments."""
-        known = ("basis", "origin", "scale", "explained_variance_ratio", "singular_values")
-        found = {name: getattr(self, name) for name in known}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        """Return the tensors of a file, by the names of the constructor's arguments."""
+        names = ("basis", "origin", "scale", "explained_variance_ratio", "singular_values")
+        tensors = {name: getattr(self, name) for name in names}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def _with(self, basis: Tensor, origin: Tensor, scale: Tensor | None) -> Subspace:
         result = Subspace(

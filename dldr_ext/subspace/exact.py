@@ -1,4 +1,4 @@
-"""The Gram matrix of a basis as it is stored: what rounding did, and coordinates without it."""
+"""The Gram matrix of a basis as it is stored: the error of rounding, and exact coordinates."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ..pca.gram import columns_together
 from ..tensors.parameters import type_name
 from .base import AffineSubspace
 
-# Eigenvalues of a Gram matrix below this share of the largest are not told from zero: its sums are
-# float64, of n terms.
+# Eigenvalues of a Gram matrix below this fraction of the largest are not told from zero: its sums
+# are float64, of n terms.
 _INDEPENDENT = 2.0**-44
 
 
 class QuantizationError(NamedTuple):
-    """What rounding has done to a basis: `Subspace.quantization_error`.
+    """The orthonormality error of a rounded basis: `Subspace.quantization_error`.
 
     Attributes
     ----------
     largest : float
         The largest |entry| of G - I, with G = P^T P the Gram matrix of the stored rows.
     spectral : float
-        The spectral norm of G - I: |P theta|^2 is within this share of |theta|^2.
+        The spectral norm of G - I: |P theta|^2 is within this fraction of |theta|^2.
     captured_variance : float or None
-        Of the variance along the directions r_i of the reference, the share that the span of the
+        Of the variance along the directions r_i of the reference, the fraction that the span of the
         stored rows still captures: sum_i sigma_i^2 |Q r_i|^2 / sum_i sigma_i^2 |r_i|^2, with Q the
         orthogonal projection on that span and sigma_i the reference's singular values (where it
         has none, sigma_i^2 is its explained variance ratio). None without a reference, or with one
@@ -56,25 +56,37 @@ class ReadableSubspace(AffineSubspace):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of what is stored."""
+        """The dtype of the stored rows."""
 
     @abstractmethod
     def _values(self, begin: int, step: int) -> Tensor:
-        """Columns [begin, begin + step) of the basis, (d, step) float64; begin % 4096 == 0."""
+        """Return columns [begin, begin + step), (d, step) float64; begin % 4096 == 0."""
 
     def report(self) -> str:
-        """What was kept and why: several lines.
+        """Return what was kept and why, as several lines of text.
 
         The snapshots, the number of directions that was asked for and the one that was kept, why
         no more, what the rank guard dropped, and the share of the variance beside the one that a
         random walk of as many snapshots has along as many directions. Where it is not known how
         the directions were chosen, as for random ones, it says so.
+
+        Returns
+        -------
+        str
+
+        Examples
+        --------
+        >>> import torch
+        >>> from dldr_ext import Subspace
+        >>> print(Subspace(torch.tensor([[0.6, 0.8]]), torch.zeros(2)).report())
+        subspace    1 direction of 2 numbers each, float32
+        kept        all of them; how they were chosen is not known
         """
         ratio = self.explained_variance_ratio
         return report_module.report(self.dim, self.numel, self.dtype, self.choice, ratio)
 
     def quantization_error(self, reference: AffineSubspace | None = None) -> QuantizationError:
-        """How far rounding has taken the basis from an orthonormal one, and what it has lost.
+        """Return how far rounding has taken the basis from an orthonormal one, and what it lost.
 
         Parameters
         ----------
@@ -91,17 +103,25 @@ class ReadableSubspace(AffineSubspace):
         ------
         TypeError, ValueError
             The reference is of another kind or of other parameters.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from dldr_ext import Subspace
+        >>> whole = Subspace(torch.tensor([[0.6, 0.8]]), torch.zeros(2), singular_values=[1.0])
+        >>> print(whole.quantize("int8").quantization_error(whole))
+        G - I: largest entry 0.0019, spectral norm 0.0019; lost of the reference's variance: 1.6e-06
         """
         if reference is None:
             return _deviation(self._stored_gram())
         return _compared(self, _checked_reference(self, reference))
 
     def _facts(self) -> dict[str, Any]:
-        """What a file holds beside tensors."""
+        """Return the metadata of a file."""
         return {"shapes": self.shapes, "names": self.names, "choice": self.choice}
 
     def _stored_gram(self) -> Tensor:
-        """Of the values of the stored rows, (d, d) float64 on the CPU; made once."""
+        """Return the Gram matrix of the stored rows, (d, d) float64 on the CPU; made once."""
         if self._gram is None:
             self._gram = _gram_of(self)
         return self._gram
@@ -111,17 +131,17 @@ class ReadableSubspace(AffineSubspace):
 
 
 def _gram_of(*spaces: ReadableSubspace) -> Tensor:
-    """Gram matrix of the rows of all ``spaces``, in float64; on the CPU."""
-    rows, device = sum(one.dim for one in spaces), spaces[0].device
+    """Return the Gram matrix of the rows of all ``spaces``, float64 on the CPU."""
+    rows, device = sum(space.dim for space in spaces), spaces[0].device
     gram = torch.zeros(rows, rows, dtype=torch.float64, device=device)
     step = columns_together(rows, device)
     for begin in range(0, spaces[0].numel, step):
-        gram += ops.gram(torch.cat([one._values(begin, step) for one in spaces]))
+        gram += ops.gram(torch.cat([space._values(begin, step) for space in spaces]))
     return gram.cpu()
 
 
 def _solved(gram: Tensor, coordinates: Tensor) -> Tensor:
-    """The solution x of G x = c, in the dtype of c and where c is; differentiable in c."""
+    """Return the solution x of G x = c, with the dtype and device of c; differentiable in c."""
     values = torch.linalg.eigvalsh(gram)
     if not float(values[0]) > _INDEPENDENT * float(values[-1]):
         raise ValueError(
@@ -134,14 +154,14 @@ def _solved(gram: Tensor, coordinates: Tensor) -> Tensor:
 
 
 def _deviation(gram: Tensor) -> QuantizationError:
-    """The error of a basis of which nothing but the Gram matrix is known."""
+    """Return the error of a basis of which nothing but the Gram matrix is known."""
     difference = gram - torch.eye(len(gram), dtype=gram.dtype, device="cpu")
     spectral = torch.linalg.eigvalsh(difference).abs().max()
     return QuantizationError(float(difference.abs().max()), float(spectral))
 
 
 def _compared(space: ReadableSubspace, reference: ReadableSubspace) -> QuantizationError:
-    """The error of ``space`` beside the directions before rounding."""
+    """Return the error of ``space`` beside the directions before rounding."""
     joint, d = _gram_of(space, reference), space.dim
     gram, mixed = joint[:d, :d], joint[:d, d:]
     captured = None

@@ -19,6 +19,7 @@ from ..tensors.parameters import (
     DTYPES,
     check_matches,
     dtype_name,
+    dtype_names,
     named_parameters,
     numel,
     type_name,
@@ -32,7 +33,7 @@ def subspace_arguments(
     if orthonormal not in ("pca", "qr"):
         raise ValueError(f"orthonormal: expected 'pca' or 'qr', got {orthonormal!r}")
     if dtype is not None and dtype not in DTYPES:
-        expected = ", ".join(map(dtype_name, DTYPES))
+        expected = dtype_names(DTYPES)
         raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
     rows, shapes, names = _as_rows(snapshots)
     if len(rows) < 2:
@@ -77,7 +78,7 @@ def _as_rows(
     """One flat row for each snapshot; the shapes and names if known."""
     if isinstance(snapshots, Tensor):
         if snapshots.dtype not in DTYPES or snapshots.layout != torch.strided:
-            expected = ", ".join(map(dtype_name, DTYPES))
+            expected = dtype_names(DTYPES)
             raise TypeError(
                 f"snapshots: expected a dense tensor of {expected}, got "
                 f"{dtype_name(snapshots.dtype)}, {snapshots.layout}"

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
-from typing import Any
+from itertools import chain, groupby
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..files import artifacts
-from ..tensors.parameters import dtype_name, flatten, named_parameters, numel, type_name
+from ..tensors.parameters import dtype_name, named_parameters, numel, type_name
 from .base import AffineSubspace
 from .dense import Subspace
 
 _KIND, _VERSION = "grouped_subspace", 1
+_Value = TypeVar("_Value")
 
 
 class GroupedSubspace(AffineSubspace):
-    """A block-diagonal basis: each group of consecutive parameters has directions of its own.
+    """The weights w0 + P theta with a block-diagonal P: each group has directions of its own.
 
-    With d_i directions for the n_i weights of group i there are d = sum d_i coordinates, and
+    A group is some consecutive parameters, as `layer_groups` counts them. With d_i directions for
+    the n_i weights of group i there are d = sum d_i coordinates, and
     sum d_i n_i numbers are stored and read in a pass, instead of d n. Optimizers take it like a
     `Subspace`; theta is the coordinates of the groups, one after the other.
 
@@ -41,37 +43,57 @@ class GroupedSubspace(AffineSubspace):
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what came.
+
+    See Also
+    --------
+    dldr_ext.Trajectory.grouped_subspace : The principal directions of each group.
+    layer_groups : Groups for the layers of a model.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import GroupedSubspace, layer_groups
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    >>> space = GroupedSubspace.random(model.named_parameters(), dim=5, groups=layer_groups(model))
+    >>> space
+    GroupedSubspace(2 groups, dim=10 (5, 5), numel=23, device=cpu)
+    >>> [space.direction(i)[:15].any().item() for i in (4, 5)]
+    [True, False]
     """
 
     def __init__(self, subspaces: Iterable[Subspace]) -> None:
         listed = list(subspaces)
         if not listed:
             raise ValueError("subspaces: expected at least one Subspace, got an empty list")
-        for i, one in enumerate(listed):
-            if not isinstance(one, Subspace):
-                raise TypeError(f"subspaces[{i}]: expected a Subspace, got {type_name(one)}")
-            if one.device != listed[0].device:
+        for i, space in enumerate(listed):
+            if not isinstance(space, Subspace):
+                raise TypeError(f"subspaces[{i}]: expected a Subspace, got {type_name(space)}")
+            if space.device != listed[0].device:
                 raise ValueError(
                     f"subspaces[{i}]: expected device {listed[0].device}, as subspaces[0], got "
-                    f"{one.device}"
+                    f"{space.device}"
                 )
-            if one.coordinate_dtype != listed[0].coordinate_dtype:
+            if space.coordinate_dtype != listed[0].coordinate_dtype:
                 raise ValueError(
                     f"subspaces[{i}]: expected either all bases or none in float64, got "
-                    f"{dtype_name(one.dtype)} beside {dtype_name(listed[0].dtype)}"
+                    f"{dtype_name(space.dtype)} beside {dtype_name(listed[0].dtype)}"
                 )
-        self.origin = torch.cat([one.origin for one in listed])
+        self.origin = torch.cat([space.origin for space in listed])
         # The origin of each group is a view of the whole one.
-        self._sizes = [one.numel for one in listed]
+        self._sizes = [space.numel for space in listed]
+        origins = self.origin.split(self._sizes)
         self.subspaces = [
-            one._with(one.basis, origin, one.scale)
-            for one, origin in zip(listed, self.origin.split(self._sizes), strict=True)
+            space._moved_to(origin) for space, origin in zip(listed, origins, strict=True)
         ]
-        self._dims = [one.dim for one in listed]
-        self.explained_variance_ratio = _joined([one.explained_variance_ratio for one in listed])
-        self.singular_values = _joined([one.singular_values for one in listed])
-        self.shapes = _concatenated([one.shapes for one in listed])
-        self.names = _concatenated([one.names for one in listed])
+        self._dims = [space.dim for space in listed]
+        ratios = _if_all_known([space.explained_variance_ratio for space in listed])
+        self.explained_variance_ratio = None if ratios is None else torch.cat(ratios)
+        values = _if_all_known([space.singular_values for space in listed])
+        self.singular_values = None if values is None else torch.cat(values)
+        shapes = _if_all_known([space.shapes for space in listed])
+        self.shapes = None if shapes is None else list(chain(*shapes))
+        names = _if_all_known([space.names for space in listed])
+        self.names = None if names is None else list(chain(*names))
 
     @property
     def dim(self) -> int:
@@ -86,89 +108,71 @@ class GroupedSubspace(AffineSubspace):
         )
 
     def report(self) -> str:
-        """What was kept of each group and why: see `Subspace.report`."""
-        return "\n\n".join(f"group {i}\n{one.report()}" for i, one in enumerate(self.subspaces))
-
-    def reconstruct(self, theta: Tensor) -> Tensor:
-        """Flat weights w0 + P theta, shape (n,); differentiable in theta."""
-        return torch.cat([one.reconstruct(part) for one, part in self._coordinates(theta)])
-
-    def direction(self, index: int) -> Tensor:
-        """One basis vector, zero outside its group, shape (n,), in the dtype of the origin."""
-        index = range(self.dim)[index]
-        result = torch.zeros_like(self.origin)
-        for one, piece in zip(self.subspaces, result.split(self._sizes), strict=True):
-            if index < one.dim:
-                piece.copy_(one.direction(index))
-                break
-            index -= one.dim
-        return result
+        """Return what was kept of each group and why: see `Subspace.report`."""
+        reports = (space.report() for space in self.subspaces)
+        return "\n\n".join(f"group {i}\n{report}" for i, report in enumerate(reports))
 
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Coordinates of several lists of tensors, shape (len(lists), d): one pass for all."""
-        cut = [list(self._pieces(tensors)) for tensors in lists]
-        return torch.cat(
-            [one.project_many(parts) for one, *parts in zip(self.subspaces, *cut, strict=True)], 1
-        )
+        """Return the coordinates of several lists of tensors, (len(lists), d), in one pass."""
+        groups = zip(self.subspaces, *map(self._split, lists), strict=True)
+        return torch.cat([space.project_many(members) for space, *members in groups], 1)
 
     def combine_residual(
         self, theta: Tensor, coordinates: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """P theta and g - P c, both (n,), in one pass: see `ops.reconstruct_residual`."""
-        both = [
-            one.combine_residual(part, c, piece)
-            for (one, part), (_, c), piece in zip(
-                self._coordinates(theta),
-                self._coordinates(coordinates),
-                self._pieces(tensors),
-                strict=True,
-            )
-        ]
-        return torch.cat([u for u, _ in both]), torch.cat([r for _, r in both])
-
-    def with_origin(self, params: Iterable[Any] | Tensor) -> GroupedSubspace:
-        """The same directions through other weights: see `Subspace.with_origin`."""
-        flat = flatten(self._weights(params), self.origin.dtype)
-        pieces = flat.split(self._sizes)
-        return GroupedSubspace(
-            one.with_origin(piece) for one, piece in zip(self.subspaces, pieces, strict=True)
+        """Return P theta and g - P c, both (n,), in one pass: `ops.reconstruct_residual`."""
+        groups = zip(
+            self._by_group(theta), self._by_group(coordinates), self._split(tensors), strict=True
         )
-
-    def nearest(self, params: Iterable[Any]) -> Tensor:
-        """Coordinates of the point nearest to the weights: exact ones in 8 bits, (d,)."""
-        exact = any(one.scale is not None for one in self.subspaces)
-        return self.coordinates(params, exact=exact)
+        pairs = [space.combine_residual(t, c, members) for (space, t), (_, c), members in groups]
+        return torch.cat([u for u, _ in pairs]), torch.cat([r for _, r in pairs])
 
     def quantize(self, format: str) -> GroupedSubspace:
-        """The same subspace with all bases in 8 bits: see `Subspace.quantize`."""
-        return GroupedSubspace(one.quantize(format) for one in self.subspaces)
+        """Return the same subspace with all bases in 8 bits: see `Subspace.quantize`."""
+        return GroupedSubspace(space.quantize(format) for space in self.subspaces)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> GroupedSubspace:
-        """The same subspace on another device or with another dtype of all bases.
+        """Return the same subspace on another device or with another dtype of all bases.
 
         See `Subspace.to`; ``self`` if nothing changes.
         """
-        moved = [one.to(device, dtype) for one in self.subspaces]
-        same = all(one is other for one, other in zip(moved, self.subspaces, strict=True))
+        moved = [space.to(device, dtype) for space in self.subspaces]
+        same = all(new is old for new, old in zip(moved, self.subspaces, strict=True))
         return self if same else GroupedSubspace(moved)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves as a safetensors file; an earlier file is replaced once all is written."""
+        """Save all groups in one safetensors file.
+
+        Parameters
+        ----------
+        path : str or path-like
+            `GroupedSubspace.load` opens the file. An earlier one is replaced once all is written.
+        """
         tensors = {
             f"{i}.{name}": tensor
-            for i, one in enumerate(self.subspaces)
-            for name, tensor in one._tensors().items()
+            for i, space in enumerate(self.subspaces)
+            for name, tensor in space._tensors().items()
         }
-        groups = [one._facts() for one in self.subspaces]
+        groups = [space._facts() for space in self.subspaces]
         artifacts.save(path, _KIND, _VERSION, tensors, {"groups": groups})
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu"
     ) -> GroupedSubspace:
-        """Loads a saved subspace onto ``device``.
+        """Load a saved subspace.
+
+        Parameters
+        ----------
+        path : str or path-like
+        device : torch.device or str
+            Where the tensors go.
+
+        Returns
+        -------
+        GroupedSubspace
 
         Raises
         ------
@@ -198,7 +202,7 @@ class GroupedSubspace(AffineSubspace):
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> GroupedSubspace:
-        """Random orthonormal bases at the current weights: the control experiment.
+        """Return random orthonormal bases at the current weights: the control experiment.
 
         Parameters
         ----------
@@ -210,39 +214,69 @@ class GroupedSubspace(AffineSubspace):
             The number of parameters in each group: see `layer_groups`.
         generator, dtype
             As in `Subspace.random`.
+
+        Returns
+        -------
+        GroupedSubspace
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the argument, what was expected and what came.
         """
         listed, names = named_parameters(params)
-        result = []
-        for part in group_slices(groups, len(listed)):
-            members = listed[part]
-            named = members if names is None else list(zip(names[part], members, strict=True))
+        subspaces = []
+        for group in group_slices(groups, len(listed)):
+            members = listed[group]
+            named = members if names is None else list(zip(names[group], members, strict=True))
             most = min(dim, numel(members))
-            result.append(Subspace.random(named, most, generator=generator, dtype=dtype))
-        return cls(result)
+            subspaces.append(Subspace.random(named, most, generator=generator, dtype=dtype))
+        return cls(subspaces)
+
+    @property
+    def _rounded(self) -> bool:
+        return any(space._rounded for space in self.subspaces)
+
+    def _reconstruct(self, theta: Tensor) -> Tensor:
+        return torch.cat([space.reconstruct(t) for space, t in self._by_group(theta)])
+
+    def _direction(self, index: int) -> Tensor:
+        index = range(self.dim)[index]
+        result = torch.zeros_like(self.origin)
+        for space, columns in zip(self.subspaces, result.split(self._sizes), strict=True):
+            if index < space.dim:
+                columns.copy_(space.direction(index))
+                break
+            index -= space.dim
+        return result
+
+    def _moved_to(self, origin: Tensor) -> GroupedSubspace:
+        origins = zip(self.subspaces, origin.split(self._sizes), strict=True)
+        return GroupedSubspace(space._moved_to(part) for space, part in origins)
 
     def _project(self, tensors: Sequence[Any]) -> Tensor:
-        pieces = zip(self.subspaces, self._pieces(tensors), strict=True)
-        return torch.cat([one._project(piece) for one, piece in pieces])
+        groups = zip(self.subspaces, self._split(tensors), strict=True)
+        return torch.cat([space._project(members) for space, members in groups])
 
     def _solve(self, coordinates: Tensor) -> Tensor:
-        return torch.cat([one._solve(c) for one, c in self._coordinates(coordinates)])
+        return torch.cat([space._solve(c) for space, c in self._by_group(coordinates)])
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
         origins = [None] * len(self._sizes) if origin is None else origin.split(self._sizes)
-        parts, pieces = list(self._coordinates(theta)), list(self._pieces(tensors, written=True))
-        for (one, part), piece, start in zip(parts, pieces, origins, strict=True):
-            one._write(piece, part, start)
+        groups, targets = list(self._by_group(theta)), list(self._split(tensors, written=True))
+        for (space, t), members, start in zip(groups, targets, origins, strict=True):
+            space._write(members, t, start)
 
-    def _coordinates(self, theta: Tensor) -> Iterator[tuple[Subspace, Tensor]]:
-        """Each group and its coordinates."""
+    def _by_group(self, theta: Tensor) -> Iterator[tuple[Subspace, Tensor]]:
+        """Return each group and its coordinates."""
         if not isinstance(theta, Tensor):
             raise TypeError(f"theta: expected a tensor, got {type_name(theta)}")
         if theta.shape != (self.dim,):
             raise ValueError(f"theta: expected shape ({self.dim},), got {tuple(theta.shape)}")
         return zip(self.subspaces, theta.split(self._dims), strict=True)
 
-    def _pieces(self, tensors: Sequence[Any], written: bool = False) -> Iterator[list[Tensor]]:
-        """The tensors of each group. One that reaches over a border, as a flat vector, is cut."""
+    def _split(self, tensors: Sequence[Any], written: bool = False) -> Iterator[list[Tensor]]:
+        """Return the tensors of each group. One that spans several, as a flat vector, is split."""
         for i, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"tensors[{i}]: expected a tensor, got {type_name(tensor)}")
@@ -251,11 +285,11 @@ class GroupedSubspace(AffineSubspace):
                 f"tensors: expected {self.numel} elements in all (columns of basis), got "
                 f"{numel(tensors)}"
             )
-        return _cut(tensors, self._sizes, written)
+        return _split(tensors, self._sizes, written)
 
 
 def layer_groups(model: nn.Module, depth: int | None = None) -> list[int]:
-    """The number of trainable parameters in each layer, in order: for arguments ``groups``.
+    """Return the number of trainable parameters in each layer, in order, for ``groups=``.
 
     Parameters
     ----------
@@ -268,6 +302,24 @@ def layer_groups(model: nn.Module, depth: int | None = None) -> list[int]:
     -------
     list of int
         Tied parameters count once, frozen ones not, as in ``model.parameters()`` elsewhere here.
+
+    Raises
+    ------
+    ValueError
+        ``depth`` below 1; a model without parameters.
+
+    See Also
+    --------
+    GroupedSubspace : A subspace with directions of its own for each group.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import layer_groups
+    >>> block = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2, bias=False))
+    >>> model = torch.nn.Sequential(block, torch.nn.Linear(2, 1))
+    >>> layer_groups(model), layer_groups(model, depth=1)
+    ([2, 1, 2], [3, 2])
     """
     if depth is not None and depth < 1:
         raise ValueError(f"depth: expected at least 1, got {depth}")
@@ -278,7 +330,7 @@ def layer_groups(model: nn.Module, depth: int | None = None) -> list[int]:
 
 
 def group_slices(groups: Sequence[int], count: int) -> list[slice]:
-    """The parameters of each group as slices of a list of ``count``."""
+    """Return the parameters of each group as slices of a list of ``count``."""
     sizes = list(groups)
     for i, size in enumerate(sizes):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -291,10 +343,12 @@ def group_slices(groups: Sequence[int], count: int) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def _cut(tensors: Sequence[Tensor], sizes: Sequence[int], written: bool) -> Iterator[list[Tensor]]:
+def _split(
+    tensors: Sequence[Tensor], sizes: Sequence[int], written: bool
+) -> Iterator[list[Tensor]]:
     rest = list(reversed(tensors))
     for size in sizes:
-        piece: list[Tensor] = []
+        members: list[Tensor] = []
         while size:
             tensor = rest.pop()
             if tensor.numel() > size:
@@ -307,15 +361,10 @@ def _cut(tensors: Sequence[Tensor], sizes: Sequence[int], written: bool) -> Iter
                 rest.append(flat[size:])
                 tensor = flat[:size]
             size -= tensor.numel()
-            piece.append(tensor)
-        yield piece
+            members.append(tensor)
+        yield members
 
 
-def _joined(known: list[Tensor | None]) -> Tensor | None:
-    found = [one for one in known if one is not None]
-    return torch.cat(found) if len(found) == len(known) else None
-
-
-def _concatenated(known: list[list[Any] | None]) -> list[Any] | None:
-    found = [one for one in known if one is not None]
-    return [entry for one in found for entry in one] if len(found) == len(known) else None
+def _if_all_known(values: Sequence[_Value | None]) -> list[_Value] | None:
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None

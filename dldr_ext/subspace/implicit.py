@@ -1,10 +1,10 @@
-"""A subspace without a stored basis: snapshots, and the coefficients that combine them."""
+"""Subspaces without a stored basis: snapshots, and the coefficients that combine them."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor
 from .. import ops
 from ..files import artifacts
 from ..tensors.alignment import readable_rows
-from ..tensors.formats import SCALE_BLOCK
-from ..tensors.parameters import dtype_name, flatten, type_name
+from ..tensors.formats import scale_of, wide_dtype
+from ..tensors.parameters import dtype_name, type_name
 from .dense import KIND, VERSION, Subspace
 from .exact import ReadableSubspace
 
 # Rows of the basis that are formed at a time to be saved.
-_TOGETHER = 4
+_ROWS_AT_A_TIME = 4
 
 
 class ImplicitSubspace(ReadableSubspace):
@@ -44,6 +44,26 @@ class ImplicitSubspace(ReadableSubspace):
         For int8 and float8_e4m3fn snapshots.
     explained_variance_ratio, singular_values, shapes, names, choice
         As in `Subspace`.
+
+    See Also
+    --------
+    dldr_ext.Trajectory.subspace : Makes it, with ``materialize=False``.
+    to_dense : The same with a stored basis.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import Trajectory
+    >>> weights = torch.zeros(4)
+    >>> trajectory = Trajectory([weights], capacity=3)
+    >>> for step in range(3):
+    ...     _ = trajectory.record()
+    ...     weights[step] += 2.0 - step / 2
+    >>> subspace = trajectory.subspace(dim=2, materialize=False)
+    >>> subspace
+    ImplicitSubspace(dim=2, numel=4, 3 snapshots in bfloat16, device=cpu)
+    >>> subspace.project(weights).shape
+    torch.Size([2])
     """
 
     def __init__(
@@ -72,7 +92,7 @@ class ImplicitSubspace(ReadableSubspace):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored snapshots."""
+        """The dtype of the stored snapshots."""
         return self.snapshots.dtype
 
     def __repr__(self) -> str:
@@ -81,16 +101,15 @@ class ImplicitSubspace(ReadableSubspace):
             f"in {dtype_name(self.dtype)}, device={self.device})"
         )
 
-    def reconstruct(self, theta: Tensor) -> Tensor:
-        """Flat weights w0 + P theta, shape (n,); differentiable in theta."""
+    def _reconstruct(self, theta: Tensor) -> Tensor:
         return ops.reconstruct(self.origin, self.snapshots, self._combine(theta), scale=self.scale)
 
-    def direction(self, index: int) -> Tensor:
-        """One basis vector, a column of P, shape (n,), in the dtype of the origin."""
-        return self._rows(slice(index, index + 1 or None), self.origin.dtype)[0]
+    def _direction(self, index: int) -> Tensor:
+        index = range(self.dim)[index]
+        return self._rows(slice(index, index + 1), self.origin.dtype)[0]
 
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Coordinates of several lists of tensors, shape (len(lists), d): one pass for all."""
+        """Return the coordinates of several lists of tensors, (len(lists), d), in one pass."""
         if len(lists) == 1:
             return self._project(lists[0]).unsqueeze(0)
         return self._coordinates(ops.project_many(self.snapshots, lists, scale=self.scale))
@@ -98,7 +117,7 @@ class ImplicitSubspace(ReadableSubspace):
     def combine_residual(
         self, theta: Tensor, coordinates: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """P theta and g - P c, both (n,), in one pass: see `ops.reconstruct_residual`."""
+        """Return P theta and g - P c, both (n,), in one pass: `ops.reconstruct_residual`."""
         return ops.reconstruct_residual(
             self.snapshots,
             self._combine(theta),
@@ -108,38 +127,45 @@ class ImplicitSubspace(ReadableSubspace):
         )
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Subspace:
-        """The same subspace with its basis formed: d n numbers more.
+        """Return the same subspace with its basis formed: d n numbers more.
 
         Parameters
         ----------
         dtype : torch.dtype, optional
             float32, bfloat16, float16 or float64. Default: that of the snapshots, float32 if they
             have 8 bits.
+
+        Returns
+        -------
+        Subspace
         """
         basis = self._rows(slice(None), self._dense_dtype() if dtype is None else dtype)
         return Subspace(
             basis,
-            self.origin.to(torch.float64 if basis.dtype == torch.float64 else torch.float32),
-            **self._known(),
+            self.origin.to(wide_dtype(basis.dtype)),
+            **self._spectrum(),
             **self._facts(),
         )
 
-    def with_origin(self, params: Iterable[Any] | Tensor) -> ImplicitSubspace:
-        """The same directions through other weights: see `Subspace.with_origin`."""
-        result = copy.copy(self)
-        result.origin = flatten(self._weights(params), self.origin.dtype)
-        return result
-
     def quantize(self, format: str) -> Subspace:
-        """The same subspace with a basis in 8 bits; on the way there it is `to_dense`."""
+        """Return the same subspace with a basis in 8 bits; on the way there it is `to_dense`."""
         return self.to_dense().quantize(format)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Subspace | ImplicitSubspace:
-        """The same subspace on another device, snapshots and all; or, with a dtype, `to_dense`.
+        """Return the same subspace on another device, snapshots and all.
 
-        ``self`` if nothing changes.
+        Parameters
+        ----------
+        device : torch.device, optional
+        dtype : torch.dtype, optional
+            Another one than that of the snapshots makes it `to_dense`.
+
+        Returns
+        -------
+        ImplicitSubspace or Subspace
+            ``self`` if nothing changes.
         """
         if dtype is not None and dtype != self.dtype:
             return self.to_dense(dtype).to(device)
@@ -153,14 +179,25 @@ class ImplicitSubspace(ReadableSubspace):
         return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Saves the basis, formed some rows at a time: `Subspace.load` opens the file."""
+        """Save the basis, formed some rows at a time, as a safetensors file of a `Subspace`.
+
+        Parameters
+        ----------
+        path : str or path-like
+            `Subspace.load` opens the file. An earlier one is replaced once all is written.
+        """
         shape = (self.dim, self.numel)
         tensors: dict[str, Tensor | artifacts.Stream] = {
             "basis": artifacts.Stream(self._dense_dtype(), shape, self._formed_rows()),
             "origin": self.origin,
-            **{name: known for name, known in self._known().items() if known is not None},
+            **{name: values for name, values in self._spectrum().items() if values is not None},
         }
         artifacts.save(path, KIND, VERSION, tensors, self._facts())
+
+    def _moved_to(self, origin: Tensor) -> ImplicitSubspace:
+        result = copy.copy(self)
+        result.origin = origin
+        return result
 
     def _project(self, tensors: Sequence[Any]) -> Tensor:
         return self._coordinates(ops.project(self.snapshots, tensors, scale=self.scale))
@@ -170,18 +207,15 @@ class ImplicitSubspace(ReadableSubspace):
 
     def _values(self, begin: int, step: int) -> Tensor:
         columns = self.snapshots[:, begin : begin + step].contiguous()
-        scale = self.scale
-        if scale is not None:
-            size = SCALE_BLOCK
-            scale = scale[:, begin // size : -(-(begin + step) // size)].contiguous()
+        scale = scale_of(self.scale, begin, begin + step)
         return ops.form_basis(columns, self.coefficients, scale=scale, dtype=torch.float64)
 
     def _coordinates(self, products: Tensor) -> Tensor:
-        """C (X g) of one or several X g."""
+        """Return C (X g) of one or several X g."""
         return (products.to(torch.float64) @ self.coefficients.T).to(self.coordinate_dtype)
 
     def _combine(self, theta: Tensor) -> Tensor:
-        """C^T theta, (T,)."""
+        """Return C^T theta, (T,)."""
         if not isinstance(theta, Tensor) or not theta.dtype.is_floating_point:
             got = theta.dtype if isinstance(theta, Tensor) else type_name(theta)
             raise TypeError(f"theta: expected a floating-point tensor, got {got}")
@@ -193,18 +227,18 @@ class ImplicitSubspace(ReadableSubspace):
         return (theta.to(torch.float64) @ self.coefficients).to(self.coordinate_dtype)
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of the basis."""
+        """Return rows of the basis."""
         chosen = self.coefficients[rows].contiguous()
         return ops.form_basis(self.snapshots, chosen, scale=self.scale, dtype=dtype)
 
     def _formed_rows(self) -> Iterator[Tensor]:
-        for i in range(0, self.dim, _TOGETHER):
-            yield self._rows(slice(i, i + _TOGETHER), self._dense_dtype())
+        for i in range(0, self.dim, _ROWS_AT_A_TIME):
+            yield self._rows(slice(i, i + _ROWS_AT_A_TIME), self._dense_dtype())
 
     def _dense_dtype(self) -> torch.dtype:
         return self.dtype if self.scale is None else torch.float32
 
-    def _known(self) -> dict[str, Any]:
+    def _spectrum(self) -> dict[str, Any]:
         return {
             "explained_variance_ratio": self.explained_variance_ratio,
             "singular_values": self.singular_values,

@@ -1,9 +1,9 @@
-"""A model as a function of its coordinates in a subspace."""
+"""Models as functions of their coordinates in a subspace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,32 @@ from torch.func import functional_call
 
 from ..tensors.parameters import check_matches, named_parameters, numel
 
-if TYPE_CHECKING:
-    from .base import AffineSubspace
-
 _PREFIX = "model."
 
 
+class _Subspace(Protocol):
+    """The methods of a subspace, of any kind, that a `SubspaceModule` uses."""
+
+    shapes: list[tuple[int, ...]] | None
+    names: list[str] | None
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def numel(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def coordinate_dtype(self) -> torch.dtype: ...
+    def reconstruct(self, theta: Tensor) -> Tensor: ...
+    def reconstruct_(self, params: Iterable[Any], theta: Tensor) -> None: ...
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> _Subspace: ...
+
+
 class SubspaceModule(nn.Module):
-    """Runs a model with the weights w0 + P theta; theta is the only parameter.
+    """A model that runs with the weights w0 + P theta; theta is the only parameter.
 
     Any optimizer of ``torch.optim`` works on it. Made by ``subspace.parametrize(model)``.
 
@@ -28,7 +46,7 @@ class SubspaceModule(nn.Module):
         Its trainable parameters must be those of the subspace: by name where the subspace knows
         names, else in order. Its own weights stay as they are until `write_back`; frozen ones are
         used as they are; buffers (batch-norm statistics) are used and updated in place.
-    subspace : Subspace or GroupedSubspace
+    subspace : Subspace, GroupedSubspace or ImplicitSubspace
 
     Attributes
     ----------
@@ -47,12 +65,31 @@ class SubspaceModule(nn.Module):
     ------
     ValueError
         The parameters do not match the subspace: with the first that differs.
+
+    See Also
+    --------
+    dldr_ext.InSubspace : An optimizer of torch on theta that writes the model's own weights.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import Subspace
+    >>> model = torch.nn.Linear(3, 1, bias=False)
+    >>> basis = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]])
+    >>> module = Subspace(basis, torch.zeros(3)).parametrize(model)
+    >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    >>> module(torch.tensor([[2.0, 1.0, 2.0]])).sum().backward()
+    >>> optimizer.step()
+    >>> module.theta.data
+    tensor([-1.0000, -1.1000])
+    >>> module.write_back().weight.data
+    tensor([[-1.0000, -0.6600, -0.8800]])
     """
 
     theta: nn.Parameter
     model: nn.Module
 
-    def __init__(self, model: nn.Module, subspace: AffineSubspace) -> None:
+    def __init__(self, model: nn.Module, subspace: _Subspace) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -71,25 +108,48 @@ class SubspaceModule(nn.Module):
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output at w0 + P theta; differentiable in theta."""
+        """Return the model's output at w0 + P theta; differentiable in theta."""
         return functional_call(self.model, self.weights(), args, kwargs)
 
     def weights(self) -> dict[str, Tensor]:
-        """w0 + P theta, cut into the model's parameters, by name; differentiable in theta."""
+        """Return w0 + P theta as the model's parameters, differentiable in theta.
+
+        Returns
+        -------
+        dict of str and Tensor
+            By the names of the model, with the shape and the dtype of each parameter: what
+            ``torch.func.functional_call(model, weights, args)`` takes.
+
+        See Also
+        --------
+        write_back : The same, into the model's own weights.
+        """
         params = self._parameters_of_model()
-        pieces = self.subspace.reconstruct(self.theta).split([p.numel() for p in params])
+        flat = self.subspace.reconstruct(self.theta).split([p.numel() for p in params])
         return {
-            name: piece.view(p.shape).to(p.dtype)
-            for name, piece, p in zip(self._names, pieces, params, strict=True)
+            name: values.view(p.shape).to(p.dtype)
+            for name, values, p in zip(self._names, flat, params, strict=True)
         }
 
     def write_back(self) -> nn.Module:
-        """Writes w0 + P theta into the model's own weights; returns the model."""
+        """Write w0 + P theta into the model's own weights.
+
+        Each parameter is rounded once to its dtype; frozen ones and buffers stay as they are.
+
+        Returns
+        -------
+        nn.Module
+            The model, to be saved or run without the subspace.
+
+        See Also
+        --------
+        weights : The same as new tensors.
+        """
         self.subspace.reconstruct_(self._parameters_of_model(), self.theta.detach())
         return self.model
 
     def train(self, mode: bool = True) -> SubspaceModule:
-        """Sets training mode, of the model too."""
+        """Set training mode, of the model too."""
         super().train(mode)
         self.model.train(mode)
         return self
@@ -97,13 +157,14 @@ class SubspaceModule(nn.Module):
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """The model's buffers."""
+        """Yield the model's buffers."""
         if recurse:
             yield from self.model.named_buffers(
                 f"{prefix}{'.' if prefix else ''}{_PREFIX[:-1]}", True, remove_duplicate
             )
 
     def extra_repr(self) -> str:
+        """Return the model's class and the subspace."""
         return f"{type(self.model).__name__}, {self.subspace}"
 
     def _parameters_of_model(self) -> list[Tensor]:
@@ -154,26 +215,26 @@ class SubspaceModule(nn.Module):
                 with torch.no_grad():
                     buffer.copy_(value)
         if strict:
-            known = {start + name for name in buffers}
+            expected = {start + name for name in buffers}
             unexpected_keys.extend(
-                key for key in state_dict if key.startswith(start) and key not in known
+                key for key in state_dict if key.startswith(start) and key not in expected
             )
 
     def _saved_buffers(self) -> dict[str, Tensor]:
-        """The model's buffers that belong into a state dict, by name."""
+        """Return the model's buffers that belong into a state dict, by name."""
         state = self.model.state_dict(keep_vars=True)
         buffers = self.model.named_buffers(remove_duplicate=False)
         return {name: buffer for name, buffer in buffers if name in state}
 
 
-def _matching_names(model: nn.Module, subspace: AffineSubspace) -> list[str]:
-    """The names of the model's parameters in the order of the subspace."""
+def _matching_names(model: nn.Module, subspace: _Subspace) -> list[str]:
+    """Return the names of the model's parameters in the order of the subspace."""
     params, names = named_parameters(model.named_parameters(), "model")
     assert names is not None
     if subspace.names is not None and subspace.shapes is not None:
-        known = dict(zip(names, params, strict=True))
+        by_name = dict(zip(names, params, strict=True))
         for name in subspace.names:
-            if name not in known:
+            if name not in by_name:
                 raise ValueError(
                     f"model: expected a trainable parameter {name}, as in the subspace; it has "
                     f"{', '.join(names)}"
@@ -181,7 +242,7 @@ def _matching_names(model: nn.Module, subspace: AffineSubspace) -> list[str]:
         extra = [name for name in names if name not in set(subspace.names)]
         if extra:
             raise ValueError(f"model: the subspace has no parameter {extra[0]}")
-        params, names = [known[name] for name in subspace.names], subspace.names
+        params, names = [by_name[name] for name in subspace.names], subspace.names
     if subspace.shapes is not None:
         check_matches(params, subspace.shapes, names, "subspace", "model")
     elif numel(params) != subspace.numel:

@@ -1,1 +1,1 @@
-"""Tensors as everything here takes them: parameters, storage formats, matrices of rows."""
+"""Tensors: lists of parameters, storage formats, matrices of rows, memory."""

@@ -1,4 +1,4 @@
-"""Matrices of rows as the kernels like to read them."""
+"""Matrices whose rows lie in memory as the kernels read them fastest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CUDA_ALIGNMENT = 256
 def empty_rows(
     rows: int, columns: int, *, dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
-    """An uninitialised (rows, columns) matrix; on CUDA a view of a slightly wider one."""
+    """Return an uninitialised (rows, columns) matrix; on CUDA a view of a slightly wider one."""
     width = columns
     if torch.device(device).type == "cuda":
         width += -columns % (CUDA_ALIGNMENT // dtype.itemsize)
@@ -20,12 +20,12 @@ def empty_rows(
 
 
 def readable_rows(matrix: Tensor) -> Tensor:
-    """The matrix itself, or a copy if the kernels could not, or only slowly, read its rows."""
+    """Return the matrix, or a copy if the kernels could read its rows not at all or slowly."""
     if matrix.device.type != "cuda":
         return matrix.contiguous()
     packed = matrix.stride(1) == 1 or matrix.shape[1] == 1
-    step = matrix.stride(0) * matrix.itemsize
-    if packed and matrix.data_ptr() % 16 == 0 and (len(matrix) == 1 or step % 16 == 0):
+    row_bytes = matrix.stride(0) * matrix.itemsize
+    if packed and matrix.data_ptr() % 16 == 0 and (len(matrix) == 1 or row_bytes % 16 == 0):
         return matrix
     result = empty_rows(*matrix.shape, dtype=matrix.dtype, device=matrix.device)
     return result.copy_(matrix)

@@ -9,25 +9,34 @@ from torch import Tensor
 from torch.nn import functional
 
 from .alignment import empty_rows
+from .constants import SCALE_BLOCK
 from .parameters import DTYPES
 
-# Columns that share a scale.
-SCALE_BLOCK = 256
 # The 8-bit formats, and the largest magnitude that each uses.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# What rows may be stored in.
+# The dtypes that rows may be stored in.
 STORED = (*DTYPES, *LARGEST)
 # A block whose largest magnitude is below this is stored as zeros: its scale would be subnormal.
 _SMALLEST = 448 * torch.finfo(torch.float32).tiny
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the arithmetic on rows of ``dtype``, of anchors and of origins."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def blocks(columns: int) -> int:
-    """Number of scale blocks in a row."""
+    """Return the number of scale blocks in a row."""
     return -(-columns // SCALE_BLOCK)
 
 
+def block_range(begin: int, end: int) -> tuple[int, int]:
+    """Return the scale block that column ``begin`` is in, and the end of those up to ``end``."""
+    return begin // SCALE_BLOCK, blocks(end)
+
+
 def row_bytes(columns: int, dtype: torch.dtype) -> int:
-    """Of a stored row, with its scale if it has one."""
+    """Return the bytes of a stored row, with its scale if it has one."""
     scale = blocks(columns) * torch.float32.itemsize if dtype in LARGEST else 0
     return columns * dtype.itemsize + scale
 
@@ -35,21 +44,21 @@ def row_bytes(columns: int, dtype: torch.dtype) -> int:
 def empty_scale(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device | str
 ) -> Tensor | None:
-    """An uninitialised scale for rows of ``dtype``; None if they need none."""
+    """Return an uninitialised scale for rows of ``dtype``; None if they need none."""
     if dtype not in LARGEST:
         return None
     return torch.empty((rows, blocks(columns)), dtype=torch.float32, device=device)
 
 
 def scale_of(scale: Tensor | None, begin: int, end: int, row: int | None = None) -> Tensor | None:
-    """The scale of columns [begin, end), which begin with a block, as the ops take it.
+    """Return the scale of columns [begin, end), which begin with a block, as the ops take it.
 
     Of all rows, contiguous; or, to be written to, of one.
     """
     if scale is None:
         return None
-    part = scale[:, begin // SCALE_BLOCK : blocks(end)]
-    return part.contiguous() if row is None else part[row : row + 1]
+    columns = slice(*block_range(begin, end))
+    return scale[:, columns].contiguous() if row is None else scale[row : row + 1, columns]
 
 
 def rounded(
@@ -58,7 +67,7 @@ def rounded(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Rounds a matrix to 8 bits, piece by piece.
+    """Round a matrix to 8 bits, piece by piece.
 
     Parameters
     ----------
@@ -85,7 +94,7 @@ def rounded(
     codes = empty_rows(rows, columns, dtype=dtype, device=device)
     scale = torch.empty((rows, blocks(columns)), dtype=torch.float32, device=device)
     for begin, piece in pieces:
-        width, block = piece.shape[1], begin // SCALE_BLOCK
+        width = piece.shape[1]
         chunk = functional.pad(piece, (0, -width % SCALE_BLOCK))
         chunk = chunk.view(rows, -1, SCALE_BLOCK)
         peak = chunk.abs().amax(2, keepdim=True)
@@ -100,19 +109,17 @@ def rounded(
         if dtype == torch.int8:
             values.round_()
         codes[:, begin : begin + width] = values.view(rows, -1)[:, :width].to(dtype)
-        scale[:, block : block + peak.shape[1]] = (peak / largest)[:, :, 0]
+        scale[:, slice(*block_range(begin, begin + width))] = (peak / largest)[:, :, 0]
     return codes, scale
 
 
 def decoded(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that 8-bit rows from a block's first column on stand for; exact in float64."""
+    """Return the numbers that 8-bit rows stand for, from a block's first column on.
+
+    Exact in float64.
+    """
     rows, columns = codes.shape
     result = torch.empty((rows, scale.shape[1] * SCALE_BLOCK), dtype=dtype, device=codes.device)
     result[:, :columns] = codes
     result.view(*scale.shape, SCALE_BLOCK).mul_(scale[:, :, None])
     return result[:, :columns]
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """That of the arithmetic, of anchors and of origins."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Rows that are not a plain matrix in memory, worked on in pieces.
+"""Matrices whose rows are not a plain tensor in memory, worked on some columns at a time.
 
 They lie on disk or on the host (`StoredRows`; read ahead on CUDA), or have scales (`ScaledRows`).
 """
@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from .alignment import empty_rows
-from .formats import SCALE_BLOCK, blocks, decoded
+from .constants import SCALE_BLOCK
+from .formats import block_range, blocks, decoded
 
 Index = int | slice | tuple[int | slice, slice]
 _Buffer = TypeVar("_Buffer")
 
 
 class RowReader(Protocol):
-    """What `StoredRows` reads from."""
+    """A store of rows that `StoredRows` reads from."""
 
     numel: int
     dtype: torch.dtype
     device: torch.device
 
     def read(self, row: int, begin: int, end: int, out: Tensor) -> None:
-        """Copies columns [begin, end) of a row into ``out``, on ``device``."""
+        """Copy columns [begin, end) of a row into ``out``, on ``device``."""
 
 
 class StoredRows:
@@ -60,15 +61,15 @@ class StoredRows:
         return self._read(range(row, row + 1), begin, end)[0]
 
     def narrow(self, begin: int, end: int) -> StoredRows:
-        """Some columns, not read yet."""
+        """Return the matrix of some columns, not read yet."""
         return StoredRows(self._reader, self._count, slice(self._begin + begin, self._begin + end))
 
     def read_row(self, row: int, out: Tensor) -> None:
-        """Copies a row into ``out``."""
+        """Copy a row into ``out``."""
         self._reader.read(row, self._begin, self._end, out)
 
     def pieces(self, step: int) -> Iterator[tuple[int, Tensor]]:
-        """All columns, ``step`` at a time: where a piece begins, and the piece (T, step).
+        """Yield all columns, ``step`` at a time: where a piece begins, and the piece (T, step).
 
         A piece is overwritten by the next one but one. On CUDA the next one is on its way while
         this one is worked on.
@@ -79,7 +80,7 @@ class StoredRows:
             yield begin, piece
 
     def read_columns(self, places: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
-        """Columns [begin, end) of each of several places, as in `pieces`."""
+        """Yield the columns [begin, end) of each of several places, as in `pieces`."""
         width = max((end - begin for begin, end in places), default=0)
 
         def make() -> Tensor:
@@ -113,7 +114,7 @@ class ScaledRows:
     Attributes
     ----------
     codes : Tensor or StoredRows, shape (T, n)
-        What is stored: int8 or float8_e4m3fn.
+        The stored numbers: int8 or float8_e4m3fn.
     scale : Tensor or StoredRows, shape (T, ceil(n / 256)), float32
         Element i of row t stands for ``codes[t, i] * scale[t, i // 256]``.
     skip : int
@@ -143,30 +144,30 @@ class ScaledRows:
 
     def __getitem__(self, index: Index) -> Tensor:
         rows, begin, end = _parsed(index, self.shape[1])
-        part = self.narrow(begin, end)
-        codes, scale = part.codes[rows], part.scale[rows]
+        chosen = self.narrow(begin, end)
+        codes, scale = chosen.codes[rows], chosen.scale[rows]
         if isinstance(rows, slice):
-            return decoded(codes, scale, self.dtype)[:, part.skip :]
-        return decoded(codes[None], scale[None], self.dtype)[0, part.skip :]
+            return decoded(codes, scale, self.dtype)[:, chosen.skip :]
+        return decoded(codes[None], scale[None], self.dtype)[0, chosen.skip :]
 
     def narrow(self, begin: int, end: int) -> ScaledRows:
-        """Some columns, not read yet."""
+        """Return the matrix of some columns, not read yet."""
         begin, end = begin + self.skip, end + self.skip
         block, skip = divmod(begin, SCALE_BLOCK)
         codes = columns(self.codes, begin - skip, end)
         return ScaledRows(codes, columns(self.scale, block, blocks(end)), skip)
 
     def pieces(self, step: int) -> Iterator[tuple[int, Tensor]]:
-        """All columns, ``step`` at a time, a multiple of 256: exact, hence in float64."""
+        """Yield all columns, ``step`` (a multiple of 256) at a time: exact, hence in float64."""
         for begin, codes, scale in self.stored_pieces(step):
             yield begin, decoded(codes, scale, torch.float64)[:, self.skip :]
 
     def stored_pieces(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Where each of `pieces` begins; its codes and scale, `skip` columns in front of it."""
-        total, size = self.shape[1], SCALE_BLOCK
+        """Yield where each of `pieces` begins, its codes and its scale, `skip` columns wider."""
+        total = self.shape[1]
         places = [(b, min(b + step, total) + self.skip) for b in range(0, total, step)]
-        parts = [(begin // size, blocks(end)) for begin, end in places]
-        read = zip(_read(self.codes, places), _read(self.scale, parts), strict=True)
+        blocks_of = [block_range(begin, end) for begin, end in places]
+        read = zip(_read(self.codes, places), _read(self.scale, blocks_of), strict=True)
         for (begin, _), (codes, scale) in zip(places, read, strict=True):
             yield begin, codes, scale.contiguous()
 
@@ -175,17 +176,17 @@ Matrix = Tensor | StoredRows | ScaledRows
 
 
 def scaled(codes: Tensor, scale: Tensor | None) -> Tensor | ScaledRows:
-    """Rows in memory, with their scale if they have one."""
+    """Return rows in memory together with their scale if they have one."""
     return codes if scale is None else ScaledRows(codes, scale)
 
 
 def as_stored(matrix: Matrix) -> tuple[Tensor | StoredRows, Tensor | StoredRows | None]:
-    """The numbers that are stored, and their scale if they have one."""
+    """Return the numbers that are stored, and their scale if they have one."""
     return (matrix.codes, matrix.scale) if isinstance(matrix, ScaledRows) else (matrix, None)
 
 
 def columns(matrix: Any, begin: int, end: int) -> Any:
-    """Columns [begin, end) of any `Matrix`, not read yet."""
+    """Return columns [begin, end) of any `Matrix`, not read yet."""
     return matrix[:, begin:end] if isinstance(matrix, Tensor) else matrix.narrow(begin, end)
 
 
@@ -195,7 +196,7 @@ def staged(
     make: Callable[[], _Buffer],
     device: torch.device,
 ) -> Iterator[_Buffer]:
-    """Buffers that ``load(i, buffer)`` has filled, i = 0, ..., count - 1, each for a short while.
+    """Yield buffers that ``load(i, buffer)`` has filled, i = 0, ..., count - 1, reused in turn.
 
     On CUDA there are two: while one is worked on, the next is loaded on a stream of its own. (This
     branch has not run on a GPU.)
@@ -231,7 +232,7 @@ def staged(
 
 
 def column_pieces(matrix: Matrix, step: int) -> Iterator[tuple[int, Tensor]]:
-    """All columns, ``step`` at a time; a piece is valid until the next one."""
+    """Yield all columns, ``step`` at a time; a piece is valid until the next one."""
     if not isinstance(matrix, Tensor):
         yield from matrix.pieces(step)
         return
@@ -240,7 +241,7 @@ def column_pieces(matrix: Matrix, step: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def stored_pieces(matrix: Matrix, step: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """`column_pieces` as they are stored: each with its scale, if there is one."""
+    """Yield `column_pieces` as they are stored: each with its scale, if there is one."""
     if isinstance(matrix, ScaledRows):
         yield from matrix.stored_pieces(step)
         return
@@ -255,7 +256,7 @@ def _read(matrix: Tensor | StoredRows, places: Sequence[tuple[int, int]]) -> Ite
 
 
 def _parsed(index: Index, width: int) -> tuple[int | slice, int, int]:
-    """The rows that an index asks for, and where its columns begin and end."""
+    """Return the rows that an index asks for, and where its columns begin and end."""
     rows, columns = index if isinstance(index, tuple) else (index, slice(None))
     if not isinstance(columns, slice) or columns.step not in (None, 1):
         raise TypeError(f"columns: expected a slice of step 1, got {columns!r}")

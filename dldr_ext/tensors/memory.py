@@ -8,7 +8,7 @@ import torch
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes that can be had without swapping."""
+    """Return the bytes that can be allocated on a device without swapping."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -1,9 +1,9 @@
-"""Lists of parameters: the one place that says which tensors count, in which order."""
+"""Lists of parameters: which tensors count, in which order, and their flat vector."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def named_parameters(
     params: Iterable[Any], argument: str = "params"
 ) -> tuple[list[Tensor], list[str] | None]:
-    """The distinct trainable tensors of ``params`` in the order given, and their names if known.
+    """Return the distinct trainable tensors in the order given, and their names if known.
 
     Parameters
     ----------
@@ -43,15 +43,15 @@ def named_parameters(
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         kind = "a single tensor" if isinstance(params, Tensor) else type_name(params)
         raise TypeError(f"{argument}: expected an iterable of tensors or of dicts, got {kind}")
-    found: dict[int, tuple[Tensor, str | None]] = {}
+    entries: dict[int, tuple[Tensor, str | None]] = {}
     for name, tensor in _entries(params, argument):
         _check_tensor(
-            tensor, f"{argument}[{len(found)}]" if name is None else f"{argument}: {name}"
+            tensor, f"{argument}[{len(entries)}]" if name is None else f"{argument}: {name}"
         )
-        found.setdefault(id(tensor), (tensor, name))
-    if not found:
+        entries.setdefault(id(tensor), (tensor, name))
+    if not entries:
         raise ValueError(f"{argument}: expected at least one tensor, got an empty list")
-    pairs = list(found.values())
+    pairs = list(entries.values())
     if any(tensor.requires_grad for tensor, _ in pairs):
         pairs = [pair for pair in pairs if not _frozen(pair[0])]
     tensors = [tensor for tensor, _ in pairs]
@@ -66,12 +66,12 @@ def named_parameters(
 
 
 def unique_parameters(params: Iterable[Any], argument: str = "params") -> list[Tensor]:
-    """The distinct trainable tensors of ``params``: `named_parameters` without the names."""
+    """Return the distinct trainable tensors: `named_parameters` without the names."""
     return named_parameters(params, argument)[0]
 
 
 def gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """The gradient of each parameter; one that is None is a zero read with stride 0 (no memory).
+    """Return each parameter's gradient; one that is None as zeros of stride 0 (no memory).
 
     Raises
     ------
@@ -82,8 +82,8 @@ def gradients(params: Sequence[Tensor]) -> list[Tensor]:
     for i, p in enumerate(params):
         grad = p.grad
         if grad is None:
-            own = local_shard(p)
-            grad = torch.zeros((), dtype=p.dtype, device=p.device).expand(own.shape)
+            shape = local_shard(p).shape
+            grad = torch.zeros((), dtype=p.dtype, device=p.device).expand(shape)
         elif grad.layout is not torch.strided:
             raise TypeError(
                 f"params[{i}]: expected a dense gradient, got {grad.layout} for shape "
@@ -93,9 +93,14 @@ def gradients(params: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
+def is_dtensor(value: Any) -> TypeGuard[Any]:
+    """Return whether a value is a ``DTensor``, without the import of torch.distributed.tensor."""
+    return hasattr(value, "device_mesh")
+
+
 def local_shard(tensor: Any, like: Any = None) -> Tensor:
-    """What this rank holds of a ``DTensor``, cut as ``like`` is; any other tensor as it is."""
-    if not hasattr(tensor, "to_local"):
+    """Return the local shard of a ``DTensor``, placed as ``like`` is; other tensors as they are."""
+    if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
         placements = getattr(like, "placements", tensor.placements)
@@ -111,7 +116,7 @@ def check_matches(
     what: str = "trajectory",
     argument: str = "params",
 ) -> None:
-    """Checks a list of tensors against the shapes that ``what`` was made with.
+    """Check a list of tensors against the shapes that ``what`` was made with.
 
     Raises
     ------
@@ -138,12 +143,12 @@ def check_matches(
 
 
 def numel(params: Iterable[Tensor]) -> int:
-    """Number of elements of all tensors together."""
+    """Return the number of elements of all tensors together."""
     return sum(p.numel() for p in params)
 
 
 def flatten(params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The values of all tensors as one flat vector of ``dtype``, in logical order.
+    """Return the values of all tensors as one flat vector of ``dtype``, in logical order.
 
     Raises
     ------
@@ -159,12 +164,17 @@ def flatten(params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name without "torch."."""
+    """Return the name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    """Return the names of the dtypes that an argument may have, for messages."""
+    return ", ".join(map(dtype_name, dtypes))
+
+
 def type_name(value: object) -> str:
-    """The name of the type of a value, for messages."""
+    """Return the name of the type of a value, for messages."""
     return "None" if value is None else type(value).__name__
 
 
@@ -190,8 +200,9 @@ def _check_tensor(tensor: Any, label: str) -> None:
     if tensor.layout != torch.strided:
         raise TypeError(f"{label}: expected a dense tensor, got {tensor.layout}")
     if tensor.dtype not in DTYPES:
-        expected = ", ".join(map(dtype_name, DTYPES))
-        raise TypeError(f"{label}: expected a dtype of {expected}, got {dtype_name(tensor.dtype)}")
+        raise TypeError(
+            f"{label}: expected a dtype of {dtype_names(DTYPES)}, got {dtype_name(tensor.dtype)}"
+        )
 
 
 def _frozen(tensor: Tensor) -> bool:

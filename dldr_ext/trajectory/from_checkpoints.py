@@ -18,6 +18,7 @@ from ..collectives.process_group import Ranks, members
 from ..collectives.transaction import RankErrors
 from ..tensors.formats import empty_scale, wide_dtype
 from ..tensors.matrices import scaled
+from ..tensors.parameters import is_dtensor
 from .stores import Store
 from .stores.base import PIECE
 from .stores.disk import HEADER, RANK_FOLDERS
@@ -42,7 +43,7 @@ def was_recorded_to(path: str | os.PathLike[str], ranks: Ranks | None) -> bool:
 
 def placeholder(p: Tensor) -> Tensor:
     """Return a tensor of the same shape without memory, on the CPU for one on the meta device."""
-    if hasattr(p, "device_mesh"):
+    if is_dtensor(p):
         return p
     device = "cpu" if p.device.type == "meta" else p.device
     return torch.empty((), dtype=p.dtype, device=device).expand(p.shape)
@@ -60,7 +61,7 @@ def open_series(
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
     params = model_parameters(model, include, exclude)
-    if any(hasattr(p, "device_mesh") and p.device.type == "meta" for p in params.values()):
+    if any(is_dtensor(p) and p.device.type == "meta" for p in params.values()):
         raise ValueError("model: expected DTensors with memory, got some on the meta device")
     return params, Series(
         paths, model, include=include, exclude=exclude, key=key, skip_bad=skip_bad

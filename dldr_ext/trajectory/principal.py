@@ -19,7 +19,7 @@ from ..pca.gram import column_step
 from ..pca.spectrum import square_of
 from ..subspace.dense import Subspace
 from ..subspace.implicit import ImplicitSubspace
-from ..tensors.formats import SCALE_BLOCK, blocks
+from ..tensors.formats import block_range
 from ..tensors.matrices import Matrix, as_stored, scaled, stored_pieces
 from .stores import ShardedStore, Store
 
@@ -105,7 +105,7 @@ def subspace_in_place(
         end = begin + new.shape[1]
         basis[:, begin:end] = new
         if scale is not None and new_factors is not None:
-            scale[:, begin // SCALE_BLOCK : blocks(end)] = new_factors
+            scale[:, slice(*block_range(begin, end))] = new_factors
     metadata = components.metadata()
     return Subspace(basis, origin, scale=scale, shapes=shapes, names=names, **metadata)
 

@@ -18,15 +18,16 @@ from ..collectives.process_group import Ranks, listed, together
 from ..distributed.local import LocalSubspace
 from ..distributed.sharded import ShardedSubspace
 from ..pca.decomposition import decompose
-from ..pca.dimension import MAX_DIM, Request
+from ..pca.dimension import Request
 from ..pca.gram import exact_gram
 from ..pca.spectrum import square_of, stored_spectrum
 from ..subspace.dense import Subspace
 from ..subspace.grouped import GroupedSubspace, group_slices
 from ..subspace.implicit import ImplicitSubspace
+from ..tensors.constants import MAX_DIM
 from ..tensors.formats import STORED, wide_dtype
 from ..tensors.matrices import Matrix, as_stored, columns
-from ..tensors.parameters import dtype_name, named_parameters, numel
+from ..tensors.parameters import dtype_name, dtype_names, named_parameters, numel
 from . import files, principal
 from .checks import check_current, checked_capacity, flat_anchor, why_not_finite
 from .from_checkpoints import (
@@ -669,7 +670,7 @@ class Trajectory:
         """Return the dtype of the basis and the origin, if the request can be met."""
         dtype = self.dtype if dtype is None else dtype
         if dtype not in STORED:
-            expected = ", ".join(map(dtype_name, STORED))
+            expected = dtype_names(STORED)
             raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
         self._check_length()
         request.limit(len(self))
@@ -690,7 +691,7 @@ class Trajectory:
 
 def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype not in STORED:
-        expected = ", ".join(map(dtype_name, STORED))
+        expected = dtype_names(STORED)
         name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
         raise ValueError(f"dtype: expected one of {expected}, got {name}")
     return dtype

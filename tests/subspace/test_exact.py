@@ -8,24 +8,18 @@ import logging
 import pytest
 import reference
 import torch
-from torch import distributed as dist
+from subspace_kinds import FORMATS, D, orthonormal, wide_dtype
 from torch import nn
 
-from dldr_ext import PBFGS, PSGD, GroupedSubspace, ShardedSubspace, Subspace
+from dldr_ext import PBFGS, PSGD, GroupedSubspace, Subspace
 from dldr_ext.subspace import exact as exact_module
 
-FORMATS = ["int8", "float8_e4m3fn"]
-N, D = 700, 6
-
-
-def orthonormal(d=D, n=N, dtype=torch.float32):
-    return torch.linalg.qr(torch.randn(n, d, dtype=torch.float64)).Q.T.to(dtype).contiguous()
+N = 700
 
 
 def subspace(n=N, d=D, dtype=torch.float32):
     sigma = torch.logspace(0, -2, d, dtype=torch.float64)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    origin = torch.randn(n, dtype=wide)
+    origin = torch.randn(n, dtype=wide_dtype(dtype))
     return Subspace(orthonormal(d, n, dtype), origin, singular_values=sigma)
 
 
@@ -34,73 +28,14 @@ def gram_of(space):
     return rows @ rows.T
 
 
-def every_kind():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        yield pytest.param(lambda dtype=dtype: subspace(dtype=dtype), id=str(dtype))
-    for name in FORMATS:
-        yield pytest.param(lambda name=name: subspace().quantize(name), id=name)
-
-
-@pytest.fixture(params=every_kind())
-def any_subspace(request):
-    return request.param()
-
-
-# Coordinates
-
-
-def test_exact_coordinates_solve_with_the_gram_of_the_stored_rows(any_subspace):
-    space, g = any_subspace, torch.randn(N, dtype=torch.float64)
-    rows = reference.decode(space.basis, space.scale)
-    expected = torch.linalg.lstsq(rows.T, g[:, None]).solution[:, 0]
-    c = space.project([g], exact=True)
-    assert c.dtype == space.coordinate_dtype
-    tolerance = 1e-12 if c.dtype == torch.float64 else 2e-6
-    torch.testing.assert_close(c.double(), expected, rtol=tolerance, atol=tolerance)
-    assert torch.equal(space.project([g]), space.project([g], exact=False))
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_coordinates_of_a_point_give_theta_back(name, device):
-    space, theta = subspace().quantize(name), torch.randn(D)
-    weights = space.reconstruct(theta)
-    plain = (space.coordinates(weights) - theta).abs().max()
-    exact = (space.coordinates(weights, exact=True) - theta).abs().max()
-    assert plain > 1e-4 and exact < 2e-6
-
-
-def test_exact_projection_is_differentiable():
-    space = subspace(dtype=torch.float64)
-    g = torch.randn(N, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda g: space.project([g], exact=True), g, fast_mode=True)
-
-
-def test_grouped_bases_are_solved_one_by_one():
-    parts = [subspace(300, 4).quantize("int8"), subspace(500, 3).quantize("float8_e4m3fn")]
-    space, theta = GroupedSubspace(parts), torch.randn(7)
-    weights = space.reconstruct(theta)
-    assert (space.coordinates(weights) - theta).abs().max() > 1e-4
-    assert (space.coordinates(weights, exact=True) - theta).abs().max() < 2e-6
-
-
 @pytest.mark.parametrize("row", [torch.zeros(N), torch.ones(N)], ids=["zero", "double"])
 def test_dependent_rows_are_an_error(row):
-    rows = orthonormal()
+    rows = orthonormal(D, N)
     rows[0], rows[1] = torch.ones(N), row
     space = Subspace(rows, torch.zeros(N))
     with pytest.raises(ValueError, match="exact: expected linearly independent basis rows, got"):
         space.project([torch.randn(N)], exact=True)
     assert space.quantization_error().spectral > 0.5
-
-
-def test_a_basis_cut_over_ranks_refuses():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        space = ShardedSubspace(subspace(), "world")
-        with pytest.raises(ValueError, match="exact: expected False for a ShardedSubspace, got T"):
-            space.project([torch.randn(N)], exact=True)
-    finally:
-        dist.destroy_process_group()
 
 
 # The cache
@@ -156,8 +91,8 @@ def captured(space, before):
     return float(weights @ (rows @ q).square().sum(1) / (weights @ rows.square().sum(1)))
 
 
-def test_quantization_error_is_that_of_the_stored_rows(any_subspace):
-    space = any_subspace
+def test_quantization_error_is_that_of_the_stored_rows(any_dense):
+    space = any_dense
     difference = gram_of(space) - torch.eye(D, dtype=torch.float64)
     found = space.quantization_error()
     assert found.largest == pytest.approx(float(difference.abs().max()), rel=1e-6, abs=1e-14)
@@ -182,7 +117,7 @@ def test_captured_variance_against_the_basis_before_rounding(name, device):
 
 
 def test_variances_of_the_reference_alone_count():
-    rows, origin = orthonormal(), torch.zeros(N)
+    rows, origin = orthonormal(D, N), torch.zeros(N)
     ratio = torch.linspace(1, 0.5, D) / 10
     space = subspace().quantize("int8")
     known = Subspace(rows, origin, explained_variance_ratio=ratio)

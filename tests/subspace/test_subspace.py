@@ -1,190 +1,51 @@
-"""Subspaces: passes over the basis, 8-bit formats, files, bad input."""
+"""Subspaces of one stored basis, beyond what test_contract.py asks of every kind."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from subspace_kinds import (
+    FLOATS,
+    FORMATS,
+    SHAPES,
+    N,
+    dense,
+    flat,
+    parameters,
+    values,
+)
 from torch import nn
 
 from dldr_ext import Subspace
 from dldr_ext.files import artifacts
 from dldr_ext.tensors import formats
 
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-FORMATS = ["int8", "float8_e4m3fn"]
-SHAPES = [(2, 3, 3, 3), (7,), (11, 5), (), (300,)]
-N = 54 + 7 + 55 + 1 + 300
-
-
-def parameters(dtype=torch.float32):
-    tensors = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
-    tensors[0] = tensors[0].to(memory_format=torch.channels_last)
-    tensors[2] = tensors[2].T.contiguous().T
-    return [nn.Parameter(t) for t in tensors]
-
-
-def flat(tensors):
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
-def rows(d=6, n=N, dtype=torch.float32):
-    return torch.linalg.qr(torch.randn(n, d, dtype=torch.float64)).Q.T.to(dtype)
-
-
-def subspace(dtype=torch.float32, d=6, **options):
-    origin = torch.randn(N, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    return Subspace(rows(d, dtype=dtype), origin, shapes=SHAPES, **options)
-
-
-def values(space):
-    """What the basis stands for, in float64."""
-    basis = space.basis.double()
-    if space.scale is None:
-        return basis
-    return basis * space.scale.double().repeat_interleave(256, 1)[:, : space.numel]
-
-
-def every_kind():
-    for dtype in FLOATS:
-        yield pytest.param(lambda dtype=dtype: subspace(dtype), id=str(dtype))
-    for name in FORMATS:
-        yield pytest.param(lambda name=name: subspace().quantize(name), id=name)
-
-
-@pytest.fixture(params=every_kind())
-def any_subspace(request):
-    return request.param()
-
-
-def close(actual, expected, dtype):
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-# The passes over the basis
-
 
 def test_attributes_and_repr():
-    space = subspace(torch.bfloat16)
+    space = dense(torch.bfloat16)
     assert (space.dim, space.numel, space.dtype) == (6, N, torch.bfloat16)
     assert space.origin.dtype == torch.float32 and space.shapes == SHAPES
     assert space.names is None and space.scale is None and space.singular_values is None
     assert repr(space) == f"Subspace(dim=6, numel={N}, dtype=bfloat16, device=cpu)"
 
 
-def test_project_coordinates_and_reconstruct(any_subspace):
-    space, params = any_subspace, parameters()
-    exact = values(space)
-    close(space.project(params), exact @ flat(params).double(), space.dtype)
-    difference = flat(params).double() - space.origin.double()
-    close(space.coordinates(params), exact @ difference, space.dtype)
-    close(space.coordinates(iter(params)), exact @ difference, space.dtype)
-    theta = torch.randn(6)
-    expected = space.origin.double() + theta.double() @ exact
-    close(space.reconstruct(theta), expected, space.dtype)
-    space.reconstruct_(params, theta)
-    close(flat(params), expected, torch.float32)
-
-
-def test_coordinates_of_a_point_of_the_subspace():
-    space, params = subspace(), parameters()
-    theta = torch.randn(6)
-    space.reconstruct_(params, theta)
-    torch.testing.assert_close(space.coordinates(params), theta, rtol=1e-5, atol=1e-5)
-
-
-def test_coordinates_do_not_cancel():
-    """P^T w - P^T w0 in float32 would lose a step of 1e-4 beside weights of 1e3."""
-    space = subspace()
-    space = Subspace(space.basis, 1e3 * space.origin.double(), shapes=SHAPES)
-    step = 1e-1 * torch.randn(N).double()
-    params = [(space.origin.double() + step).float()]
-    exact = values(space) @ (params[0].double() - space.origin.double())
-    assert (space.coordinates(params).double() - exact).abs().max() < 1e-6
-
-
-def test_parameters_of_several_dtypes_are_rounded_once():
-    params = parameters()
-    for p, dtype in zip(params, [*FLOATS, torch.float32], strict=True):
-        p.data = p.data.to(dtype)
-    space, theta = subspace(), torch.randn(6)
-    space.reconstruct_(params, theta)
-    pieces = space.reconstruct(theta).split([p.numel() for p in params])
-    for p, piece in zip(params, pieces, strict=True):
-        assert torch.equal(p.detach(), piece.view(p.shape).to(p.dtype))
-    assert params[0].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_none_counts_as_zeros():
-    space, params = subspace(), parameters()
-    listed = [None, params[1], None, params[3], params[4]]
-    zeroed = [torch.zeros_like(p) if t is None else t for p, t in zip(params, listed, strict=True)]
-    assert torch.equal(space.project(listed), space.project(zeroed))
+def test_shapes_that_are_not_known():
+    space, params = dense(), parameters()
+    before = flat(params)
     unknown = Subspace(space.basis, space.origin)
     assert torch.equal(unknown.project([None, *params[1:]]), space.project([None, *params[1:]]))
-
-
-def test_a_flat_vector_will_do():
-    space, params = subspace(), parameters()
-    assert torch.equal(space.project(flat(params)), space.project(params))
-    assert torch.equal(space.project([flat(params)]), space.project(params))
-    assert torch.equal(space.coordinates(flat(params)), space.coordinates(params))
-    target = torch.zeros(N)
-    space.reconstruct_([target], torch.ones(6))
-    assert torch.equal(target, space.reconstruct(torch.ones(6)))
-
-
-@pytest.mark.parametrize("kind", [torch.float64, "int8", "float8_e4m3fn"], ids=str)
-def test_reconstruct_is_differentiable(kind):
-    if kind == torch.float64:
-        space = subspace(kind)
-        theta = torch.randn(6, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(space.reconstruct, theta)
-        return
-    space, theta = subspace().quantize(kind), torch.randn(6, requires_grad=True)
-    weights = torch.randn(N)
-    (space.reconstruct(theta) @ weights).backward()
-    close(theta.grad, values(space) @ weights.double(), torch.float32)
-
-
-def test_lists_that_do_not_match():
-    space, params = subspace(), parameters()
-    before = [p.detach().clone() for p in params]
-    named = Subspace(space.basis, space.origin, shapes=SHAPES, names=list("abcde"))
     calls = [
-        lambda space, listed: space.project(listed),
-        lambda space, listed: space.coordinates(listed),
-        lambda space, listed: space.reconstruct_(listed, torch.ones(6)),
+        unknown.project,
+        unknown.coordinates,
+        lambda listed: unknown.reconstruct_(listed, torch.ones(6)),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=r"\[1\] \(b\): expected shape \(7,\).* got \(11, 5\)"):
-            call(named, [params[0], params[2], params[1], *params[3:]])
-        with pytest.raises(ValueError, match=r"expected 5 tensors, as in the subspace, got 4"):
-            call(space, params[:4])
         with pytest.raises(ValueError, match=f"expected {N} elements in all .*, got {N - 300}"):
-            call(Subspace(space.basis, space.origin), params[:4])
+            call(params[:4])
         with pytest.raises(TypeError, match="expected a tensor, got int"):
-            call(space, [*params[:4], 3])
-    for p, old in zip(params, before, strict=True):
-        assert torch.equal(p.detach(), old)
-
-
-def test_parameters_on_another_device():
-    space = subspace()
-    params = [torch.ones(shape, device="meta") for shape in SHAPES]
-    for call in (space.coordinates, lambda listed: space.reconstruct_(listed, torch.ones(6))):
-        with pytest.raises(ValueError, match=r"params: expected device cpu, .* got meta"):
-            call(params)
-
-
-def test_theta_that_does_not_match_writes_nothing():
-    space, params = subspace(), parameters()
-    before = flat(params)
-    for theta in (torch.ones(5), torch.ones(2, 3), torch.ones(6).int()):
-        with pytest.raises((ValueError, TypeError), match="theta"):
-            space.reconstruct_(params, theta)
-        with pytest.raises((ValueError, TypeError), match="theta"):
-            space.reconstruct(theta)
+            call([*params[:4], 3])
+    with pytest.raises(ValueError, match=r"params\[1\]: expected shape \(7,\), as in the subspace"):
+        space.coordinates([params[0], params[2], params[1], *params[3:]])
     assert torch.equal(flat(params), before)
 
 
@@ -292,7 +153,7 @@ def test_quantize_at_any_magnitude(exponent, name):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_basis_that_is_not_finite_is_not_quantized(bad):
-    space = subspace()
+    space = dense()
     space.basis[3, 299] = bad
     with pytest.raises(ValueError, match="basis: expected finite values, got NaN or Inf"):
         space.quantize("int8")
@@ -300,27 +161,27 @@ def test_a_basis_that_is_not_finite_is_not_quantized(bad):
 
 def test_other_formats_are_refused():
     with pytest.raises(ValueError, match=r"format: expected one of .*'int8'\], got 'int4'"):
-        subspace().quantize("int4")
+        dense().quantize("int4")
     with pytest.raises(ValueError, match=r"got torch.int8; for int8 .* use quantize\(\)"):
-        subspace().to(dtype=torch.int8)
+        dense().to(dtype=torch.int8)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_to_another_dtype(any_subspace, dtype, monkeypatch):
+def test_to_another_dtype(any_dense, dtype, monkeypatch):
     monkeypatch.setattr("dldr_ext.subspace.basis.column_step", lambda rows: 256)
-    result = any_subspace.to(dtype=dtype)
+    result = any_dense.to(dtype=dtype)
     assert result.dtype == dtype and result.scale is None and result.shapes == SHAPES
     assert result.origin.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    expected = values(any_subspace)
-    if any_subspace.scale is not None:
+    expected = values(any_dense)
+    if any_dense.scale is not None:
         expected = expected.float().double()
     assert torch.equal(result.basis, expected.to(dtype))
-    if dtype == any_subspace.dtype:
-        assert result is any_subspace
+    if dtype == any_dense.dtype:
+        assert result is any_dense
 
 
 def test_to_keeps_what_is_known():
-    space = subspace(singular_values=torch.ones(6), explained_variance_ratio=torch.ones(6) / 6)
+    space = dense(singular_values=torch.ones(6), explained_variance_ratio=torch.ones(6) / 6)
     for result in (space.to(dtype=torch.bfloat16), space.quantize("int8"), space.to("cpu")):
         assert torch.equal(result.singular_values, space.singular_values)
         assert torch.equal(result.explained_variance_ratio, space.explained_variance_ratio)
@@ -333,20 +194,8 @@ def test_to_keeps_what_is_known():
 # Files
 
 
-def test_round_trip_of_a_file(any_subspace, tmp_path):
-    any_subspace.save(tmp_path / "file")
-    loaded = Subspace.load(tmp_path / "file")
-    for name in ("basis", "origin", "scale"):
-        one, other = getattr(any_subspace, name), getattr(loaded, name)
-        assert (one is None) == (other is None)
-        if one is not None:
-            assert one.dtype == other.dtype and torch.equal(one.float(), other.float())
-    assert loaded.shapes == SHAPES and loaded.names is None
-    assert loaded.singular_values is None
-
-
 def test_round_trip_of_what_is_known(tmp_path):
-    space = subspace(
+    space = dense(
         singular_values=torch.rand(6),
         explained_variance_ratio=torch.rand(6, dtype=torch.float64),
         names=["a", "b.c", "ä", "d", "e"],
@@ -362,7 +211,7 @@ def test_round_trip_of_what_is_known(tmp_path):
 
 def test_damaged_files(tmp_path):
     path = tmp_path / "file"
-    subspace().quantize("int8").save(path)
+    dense().quantize("int8").save(path)
     whole = path.read_bytes()
     for size in (0, 8, 300, len(whole) - 1):
         path.write_bytes(whole[:size])
@@ -392,7 +241,7 @@ def test_files_that_do_not_make_a_subspace(tmp_path, tensors, metadata):
 
 
 def test_a_loaded_subspace_on_another_model(tmp_path):
-    subspace().save(tmp_path / "file")
+    dense().save(tmp_path / "file")
     loaded = Subspace.load(tmp_path / "file")
     params = [torch.randn(N - 300), torch.randn(300)]
     before = flat(params)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ... import ops
 from ...tensors.alignment import empty_rows
+from ...tensors.constants import MAX_CHUNKS, TILE
 from ...tensors.formats import empty_scale, scale_of
 from ...tensors.matrices import ScaledRows, StoredRows, as_stored, staged, stored_pieces
 
 # The order in which the CPU kernels add (csrc/plan.h): products within a tile, tiles within a
 # chunk, then the at most 1,024 chunks; each level from left to right.
-_TILE, _MOST_CHUNKS = 4096, 1024
+_TILE, _MOST_CHUNKS = TILE, MAX_CHUNKS
 _WINDOW_BYTES = 1 << 24  # read at a time; more if a chunk of all rows is more
 
 
