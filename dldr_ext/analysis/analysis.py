@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import ops
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.reader import Pieces
+from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.series import Series
 from ..files import artifacts
 from ..files.partial import PartialFile
@@ -133,7 +133,7 @@ class Analysis:
         self._columns = Columns(series, self.dtype, self._chunk_bytes, self._step)
         self._done = self._earlier()
         self.resumed_at = self._done.column
-        with Pieces() as pieces:
+        with CheckpointReader() as pieces:
             self._kept(lambda: self._gram_pass(pieces))
             gram = self._done.gram
             found = self._spectrum(gram)
@@ -161,7 +161,7 @@ class Analysis:
                 str(self.folder / SUBSPACE),
             )
 
-    def _gram_pass(self, pieces: Pieces) -> None:
+    def _gram_pass(self, pieces: CheckpointReader) -> None:
         width = self._columns.width
         for begin in range(self._done.column, self.series.numel, width):
             anchor, rows = self._columns.read(pieces, begin)
@@ -174,7 +174,9 @@ class Analysis:
             self._report("Gram matrix", 0, end)
             self._save_now_and_then()
 
-    def _basis_pass(self, pieces: Pieces, found: spectrum.Spectrum, chosen: Choice) -> None:
+    def _basis_pass(
+        self, pieces: CheckpointReader, found: spectrum.Spectrum, chosen: Choice
+    ) -> None:
         count = chosen.dim
         coefficients = spectrum.coefficients(found, count)
         series, numel = self.series, self.series.numel

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checkpoints.reader import Pieces
+from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.series import Series, finite
 from ..tensors.formats import empty_scale, scale_of, wide_dtype
 from ..tensors.matrices import ScaledRows, scaled
@@ -36,7 +36,7 @@ class Columns:
         self._anchor = torch.empty(self.width, dtype=self.wide, device="cpu")
         self._window = torch.empty(min(_WINDOW, self.width), dtype=self.wide, device="cpu")
 
-    def read(self, pieces: Pieces, begin: int) -> tuple[Tensor, Tensor | ScaledRows]:
+    def read(self, pieces: CheckpointReader, begin: int) -> tuple[Tensor, Tensor | ScaledRows]:
         """Columns ``begin``, ``begin + 1``, ...: the anchor (k,) and the rows (T, k).
 
         Valid until the next call.

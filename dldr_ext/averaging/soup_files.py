@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.formats import Entry
-from ..checkpoints.reader import Pieces
-from ..checkpoints.series import STATISTICS, Series, finite, some
+from ..checkpoints.reader import CheckpointReader
+from ..checkpoints.series import STATISTICS, Series, abridged, finite
 from ..files.partial import PartialFile
 from .soups import Soup, greedy_soup
 
@@ -59,7 +59,7 @@ def soup(
         tensors[name] = torch.empty(first.shape, dtype=dtype, device="meta")
     total, done = sum(entry.nbytes() for row in rows for entry in row), 0
     facts = {"checkpoints": [str(path) for path in series.paths], "weights": shares}
-    with Pieces() as pieces, PartialFile(path, _KIND, _VERSION, tensors, facts) as file:
+    with CheckpointReader() as pieces, PartialFile(path, _KIND, _VERSION, tensors, facts) as file:
         try:
             for i, (name, tensor) in enumerate(tensors.items()):
                 for begin in range(0, tensor.numel(), _WINDOW):
@@ -113,7 +113,7 @@ class States(Sequence[dict[str, Tensor]]):
         if isinstance(index, slice):
             return [self[t] for t in range(len(self))[index]]
         result = {}
-        with Pieces() as pieces:
+        with CheckpointReader() as pieces:
             for name, entry in self._series.contents[index].entries.items():
                 result[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
                 pieces.read(entry, 0, result[name].view(-1))
@@ -122,7 +122,7 @@ class States(Sequence[dict[str, Tensor]]):
 
 def _mean(
     series: Series,
-    pieces: Pieces,
+    pieces: CheckpointReader,
     entries: list[Entry],
     name: str,
     begin: int,
@@ -179,7 +179,7 @@ def _shares(series: Series, weights: Sequence[float] | None) -> list[float] | No
 
 def _notes(tensors: dict[str, Tensor]) -> list[str]:
     whole = [name for name, tensor in tensors.items() if not tensor.dtype.is_floating_point]
-    notes = [f"not averaged, but as in the last one: {some(whole)}"] if whole else []
+    notes = [f"not averaged, but as in the last one: {abridged(whole)}"] if whole else []
     if any(name.rpartition(".")[2] in STATISTICS for name in tensors):
         notes.append(
             "batch-norm statistics were averaged, which is only a guess: estimate them anew with "

@@ -1,4 +1,4 @@
-"""The one error of this package."""
+"""The one error that reading checkpoints raises."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class CheckpointError(ValueError):
         super().__init__(f"{where}{path}: {problem}")
 
     def at(self, index: int) -> CheckpointError:
-        """The same error of the checkpoint with that index."""
+        """Return the same error for the checkpoint with that index."""
         return CheckpointError(self.path, self.problem, index)
 
 
 def reason(error: OSError) -> str:
-    """Why a file could not be opened or read, in a few words."""
+    """Say in a few words why a file could not be opened or read."""
     if isinstance(error, FileNotFoundError):
         return "not found"
     if isinstance(error, PermissionError):

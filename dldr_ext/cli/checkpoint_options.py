@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from ..checkpoints import Series
-from ..checkpoints.discovery import find, natural
+from ..checkpoints.discovery import find_checkpoints, natural_key
 
 Paths = Annotated[
     list[Path],
@@ -52,8 +52,8 @@ INTERRUPTED = 130
 
 def series(paths: list[Path], as_given: bool, **options: Any) -> Series:
     """Opens the checkpoints, in natural order unless ``as_given``."""
-    found = find(paths)
-    return Series(found if as_given else sorted(found, key=natural), **options)
+    files = find_checkpoints(paths)
+    return Series(files if as_given else sorted(files, key=natural_key), **options)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.reader import Pieces
+from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.series import Series, finite, model_parameters
 from ..collectives.process_group import Ranks, members
 from ..tensors.formats import empty_scale, scale_of, wide_dtype
@@ -109,7 +109,7 @@ def from_checkpoints(
         result = cls(named, capacity, dtype, storage, path, process_group=process_group)
     result.params = list(params.values())
     try:
-        with Pieces() as pieces:
+        with CheckpointReader() as pieces:
             if ranks is not None:
                 pass
 
@@ -152,7 +152,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
     def row_bytes(self, t: int) -> int: ...
-    def read(self, pieces: Pieces, t: int, begin: int, out: Tensor) -> None: ...
+    def read(self, reader: CheckpointReader, t: int, begin: int, out: Tensor) -> None: ...
     def error(self, t: int, problem: str) -> CheckpointError: ...
     def drop(self, error: CheckpointError) -> None: ...
 
@@ -160,7 +160,7 @@ class Rows(Protocol):
 class _Row:
     """One checkpoint as the parts of its flat vector, each valid until the next one."""
 
-    def __init__(self, series: Rows, pieces: Pieces, t: int, buffer: Tensor) -> None:
+    def __init__(self, series: Rows, pieces: CheckpointReader, t: int, buffer: Tensor) -> None:
         self.series, self.t = series, t
         self._pieces, self._buffer = pieces, buffer
 
@@ -178,7 +178,7 @@ class _Row:
 def record(
     trajectory: Trajectory,
     series: Rows,
-    pieces: Pieces,
+    pieces: CheckpointReader,
     skip_bad: bool,
     progress: Progress | None,
     settle: Callable[[Exception | None, int], Exception | None] | None = None,
@@ -228,7 +228,11 @@ def record(
 
 
 def check_same(
-    trajectory: Trajectory, series: Rows, pieces: Pieces, dtype: torch.dtype, capacity: int
+    trajectory: Trajectory,
+    series: Rows,
+    pieces: CheckpointReader,
+    dtype: torch.dtype,
+    capacity: int,
 ) -> None:
     """That a folder was recorded from these checkpoints, as far as it goes."""
     anchor, last = trajectory.anchor, len(trajectory) - 1
@@ -317,15 +321,15 @@ class _Own:
     def row_bytes(self, t: int) -> int:
         return self._series.row_bytes(t) * self.numel // self._share.total
 
-    def read(self, pieces: Pieces, t: int, begin: int, out: Tensor) -> None:
+    def read(self, reader: CheckpointReader, t: int, begin: int, out: Tensor) -> None:
         for place, (first, _) in self._share.stretches(begin, begin + len(out)):
-            self._series.read(pieces, t, first, out[place])
+            self._series.read(reader, t, first, out[place])
 
 
 def record_on_ranks(
     result: Any,
     series: Series,
-    pieces: Pieces,
+    pieces: CheckpointReader,
     dtype: torch.dtype,
     capacity: int,
     skip_bad: bool,
