@@ -1,16 +1,13 @@
-"""The whole experiment: all methods for all seeds, and the files that it leaves behind."""
+"""The whole experiment: all methods for all seeds."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -236,66 +233,3 @@ def _versions() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method over all seeds, as the tables show it; spreads are sample standard deviations."""
-
-    method: str
-    test_accuracy: float
-    spread: float | None  # None with a single seed
-    passes: float
-    sampling_passes: float
-    seconds: float
-    explained_variance: float | None
-    dim: int | None  # trained variables; None: all of them
-
-
-def summary(results: dict[str, Any]) -> list[Row]:
-    """Means over the seeds, in the order of `methods.NAMES`."""
-    rows = []
-    for method in methods.NAMES:
-        runs = [run for run in results["runs"] if run["method"] == method]
-
-        def mean(key: str, runs: list[dict[str, Any]] = runs) -> float:
-            return statistics.fmean(run[key] for run in runs)
-
-        accuracies = [run["test_accuracy"] for run in runs]
-        explained = runs[0]["explained_variance"]
-        rows.append(
-            Row(
-                method,
-                statistics.fmean(accuracies),
-                statistics.stdev(accuracies) if len(runs) > 1 else None,
-                mean("data_passes"),
-                mean("sampling_passes"),
-                mean("seconds"),
-                None if explained is None else mean("explained_variance"),
-                None if method.startswith("sgd") else runs[0]["dim"],
-            )
-        )
-    return rows
-
-
-def save(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list[Path]:
-    """Write results.json, the figures and report.html.
-
-    Parameters
-    ----------
-    results, plane : what `run` returned
-    folder : created where missing; files of an earlier run are replaced
-
-    Returns
-    -------
-    list of Path
-        The files written, the report first.
-    """
-    from .plots import draw
-    from .report import write
-
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = folder / "results.json"
-    numbers.write_text(json.dumps(results, indent=1) + "\n")
-    images = draw(results, plane, folder)
-    return [write(results, images, folder), numbers, *images]

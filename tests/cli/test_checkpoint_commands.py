@@ -161,7 +161,7 @@ def test_interrupted_and_called_again(run, tmp_path, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dldr_ext.cli.checkpoint_options.Bar.__call__", interrupt)
+        patch.setattr("dldr_ext.cli.options.ByteBar.__call__", interrupt)
         code, _, err = call(capsys, "analyze", str(folder), "-o", str(out))
     assert code == 130
     assert err.endswith("dldr: interrupted; the same command goes on from here\n")
@@ -266,9 +266,9 @@ def test_soup_of_checkpoints_that_differ(run, tmp_path):
     state["norm.running_mean"][1] = float("inf")
     torch.save(state, folder / "9.pt")
     with pytest.raises(CheckpointError, match=r"\[1\].*norm.running_mean: expected finite"):
-        soup_files.soup(series, tmp_path / "soup.safetensors")
+        soup_files.write_mean(series, tmp_path / "soup.safetensors")
     del state["norm.running_mean"]
     torch.save(state, folder / "9.pt")
     with pytest.raises(CheckpointError, match=r"\[1\].*differs in norm.running_mean"):
-        soup_files.soup(Series(folder), tmp_path / "soup.safetensors")
+        soup_files.write_mean(Series(folder), tmp_path / "soup.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

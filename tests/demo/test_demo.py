@@ -16,7 +16,7 @@ from torch import nn
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 from dldr_ext import PBFGS, Subspace
-from dldr_ext.demo import data, methods, recipe, run
+from dldr_ext.demo import data, methods, recipe, report, run, summary
 from dldr_ext.demo.model import accuracy, batch_norms, build, reestimate_batch_norm
 
 CONFIG = run.Config("digits", dim=6, seeds=2, epochs=4, threads=1)
@@ -50,7 +50,7 @@ def outcome(calls):
 def folder(outcome, tmp_path_factory) -> Path:
     pytest.importorskip("matplotlib", reason="the plots need matplotlib")
     folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    run.save(*outcome, folder)
+    report.save(*outcome, folder)
     return folder
 
 
@@ -336,7 +336,7 @@ def test_passes_are_within_what_is_announced(outcome):
 
 
 def test_training_learns_more_along_the_trajectory_than_along_random_directions(outcome):
-    means = {row.method: row.test_accuracy for row in run.summary(outcome[0])}
+    means = {row.method: row.test_accuracy for row in summary.summarize(outcome[0])}
     assert means["sgd"] > 0.9
     assert means["psgd"] > means["random"] + 0.2
     assert means["pbfgs"] > means["random"] + 0.05
@@ -407,7 +407,7 @@ def test_the_dimension_may_be_chosen_by_the_trajectory(tmp_path):
     results, plane = run.run(config, lambda *_: None)
     dims = {entry["dim"] for entry in results["runs"]}
     assert len(dims) == 1 and dims <= set(range(2, 25))
-    page = run.save(results, plane, tmp_path)[0].read_text()
+    page = report.save(results, plane, tmp_path)[0].read_text()
     assert f"the {dims.pop()} principal" in page and '"auto"' in json.dumps(results["config"])
 
 
@@ -452,12 +452,12 @@ def test_trains_on_a_basis_of_eight_bits():
 
 def test_spread_is_the_sample_standard_deviation(outcome):
     results = outcome[0]
-    row = run.summary(results)[0]
+    row = summary.summarize(results)[0]
     a, b = (e["test_accuracy"] for e in results["runs"] if e["method"] == row.method)
     assert row.test_accuracy == pytest.approx((a + b) / 2)
     assert row.spread == pytest.approx(abs(a - b) / 2**0.5)
     single = dict(results, runs=results["runs"][: len(methods.NAMES)])
-    assert run.summary(single)[0].spread is None
+    assert summary.summarize(single)[0].spread is None
 
 
 # What it leaves behind
@@ -533,7 +533,7 @@ def test_report_holds_the_numbers_and_needs_no_other_file(folder):
 
 @pytest.mark.parametrize(("gap", "says"), [(0.01, "1.00 points more than SGD"), (0, "the same as")])
 def test_verdict_says_what_came_out(outcome, gap, says):
-    from dldr_ext.demo.report import verdict
+    from dldr_ext.demo.summary import verdict
 
     results = json.loads(json.dumps(outcome[0]))
     for entry in results["runs"]:
