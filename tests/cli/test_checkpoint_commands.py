@@ -10,8 +10,8 @@ import shutil
 import pytest
 import torch
 from checkpoint_files import legacy, safe, states, strided, untied, write
+from command import call, needs, words
 from safetensors.torch import load_file
-from test_cli import call, needs, words
 
 from dldr_ext import Subspace, Trajectory, greedy_soup, uniform_soup
 from dldr_ext.averaging import soup_files
@@ -58,7 +58,8 @@ def test_analyze(run, tmp_path, capsys):
     assert "6 checkpoints of 183 numbers" in words(printed)
     assert str(out / "report.html") in printed
     report = (out / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 3 and "$" not in report
+    assert report.count("data:image/png;base64,") == 3
+    assert not any(mark in report for mark in ("$", "{{", "{%"))
     for path in folder.iterdir():
         assert str(path) in report
     selected = [name for name, p in model.named_parameters() if p.requires_grad]
