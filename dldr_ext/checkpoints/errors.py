@@ -12,6 +12,7 @@ class CheckpointError(ValueError):
     Attributes
     ----------
     path : Path
+        Of the checkpoint, or of the file in it that is to blame.
     problem : str
         What was expected and what was found.
     index : int or None
@@ -26,7 +27,16 @@ class CheckpointError(ValueError):
         super().__init__(f"{where}{path}: {problem}")
 
     def at(self, index: int) -> CheckpointError:
-        """Return the same error for the checkpoint with that index."""
+        """Return the same error with the index of its checkpoint.
+
+        Parameters
+        ----------
+        index : int
+
+        Returns
+        -------
+        CheckpointError
+        """
         return CheckpointError(self.path, self.problem, index)
 
 

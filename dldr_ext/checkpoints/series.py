@@ -145,15 +145,39 @@ class Series:
         return len(self.paths)
 
     def dtypes(self, t: int) -> list[torch.dtype]:
-        """Return the dtypes of the tensors in row ``t`` as they are stored."""
+        """Return the dtypes of the tensors in row ``t`` as they are stored.
+
+        Parameters
+        ----------
+        t : int
+
+        Returns
+        -------
+        list of torch.dtype
+        """
         return [entry.dtype for entry in self._rows[t]]
 
     def row_bytes(self, t: int) -> int:
-        """Return the bytes that row ``t`` takes in its files."""
+        """Return the bytes that row ``t`` takes in its files.
+
+        Parameters
+        ----------
+        t : int
+
+        Returns
+        -------
+        int
+        """
         return sum(entry.nbytes() for entry in self._rows[t])
 
     def identity(self) -> list[list[Any]]:
-        """Return path, size and time of change of every file: equal if no file was touched."""
+        """Return what tells whether a file was touched.
+
+        Returns
+        -------
+        list of [str, int, int]
+            Path, size and time of change of every file.
+        """
         files = [file for contents in self.contents for file in contents.files]
         statuses = [file.stat() for file in files]
         return [
@@ -196,11 +220,26 @@ class Series:
             )
 
     def error(self, t: int, problem: str) -> CheckpointError:
-        """Return an error that names the checkpoint of row ``t``."""
+        """Return an error that names the checkpoint of row ``t``.
+
+        Parameters
+        ----------
+        t : int
+        problem : str
+            What was expected and what was found.
+
+        Returns
+        -------
+        CheckpointError
+        """
         return CheckpointError(self.paths[t], problem, self.indices[t])
 
     def drop(self, error: CheckpointError) -> None:
-        """Go on without the checkpoint that the error names.
+        """Go on without the checkpoint that an error names.
+
+        Parameters
+        ----------
+        error : CheckpointError
 
         Raises
         ------
