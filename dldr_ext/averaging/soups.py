@@ -341,7 +341,7 @@ def _check_same(first: State, state: State, t: int) -> None:
 
 
 def _scored(score: Callable[[dict[str, Any]], float], state: dict[str, Any]) -> float:
-    result = float(score(state))
-    if math.isnan(result):
+    value = float(score(state))
+    if math.isnan(value):
         raise ValueError("score: expected a number, got NaN")
-    return result
+    return value
