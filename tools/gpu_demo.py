@@ -10,7 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dldr_ext.demo.run import Config, run, save, summary
+from dldr_ext.demo.report import save
+from dldr_ext.demo.run import Config, run
+from dldr_ext.demo.summary import summarize
 
 
 def main() -> None:
@@ -21,7 +23,7 @@ def main() -> None:
     Path(path).write_text(json.dumps(results, indent=1) + "\n")
     if find_spec("matplotlib"):
         save(results, plane, Path(folder))
-    rows = {row.method: row for row in summary(results)}
+    rows = {row.method: row for row in summarize(results)}
     for method, row in rows.items():
         print(f"{method}: test accuracy {row.test_accuracy:.3f}, {row.seconds:.1f} s")
     if epochs is None and rows["pbfgs"].test_accuracy < 0.9:

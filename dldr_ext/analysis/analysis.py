@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.reader import Pieces
+from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.series import Series
 from ..files import artifacts
 from ..files.partial import PartialFile
@@ -134,8 +134,8 @@ class Analysis:
         self._chunks = Chunks(series, self.dtype, self._chunk_bytes, self._step)
         self._done = self._earlier()
         self.resumed_at = self._done.column
-        with Pieces() as pieces:
-            self._kept(lambda: self._gram_pass(pieces))
+        with CheckpointReader() as reader:
+            self._kept(lambda: self._gram_pass(reader))
             gram = self._done.gram
             stored = {dtype for t in range(len(series)) for dtype in series.dtypes(t)}
             components = decompose(
@@ -149,7 +149,7 @@ class Analysis:
                 series.notes.append(components.warning)
             if self.keep_basis:
                 self._kept(lambda: self._check_space(components.dim))
-                self._kept(lambda: self._basis_pass(pieces, components))
+                self._kept(lambda: self._basis_pass(reader, components))
         ratio = components.spectrum.explained(components.spectrum.rank)
         return self._facts() | metrics.of_gram(gram, ratio) | self._kept_facts(components)
 
@@ -168,9 +168,9 @@ class Analysis:
                 str(self.folder / SUBSPACE),
             )
 
-    def _gram_pass(self, pieces: Pieces) -> None:
+    def _gram_pass(self, reader: CheckpointReader) -> None:
         for begin in range(self._done.column, self.series.numel, self._chunks.width):
-            anchor, rows = self._chunks.read(pieces, begin)
+            anchor, rows = self._chunks.read(reader, begin)
             gram = exact_gram(rows, total=self._done.gram)
             norm = float(torch.linalg.vector_norm(anchor, dtype=torch.float64))
             end = begin + len(anchor)
@@ -178,7 +178,7 @@ class Analysis:
             self._report("Gram matrix", 0, end)
             self._save_now_and_then()
 
-    def _basis_pass(self, pieces: Pieces, components: Decomposition) -> None:
+    def _basis_pass(self, reader: CheckpointReader, components: Decomposition) -> None:
         count, series, numel = components.dim, self.series, self.series.numel
         small = {
             "explained_variance_ratio": components.explained_variance_ratio,
@@ -202,7 +202,7 @@ class Analysis:
                 self._done = self._done._replace(basis_column=0)
             try:
                 for begin in range(self._done.basis_column, numel, self._chunks.width):
-                    anchor, rows = self._chunks.read(pieces, begin)
+                    anchor, rows = self._chunks.read(reader, begin)
                     basis, scale = formed(rows, components.coefficients, self.dtype, self._step)
                     for row, values in enumerate(basis):
                         file.write("basis", row * numel + begin, values)
@@ -329,7 +329,7 @@ class Chunks:
         self._anchor = torch.empty(self.width, dtype=wide, device="cpu")
         self._window = torch.empty(min(_WINDOW, self.width), dtype=wide, device="cpu")
 
-    def read(self, reader: Pieces, begin: int) -> tuple[Tensor, Tensor | ScaledRows]:
+    def read(self, reader: CheckpointReader, begin: int) -> tuple[Tensor, Tensor | ScaledRows]:
         """Return columns ``begin``, ``begin + 1``, ...: the anchor (k,) and the rows (T, k).
 
         They are valid until the next call.
@@ -347,7 +347,7 @@ class Chunks:
         return anchor, store.snapshots()
 
     def _pieces(
-        self, reader: Pieces, t: int, begin: int, count: int
+        self, reader: CheckpointReader, t: int, begin: int, count: int
     ) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, count, _WINDOW):
             stop = min(start + _WINDOW, count)

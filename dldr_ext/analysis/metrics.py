@@ -1,4 +1,4 @@
-"""What a Gram matrix of checkpoints says: drift, steps, cosines, duplicates, dimension."""
+"""Metrics of a run, from the Gram matrix of its checkpoints."""
 
 from __future__ import annotations
 
@@ -13,16 +13,27 @@ _SHARES = (0.9, 0.95, 0.99)
 
 
 def effective_dimension(ratio: Tensor) -> dict[str, float]:
-    """Participation ratio, and the directions that shares of the variance take."""
+    """Count the directions that shares of the variance take; with the participation ratio.
+
+    Parameters
+    ----------
+    ratio : Tensor, shape (rank,)
+        Explained variance ratios, descending.
+
+    Returns
+    -------
+    dict
+        ``participation_ratio``, and a number of directions under "0.9", "0.95" and "0.99".
+    """
     sums = ratio.cumsum(0)
-    result: dict[str, float] = {"participation_ratio": float(1 / ratio.square().sum())}
+    dimension: dict[str, float] = {"participation_ratio": float(1 / ratio.square().sum())}
     for share in _SHARES:
-        result[f"{share:g}"] = min(int((sums < share).sum()) + 1, len(ratio))
-    return result
+        dimension[f"{share:g}"] = min(int((sums < share).sum()) + 1, len(ratio))
+    return dimension
 
 
 def drift(gram: Tensor) -> dict[str, list[float]]:
-    """Distances from the first checkpoint and between neighbours."""
+    """Measure the distances from the first checkpoint and between neighbours."""
     distances = pairwise_distances(gram)
     return {"from_first": distances[0].tolist(), "steps": distances.diagonal(1).tolist()}
 
@@ -36,7 +47,7 @@ def step_cosines(gram: Tensor) -> Tensor:
 
 
 def near_duplicates(gram: Tensor) -> list[tuple[int, int, float]]:
-    """Pairs nearer to each other than 1 % of the median step, and how near, in such steps."""
+    """Find pairs nearer to each other than 1 % of the median step; with that share of a step."""
     distances = pairwise_distances(gram)
     steps = distances.diagonal(1)
     steps = steps[steps > 0]
@@ -57,7 +68,7 @@ def pairwise_distances(gram: Tensor) -> Tensor:
 
 
 def of_gram(gram: Tensor, ratio: Tensor) -> dict[str, Any]:
-    """All of these, as JSON can hold them."""
+    """Collect all metrics as JSON can hold them."""
     cosines = step_cosines(gram)
     return {
         "explained_variance_ratio": ratio.tolist(),

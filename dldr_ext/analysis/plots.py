@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..reporting.figures import COLOURS, STYLE, new_figure
+from ..reporting.figures import COLOURS, new_figure, percentages, save_figures, whole_numbers
 
-#: File names, in the order of the report.
-FILES = ("spectrum.png", "drift.png", "cosine.png")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _BLUE, _ORANGE, _GREY = COLOURS["pbfgs"], COLOURS["psgd"], COLOURS["sgd"]
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Draws what an analysis found into an existing folder; returns the files, as `FILES`."""
-    written = []
-    with matplotlib.rc_context(STYLE):
-        for name, figure in zip(
-            FILES, (_spectrum(results), _drift(results), _cosine(results)), strict=True
-        ):
-            FigureCanvasAgg(figure)
-            figure.savefig(folder / name, dpi=150)
-            written.append(folder / name)
-    return written
+    """Draw what an analysis found into an existing folder.
+
+    Parameters
+    ----------
+    results : dict
+        As `Analysis.run` returned it.
+    folder : Path
+
+    Returns
+    -------
+    list of Path
+        The files, in the order of the report.
+    """
+    drawings = {"spectrum.png": _spectrum, "drift.png": _drift, "cosine.png": _cosine}
+    return save_figures({name: partial(draw, results) for name, draw in drawings.items()}, folder)
 
 
 def _spectrum(results: dict[str, Any]) -> Figure:
@@ -41,7 +43,7 @@ def _spectrum(results: dict[str, Any]) -> Figure:
     axes.plot(order[:-1], left, color=_ORANGE, label="not explained by the first k together")
     axes.set_yscale("log")
     axes.set_ylim(top=1.2)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    percentages(axes.yaxis)
     kept = results["subspace"]
     if kept is not None:
         axes.axvline(kept["dim"], color=_GREY, linewidth=1, linestyle=":")
@@ -57,7 +59,7 @@ def _spectrum(results: dict[str, Any]) -> Figure:
         )
     axes.set_xlabel("direction k")
     axes.set_ylabel("share of the variance")
-    _whole_numbers(axes)
+    whole_numbers(axes.xaxis)
     axes.legend(loc="upper right")
     return figure
 
@@ -77,7 +79,7 @@ def _drift(results: dict[str, Any]) -> Figure:
     axes.set_xlabel("checkpoint")
     axes.set_ylabel("distance")
     axes.set_ylim(bottom=0)
-    _whole_numbers(axes)
+    whole_numbers(axes.xaxis)
     axes.legend(loc="best")
     return figure
 
@@ -97,11 +99,7 @@ def _cosine(results: dict[str, Any]) -> Figure:
     )
     axes.set_xlabel("step to checkpoint")
     axes.set_ylabel("step to checkpoint")
-    _whole_numbers(axes)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    whole_numbers(axes.xaxis)
+    whole_numbers(axes.yaxis)
     figure.colorbar(image, ax=axes, label="cosine", pad=0.02)
     return figure
-
-
-def _whole_numbers(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -1,9 +1,10 @@
-"""Averages of checkpoints as a file, streamed: see `dldr_ext.averaging`."""
+"""Averages of checkpoint files, streamed into a file: see `dldr_ext.averaging`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.formats import Entry
-from ..checkpoints.reader import Pieces
-from ..checkpoints.series import STATISTICS, Series, finite, some
+from ..checkpoints.reader import CheckpointReader
+from ..checkpoints.series import STATISTICS, Series, abridged, finite
 from ..files.partial import PartialFile
 from .soups import Soup, greedy_soup
 
@@ -21,13 +22,13 @@ _WINDOW = 1 << 20  # elements averaged at a time
 _KIND, _VERSION = "soup", 1
 
 
-def soup(
+def write_mean(
     series: Series,
     path: Path,
     weights: Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Writes the mean of checkpoints as a safetensors file; the memory is a few windows.
+    """Write the mean of checkpoints as a safetensors file; the memory is a few windows.
 
     Parameters
     ----------
@@ -51,51 +52,67 @@ def soup(
     ValueError
         Weights that do not fit.
     """
-    shares = _shares(series, weights)
-    rows = [_matching(series, t) for t in range(len(series))]
+    factors = _normalized(series, weights)
+    rows = [_matching_entries(series, t) for t in range(len(series))]
     tensors = {}
     for name, first, last in zip(series.contents[0].entries, rows[0], rows[-1], strict=True):
         dtype = first.dtype if first.dtype.is_floating_point else last.dtype
         tensors[name] = torch.empty(first.shape, dtype=dtype, device="meta")
     total, done = sum(entry.nbytes() for row in rows for entry in row), 0
-    facts = {"checkpoints": [str(path) for path in series.paths], "weights": shares}
-    with Pieces() as pieces, PartialFile(path, _KIND, _VERSION, tensors, facts) as file:
-        try:
-            for i, (name, tensor) in enumerate(tensors.items()):
-                for begin in range(0, tensor.numel(), _WINDOW):
-                    size = min(_WINDOW, tensor.numel() - begin)
-                    entries = [row[i] for row in rows]
-                    file.write(
-                        name, begin, _mean(series, pieces, entries, name, begin, size, shares)
-                    )
-                    done += sum(size * entry.dtype.itemsize for entry in entries)
-                    if progress is not None:
-                        progress(done, total)
-            file.finish()
-        except BaseException:
-            file.discard()
-            raise
+    facts = {"checkpoints": [str(path) for path in series.paths], "weights": factors}
+    with CheckpointReader() as reader, _new_file(path, tensors, facts) as file:
+        for i, (name, tensor) in enumerate(tensors.items()):
+            entries = [row[i] for row in rows]
+            for begin in range(0, tensor.numel(), _WINDOW):
+                size = min(_WINDOW, tensor.numel() - begin)
+                window = _mean(series, reader, entries, name, begin, size, factors)
+                file.write(name, begin, window)
+                done += sum(size * entry.dtype.itemsize for entry in entries)
+                if progress is not None:
+                    progress(done, total)
     return _notes(tensors)
 
 
-def greedy(series: Series, path: Path, score: Callable[[dict[str, Any]], float]) -> Soup:
-    """Writes the greedy soup (see `greedy_soup`): one checkpoint and the sums are in memory."""
-    found = greedy_soup(States(series), score)
-    facts = {"checkpoints": [str(series.paths[t]) for t in found.members], "weights": None}
-    state = found.state_dict
-    with PartialFile(path, _KIND, _VERSION, state, facts) as file:
+def write_greedy_soup(series: Series, path: Path, score: Callable[[dict[str, Any]], float]) -> Soup:
+    """Write the greedy soup of checkpoints: one checkpoint and the sums are in memory.
+
+    Parameters
+    ----------
+    series : Series
+    path : Path
+        An earlier file is replaced once all is written.
+    score : callable
+        As for `greedy_soup`.
+
+    Returns
+    -------
+    Soup
+        Its members are places in the series.
+    """
+    soup = greedy_soup(States(series), score)
+    facts = {"checkpoints": [str(series.paths[t]) for t in soup.members], "weights": None}
+    with _new_file(path, soup.state_dict, facts) as file:
+        for name, tensor in soup.state_dict.items():
+            file.write(name, 0, tensor)
+    return soup
+
+
+@contextmanager
+def _new_file(
+    path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]
+) -> Iterator[PartialFile]:
+    """Open the file of a soup; it is there at the end, or nothing is."""
+    with PartialFile(path, _KIND, _VERSION, tensors, facts) as file:
         try:
-            for name, tensor in state.items():
-                file.write(name, 0, tensor)
+            yield file
             file.finish()
         except BaseException:
             file.discard()
             raise
-    return found
 
 
 class States(Sequence[dict[str, Tensor]]):
-    """The state dicts of a series, each read when it is asked for."""
+    """The state dicts of a series, each read from its file when it is asked for."""
 
     def __init__(self, series: Series) -> None:
         self._series = series
@@ -112,58 +129,59 @@ class States(Sequence[dict[str, Tensor]]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[t] for t in range(len(self))[index]]
-        result = {}
-        with Pieces() as pieces:
+        state = {}
+        with CheckpointReader() as reader:
             for name, entry in self._series.contents[index].entries.items():
-                result[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-                pieces.read(entry, 0, result[name].view(-1))
-        return result
+                state[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+                reader.read(entry, 0, state[name].view(-1))
+        return state
 
 
 def _mean(
     series: Series,
-    pieces: Pieces,
+    reader: CheckpointReader,
     entries: list[Entry],
     name: str,
     begin: int,
     size: int,
-    shares: list[float] | None,
+    factors: list[float] | None,
 ) -> Tensor:
-    """Part of the mean, or of the last one if it is not floating-point."""
+    """Average a window of a tensor; of one that is not floating-point return the last."""
     first, last = entries[0], entries[-1]
     if not first.dtype.is_floating_point:
         out = torch.empty(size, dtype=last.dtype, device="cpu")
-        pieces.read(last, begin, out)
+        reader.read(last, begin, out)
         return out
     sums = torch.zeros(size, dtype=torch.float64, device="cpu")
     value = torch.empty_like(sums)
     for t, entry in enumerate(entries):
-        pieces.read(entry, begin, value)
+        reader.read(entry, begin, value)
         if not finite(value):
             raise series.error(t, f"{name}: expected finite values, got NaN or Inf")
-        sums.add_(value, alpha=1.0 if shares is None else shares[t])
-    return (sums / len(entries) if shares is None else sums).to(first.dtype)
+        sums.add_(value, alpha=1.0 if factors is None else factors[t])
+    return (sums / len(entries) if factors is None else sums).to(first.dtype)
 
 
-def _matching(series: Series, t: int) -> list[Entry]:
-    """The entries of one checkpoint in the order of the first."""
-    first, own = series.contents[0].entries, series.contents[t].entries
-    if own.keys() != first.keys():
-        differing = ", ".join(sorted(own.keys() ^ first.keys())[:5])
+def _matching_entries(series: Series, t: int) -> list[Entry]:
+    """Return the entries of one checkpoint in the order of the first."""
+    first, entries = series.contents[0].entries, series.contents[t].entries
+    if entries.keys() != first.keys():
+        differing = ", ".join(sorted(entries.keys() ^ first.keys())[:5])
         raise series.error(
             t, f"expected the tensors of the first checkpoint, differs in {differing}"
         )
-    for name, entry in first.items():
-        if own[name].shape != entry.shape:
+    for name, expected in first.items():
+        entry = entries[name]
+        if entry.shape != expected.shape:
             raise series.error(
-                t, f"{name}: expected shape {entry.shape}, as in the first, got {own[name].shape}"
+                t, f"{name}: expected shape {expected.shape}, as in the first, got {entry.shape}"
             )
-        if own[name].dtype.is_floating_point != entry.dtype.is_floating_point:
-            raise series.error(t, f"{name}: expected {entry.dtype}, got {own[name].dtype}")
-    return [own[name] for name in first]
+        if entry.dtype.is_floating_point != expected.dtype.is_floating_point:
+            raise series.error(t, f"{name}: expected {expected.dtype}, got {entry.dtype}")
+    return [entries[name] for name in first]
 
 
-def _shares(series: Series, weights: Sequence[float] | None) -> list[float] | None:
+def _normalized(series: Series, weights: Sequence[float] | None) -> list[float] | None:
     if weights is None:
         return None
     given = len(series) + len(series.skipped)
@@ -178,8 +196,10 @@ def _shares(series: Series, weights: Sequence[float] | None) -> list[float] | No
 
 
 def _notes(tensors: dict[str, Tensor]) -> list[str]:
-    whole = [name for name, tensor in tensors.items() if not tensor.dtype.is_floating_point]
-    notes = [f"not averaged, but as in the last one: {some(whole)}"] if whole else []
+    not_averaged = [name for name, tensor in tensors.items() if not tensor.dtype.is_floating_point]
+    notes = (
+        [f"not averaged, but as in the last one: {abridged(not_averaged)}"] if not_averaged else []
+    )
     if any(name.rpartition(".")[2] in STATISTICS for name in tensors):
         notes.append(
             "batch-norm statistics were averaged, which is only a guess: estimate them anew with "

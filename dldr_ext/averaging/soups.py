@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -23,15 +24,30 @@ State = Mapping[str, Any]
 
 
 class Soup(NamedTuple):
-    """What `greedy_soup` found."""
+    """A greedy soup: the mean of the checkpoints that were kept, and what it scores.
+
+    Attributes
+    ----------
+    state_dict : dict
+        The mean, on the devices and in the dtypes of the best checkpoint.
+    members : list of int
+        The indices of the checkpoints in it, in the order in which they were added: the best one
+        first.
+    score : float
+        Of the mean.
+
+    See Also
+    --------
+    greedy_soup : makes one.
+    """
 
     state_dict: dict[str, Any]
-    members: list[int]  # indices of the checkpoints, in the order in which they came in
+    members: list[int]
     score: float
 
 
 def uniform_soup(checkpoints: Iterable[State] | Trajectory) -> dict[str, Any]:
-    """The mean of checkpoints (Wortsman et al., "Model soups", ICML 2022, arXiv:2203.05482).
+    """Average checkpoints with equal weights [1]_.
 
     Parameters
     ----------
@@ -48,11 +64,33 @@ def uniform_soup(checkpoints: Iterable[State] | Trajectory) -> dict[str, Any]:
 
     Raises
     ------
+    TypeError
+        Not an iterable of state dicts.
     ValueError
-        No checkpoint; one with other names or shapes.
+        No checkpoint; one with other names or shapes; a trajectory without names.
+
+    See Also
+    --------
+    greedy_soup : leaves out the checkpoints that do not help.
+    weight_averaging_subspace : makes the weights of the average trainable.
+
+    Notes
+    -----
+    ``dldr soup`` averages files of any size, a window at a time.
+
+    References
+    ----------
+    .. [1] Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves
+       accuracy without increasing inference time", ICML 2022, arXiv:2203.05482.
+
+    Examples
+    --------
+    >>> import torch
+    >>> uniform_soup([{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}])
+    {'w': tensor([2., 4.])}
     """
-    mean = _Mean()
-    for state in _states(checkpoints):
+    mean = _RunningMean()
+    for state in _each_state(checkpoints):
         mean.add(state)
     return mean.state_dict()
 
@@ -60,7 +98,7 @@ def uniform_soup(checkpoints: Iterable[State] | Trajectory) -> dict[str, Any]:
 def greedy_soup(
     checkpoints: Sequence[State] | Trajectory, score: Callable[[dict[str, Any]], float]
 ) -> Soup:
-    """The greedy soup of the same paper: checkpoints from the best on, as long as they help.
+    """Average checkpoints from the best one on, each as long as the score does not fall [1]_.
 
     Parameters
     ----------
@@ -78,24 +116,45 @@ def greedy_soup(
 
     Raises
     ------
+    TypeError
+        As for `uniform_soup`.
     ValueError
         As for `uniform_soup`; a score that is NaN.
+
+    See Also
+    --------
+    uniform_soup : averages all of them.
+
+    References
+    ----------
+    .. [1] Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves
+       accuracy without increasing inference time", ICML 2022, arXiv:2203.05482, algorithm 1.
+
+    Examples
+    --------
+    A score that is best where the only weight is 3:
+
+    >>> import torch
+    >>> checkpoints = [{"w": torch.tensor(value)} for value in (0.0, 4.0, 3.5, 2.0)]
+    >>> soup = greedy_soup(checkpoints, lambda state: -abs(float(state["w"]) - 3))
+    >>> soup.members, soup.state_dict
+    ([2, 3], {'w': tensor(2.7500)})
     """
-    many = isinstance(checkpoints, (Trajectory, Sequence))
-    states = checkpoints if many else list(_states(checkpoints))
-    alone = [_scored(score, dict(state)) for state in _states(states)]
-    if not alone:
+    indexable = isinstance(checkpoints, (Trajectory, Sequence))
+    states = checkpoints if indexable else list(_each_state(checkpoints))
+    scores = [_scored(score, dict(state)) for state in _each_state(states)]
+    if not scores:
         raise ValueError("checkpoints: expected at least one, got none")
-    order = sorted(range(len(alone)), key=lambda i: -alone[i])
-    soup, members, best = _Mean(), order[:1], alone[order[0]]
-    soup.add(_state(states, order[0]))
-    for i in order[1:]:
-        candidate = soup.with_one_more(_state(states, i))
-        reached = _scored(score, candidate.state_dict())
-        if reached >= best:
-            soup, best = candidate, reached
-            members.append(i)
-    return Soup(soup.state_dict(), members, best)
+    best_first = sorted(range(len(scores)), key=lambda t: -scores[t])
+    mean, members, highest = _RunningMean(), best_first[:1], scores[best_first[0]]
+    mean.add(_state_at(states, best_first[0]))
+    for t in best_first[1:]:
+        candidate = mean.with_one_more(_state_at(states, t))
+        candidate_score = _scored(score, candidate.state_dict())
+        if candidate_score >= highest:
+            mean, highest = candidate, candidate_score
+            members.append(t)
+    return Soup(mean.state_dict(), members, highest)
 
 
 def weight_averaging_subspace(
@@ -105,11 +164,10 @@ def weight_averaging_subspace(
     groups: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
 ) -> AffineSubspace:
-    """The subspace of all weighted averages of checkpoints, with theta = 0 their mean.
+    """Return the subspace of all weighted averages of checkpoints, with theta = 0 their mean.
 
-    Training in it with any optimizer is trainable weight averaging (Li, Huang, Tao, Wu, Huang,
-    "Trainable Weight Averaging", ICLR 2023, arXiv:2205.13104): the basis is the checkpoints
-    themselves, not centred, made orthonormal.
+    Training in it with any optimizer is trainable weight averaging [1]_: the basis is the
+    checkpoints themselves, not centred, made orthonormal.
 
     Parameters
     ----------
@@ -125,43 +183,68 @@ def weight_averaging_subspace(
 
     Returns
     -------
-    Subspace, or GroupedSubspace if there are groups
+    Subspace or GroupedSubspace
+        Of as many dimensions as there are checkpoints (at most n); grouped if there are groups.
 
     Raises
     ------
+    TypeError
+        As for `uniform_soup`.
     ValueError
-        A parameter that a checkpoint lacks; fewer than two checkpoints.
+        A parameter that a checkpoint lacks; fewer than two checkpoints; groups that do not add up
+        to the parameters.
+
+    See Also
+    --------
+    uniform_soup : the average at theta = 0.
+    dldr_ext.layer_groups : a group for each layer.
+    dldr_ext.InSubspace : trains the coordinates with an optimizer of torch.
+
+    References
+    ----------
+    .. [1] Li, Huang, Tao, Wu, Huang, "Trainable Weight Averaging: Efficient Training by Optimizing
+       Historical Solutions", ICLR 2023, arXiv:2205.13104.
+
+    Examples
+    --------
+    >>> import torch
+    >>> checkpoints = [{"weight": row.view(2, 3)} for row in 3 * torch.eye(6)[:3]]
+    >>> averages = weight_averaging_subspace(checkpoints, torch.nn.Linear(3, 2, bias=False))
+    >>> averages.dim
+    3
+    >>> averages.reconstruct(torch.zeros(3))  # the mean
+    tensor([1., 1., 1., 0., 0., 0.])
     """
     params, names = named_parameters(model.named_parameters(), "model")
     assert names is not None
-    states = [_only(state, names, t) for t, state in enumerate(_states(checkpoints))]
+    states = [_of_model(state, names, t) for t, state in enumerate(_each_state(checkpoints))]
     if len(states) < 2:
         raise ValueError(f"checkpoints: expected at least two, got {len(states)}")
     mean = list(uniform_soup(states).values())
     if groups is None:
-        return _spanned(states, names, dtype).with_origin(mean)
-    parts = group_slices(groups, len(params))
-    spaces = []
-    for i, part in enumerate(parts):
+        return _span(states, names, dtype).with_origin(mean)
+    subspaces = []
+    for i, group in enumerate(group_slices(groups, len(params))):
         try:
-            spaces.append(_spanned(states, names[part], dtype))
+            subspaces.append(_span(states, names[group], dtype))
         except ValueError as error:
             raise ValueError(f"groups[{i}]: {error}") from None
-    return GroupedSubspace(spaces).with_origin(mean)
+    return GroupedSubspace(subspaces).with_origin(mean)
 
 
-def _spanned(states: list[State], names: list[str], dtype: torch.dtype | None) -> Subspace:
+def _span(states: list[State], names: list[str], dtype: torch.dtype | None) -> Subspace:
+    """Return the subspace that some parameters of all states span."""
     rows = [{name: state[name] for name in names} for state in states]
     dim = min(len(rows), sum(tensor.numel() for tensor in rows[0].values()))
     return Subspace.from_snapshots(rows, dim, "qr", dtype=dtype)
 
 
-class _Mean:
+class _RunningMean:
     """A mean of state dicts that more can be added to."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # never changed in place: copies share them
         self.last: State = {}
         self.first: State = {}
 
@@ -178,11 +261,11 @@ class _Mean:
         self.last = {name: state[name] for name in state if name not in self.sums}
         self.count += 1
 
-    def with_one_more(self, state: State) -> _Mean:
-        result = _Mean()
-        result.__dict__.update(self.__dict__, sums=dict(self.sums))
-        result.add(state)
-        return result
+    def with_one_more(self, state: State) -> _RunningMean:
+        extended = copy(self)
+        extended.sums = dict(self.sums)
+        extended.add(state)
+        return extended
 
     def state_dict(self) -> dict[str, Any]:
         if self.count == 0:
@@ -195,9 +278,9 @@ class _Mean:
         }
 
 
-def _states(checkpoints: Iterable[State] | Trajectory) -> Iterator[State]:
+def _each_state(checkpoints: Iterable[State] | Trajectory) -> Iterator[State]:
     if isinstance(checkpoints, Trajectory):
-        yield from (_state(checkpoints, t) for t in range(len(checkpoints)))
+        yield from (_state_at(checkpoints, t) for t in range(len(checkpoints)))
         return
     if isinstance(checkpoints, Mapping) or not isinstance(checkpoints, Iterable):
         raise TypeError(
@@ -210,24 +293,26 @@ def _states(checkpoints: Iterable[State] | Trajectory) -> Iterator[State]:
         yield state
 
 
-def _state(checkpoints: Sequence[State] | Trajectory, index: int) -> State:
+def _state_at(checkpoints: Sequence[State] | Trajectory, t: int) -> State:
+    """Return checkpoint ``t``; of a trajectory the weights at that snapshot."""
     if not isinstance(checkpoints, Trajectory):
-        return checkpoints[index]
+        return checkpoints[t]
     if checkpoints.names is None:
         raise ValueError(
             "checkpoints: expected a trajectory that knows names; record with "
             "Trajectory(model.named_parameters())"
         )
     assert checkpoints.anchor is not None
-    flat = checkpoints.anchor + checkpoints.snapshots[index]
-    pieces = flat.split([p.numel() for p in checkpoints.params])
+    flat = checkpoints.anchor + checkpoints.snapshots[t]
+    weights = flat.split([p.numel() for p in checkpoints.params])
     return {
-        name: piece.view(p.shape).to(p.dtype)
-        for name, piece, p in zip(checkpoints.names, pieces, checkpoints.params, strict=True)
+        name: weight.view(p.shape).to(p.dtype)
+        for name, weight, p in zip(checkpoints.names, weights, checkpoints.params, strict=True)
     }
 
 
-def _only(state: State, names: list[str], t: int) -> State:
+def _of_model(state: State, names: list[str], t: int) -> State:
+    """Return the entries of checkpoint ``t`` that are parameters of the model."""
     for name in names:
         if name not in state:
             raise ValueError(
@@ -238,11 +323,12 @@ def _only(state: State, names: list[str], t: int) -> State:
 
 
 def _check_same(first: State, state: State, t: int) -> None:
+    """Check that checkpoint ``t`` has the names and shapes of the first."""
     if state.keys() != first.keys():
-        missing = sorted(first.keys() ^ state.keys())
+        differing = sorted(first.keys() ^ state.keys())
         raise ValueError(
             f"checkpoints[{t}]: expected the names of checkpoints[0], got a difference in "
-            f"{', '.join(map(str, missing))}"
+            f"{', '.join(map(str, differing))}"
         )
     for name, value in state.items():
         shape = value.shape if isinstance(value, Tensor) else None
@@ -255,7 +341,7 @@ def _check_same(first: State, state: State, t: int) -> None:
 
 
 def _scored(score: Callable[[dict[str, Any]], float], state: dict[str, Any]) -> float:
-    result = float(score(state))
-    if math.isnan(result):
+    value = float(score(state))
+    if math.isnan(value):
         raise ValueError("score: expected a number, got NaN")
-    return result
+    return value

@@ -1,4 +1,4 @@
-"""Which checkpoints a list of files and folders stands for."""
+"""The checkpoints that a list of files and folders stands for."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from .errors import CheckpointError, reason
 
 SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-# One model in a folder, as Hugging Face's libraries write it; optimizer.pt and others lie beside.
-_ONE_MODEL = ("model.safetensors", "pytorch_model.bin")
+# A folder of one model, as Hugging Face's libraries write it: optimizer.pt and others lie beside.
+_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def find(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The checkpoints that files and folders stand for, in order.
+def find_checkpoints(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[Path]:
+    """List the checkpoints that files and folders stand for, in order.
 
     Parameters
     ----------
@@ -29,7 +31,7 @@ def find(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> li
     Returns
     -------
     list of Path
-        Each a file, a shard index among them.
+        One file for each checkpoint: the index, if it consists of shards.
 
     Raises
     ------
@@ -40,49 +42,49 @@ def find(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> li
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    result = [found for path in paths for found in _under(Path(path))]
-    if not result:
+    checkpoints = [checkpoint for path in paths for checkpoint in _expanded(Path(path))]
+    if not checkpoints:
         raise ValueError("checkpoints: expected at least one file or folder, got none")
-    return result
+    return checkpoints
 
 
-def natural(path: str | os.PathLike[str]) -> list[tuple[int, int, str]]:
-    """A sort key by which 2 comes before 10."""
+def natural_key(path: str | os.PathLike[str]) -> list[tuple[int, int, str]]:
+    """Return a sort key by which 2 comes before 10."""
     parts = re.findall(r"\d+|\D+", os.fspath(path))
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
-def _under(path: Path) -> list[Path]:
+def _expanded(path: Path) -> list[Path]:
+    """Return the checkpoints in a folder; a file stands for itself."""
     if not path.is_dir():
         return [path]
     try:
-        inside = sorted(path.iterdir(), key=natural)
+        inside = sorted(path.iterdir(), key=natural_key)
     except OSError as error:
         raise CheckpointError(path, reason(error)) from error
-    one = _one_model(inside)
-    if one is not None:
-        return [one]
+    model = _model_file(inside)
+    if model is not None:
+        return [model]
     files = [p for p in inside if p.suffix in SUFFIXES and p.is_file()]
     numbered = [p for p in files if p.stem.isdecimal()]
     if files:
         return numbered or files
-    result = []
-    for folder in (p for p in inside if p.is_dir()):
-        one = _one_model(folder.iterdir())
-        result += [] if one is None else [one]
-    if not result:
+    models = [_model_file(folder.iterdir()) for folder in inside if folder.is_dir()]
+    checkpoints = [model for model in models if model is not None]
+    if not checkpoints:
         raise CheckpointError(
             path,
             f"expected a folder with checkpoints ({', '.join(SUFFIXES)} or an index of shards), "
             f"found {len(inside)} other entries",
         )
-    return result
+    return checkpoints
 
 
-def _one_model(inside: Iterable[Path]) -> Path | None:
+def _model_file(inside: Iterable[Path]) -> Path | None:
+    """Return the file that a folder of one model is read from, None for another folder."""
     names = {p.name: p for p in inside}
     for suffix in INDEX_SUFFIXES:
         for name, path in sorted(names.items()):
             if name.endswith(suffix):
                 return path
-    return next((names[name] for name in _ONE_MODEL if name in names), None)
+    return next((names[name] for name in _MODEL_FILES if name in names), None)

@@ -1,4 +1,4 @@
-"""The one error of this package."""
+"""The one error that reading checkpoints raises."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ class CheckpointError(ValueError):
     Attributes
     ----------
     path : Path
+        Of the checkpoint, or of the file in it that is to blame.
     problem : str
         What was expected and what was found.
     index : int or None
@@ -26,12 +27,21 @@ class CheckpointError(ValueError):
         super().__init__(f"{where}{path}: {problem}")
 
     def at(self, index: int) -> CheckpointError:
-        """The same error of the checkpoint with that index."""
+        """Return the same error with the index of its checkpoint.
+
+        Parameters
+        ----------
+        index : int
+
+        Returns
+        -------
+        CheckpointError
+        """
         return CheckpointError(self.path, self.problem, index)
 
 
 def reason(error: OSError) -> str:
-    """Why a file could not be opened or read, in a few words."""
+    """Say in a few words why a file could not be opened or read."""
     if isinstance(error, FileNotFoundError):
         return "not found"
     if isinstance(error, PermissionError):

@@ -1,4 +1,4 @@
-"""Opens checkpoint files without reading the tensors in them: where each one lies."""
+"""Where the tensors lie in a checkpoint file: found without reading them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,13 @@ import torch
 from torch import Tensor
 from torch.serialization import safe_globals
 
+from ..tensors.formats import SAFETENSORS_NAMES
 from . import state_dicts
 from .discovery import INDEX_SUFFIXES
 from .errors import CheckpointError, reason
 
 _INDEX_LIMIT = 1 << 28  # bytes; the index of a model of 100,000 tensors has 10 MB
-_SAFETENSORS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+_SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 _SCALAR: Any = np.float64(0).__reduce__()[0]  # called as numpy 1 or numpy 2 calls it
 # Harmless types that scripts save beside the weights (options, a best accuracy).
 _HARMLESS: list[Any] = [
@@ -59,12 +47,12 @@ class Entry(NamedTuple):
     key: str | None = None  # where the state dict is in it
 
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """Return the bytes of its elements."""
         count: int = math.prod(self.shape)
         return count * self.dtype.itemsize
 
     def place(self) -> tuple[Any, ...]:
-        """Equal for two names of one tensor."""
+        """Return a key that is equal for two names of one tensor."""
         if self.offset is None:
             return (self.file, self.name)
         return (self.file, self.offset, self.dtype, self.shape, self.stride)
@@ -79,7 +67,7 @@ class Contents(NamedTuple):
 
 
 def read_contents(path: Path, key: str | None = None) -> Contents:
-    """Where the tensors of a checkpoint lie.
+    """Find where the tensors of a checkpoint lie.
 
     Parameters
     ----------
@@ -87,7 +75,11 @@ def read_contents(path: Path, key: str | None = None) -> Contents:
         A file written by ``torch.save`` (pickles are loaded with ``weights_only=True``), a
         safetensors file, or a Hugging Face index of either. Told apart by what is in them.
     key : str, optional
-        See `contents.state_dict`.
+        Where the state dict is in the file: see `state_dicts.find_state_dict`.
+
+    Returns
+    -------
+    Contents
 
     Raises
     ------
@@ -97,30 +89,34 @@ def read_contents(path: Path, key: str | None = None) -> Contents:
     try:
         if path.name.endswith(INDEX_SUFFIXES):
             return _read_index(path, key)
-        found = _read_file(path, key)
+        contents = _read_file(path, key)
     except OSError as error:
         raise CheckpointError(error.filename or path, reason(error)) from error
-    try:
-        names = state_dicts.plain_names(list(found.entries))
-    except ValueError as error:
-        raise CheckpointError(path, str(error)) from error
-    return found._replace(entries=dict(zip(names, found.entries.values(), strict=True)))
+    return contents._replace(entries=_by_plain_name(path, contents.entries))
 
 
-def whole(path: Path, key: str | None) -> dict[str, Tensor]:
-    """The tensors of a file that only can be loaded whole; those of the latest one are kept."""
-    found = path.stat()
-    return _whole(path, key, found.st_size, found.st_mtime_ns)
+def load_whole(path: Path, key: str | None) -> dict[str, Tensor]:
+    """Load a file that can only be loaded whole; the tensors of the latest one stay in memory."""
+    status = path.stat()
+    return _load_whole(path, key, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _whole(path: Path, key: str | None, size: int, changed: int) -> dict[str, Tensor]:
+def _load_whole(path: Path, key: str | None, size: int, changed: int) -> dict[str, Tensor]:
     return _state_dict(path, _load(path, fake=False), key)
 
 
-def forget() -> None:
-    """Gives back what `whole` has kept."""
-    _whole.cache_clear()
+def forget_loaded() -> None:
+    """Free the tensors that `load_whole` has kept."""
+    _load_whole.cache_clear()
+
+
+def _by_plain_name(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    try:
+        names = state_dicts.plain_names(list(entries))
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from error
+    return dict(zip(names, entries.values(), strict=True))
 
 
 def _read_index(path: Path, key: str | None) -> Contents:
@@ -145,14 +141,10 @@ def _read_index(path: Path, key: str | None) -> Contents:
         if name not in shards[shard].entries:
             raise CheckpointError(path, f"{name}: expected in {shard}, which lacks it")
         entries[name] = shards[shard].entries[name]
-    try:
-        names = state_dicts.plain_names(list(entries))
-    except ValueError as error:
-        raise CheckpointError(path, str(error)) from error
     return Contents(
-        dict(zip(names, entries.values(), strict=True)),
+        _by_plain_name(path, entries),
         [path, *(path.parent / shard for shard in shards)],
-        [note for found in shards.values() for note in found.notes],
+        [note for contents in shards.values() for note in contents.notes],
     )
 
 
@@ -166,7 +158,7 @@ def _read_file(path: Path, key: str | None) -> Contents:
         return _read_torch(path, size, key)
     if start[8:] == b"{" or path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return _loaded_whole(path, key, "in the format of before torch 1.6")
+    return _read_whole(path, key, "in the format of before torch 1.6")
 
 
 def _read_safetensors(path: Path) -> Contents:
@@ -183,14 +175,14 @@ def _read_safetensors(path: Path) -> Contents:
     header.pop("__metadata__", None)
     entries, notes = {}, []
     for name, field in header.items():
-        if field["dtype"] not in _SAFETENSORS:
+        if field["dtype"] not in _SAFETENSORS_DTYPES:
             notes.append(f"{name}: left out, of the type {field['dtype']}")
             continue
         shape = tuple(field["shape"])
         entries[name] = Entry(
-            _SAFETENSORS[field["dtype"]],
+            _SAFETENSORS_DTYPES[field["dtype"]],
             shape,
-            _packed(shape),
+            _contiguous_stride(shape),
             path,
             8 + length + field["data_offsets"][0],
             name,
@@ -201,15 +193,17 @@ def _read_safetensors(path: Path) -> Contents:
 def _read_torch(path: Path, size: int, key: str | None) -> Contents:
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = any(record.compress_type != zipfile.ZIP_STORED for record in archive.filelist)
+            compressed = any(
+                record.compress_type != zipfile.ZIP_STORED for record in archive.filelist
+            )
             order = [name for name in archive.namelist() if name.endswith("/byteorder")]
             swapped = bool(order) and archive.read(order[0]) != b"little"
     except OSError:
         raise
     except Exception as error:  # zipfile lets several through
         raise CheckpointError(path, f"truncated or corrupt ({error})") from error
-    if packed or swapped:
-        return _loaded_whole(path, key, "compressed" if packed else "big-endian")
+    if compressed or swapped:
+        return _read_whole(path, key, "compressed" if compressed else "big-endian")
     entries, notes = {}, []
     for name, tensor in _state_dict(path, _load(path, fake=True), key).items():
         if tensor.layout is not torch.strided or tensor.is_quantized:
@@ -228,18 +222,20 @@ def _read_torch(path: Path, size: int, key: str | None) -> Contents:
 
 
 def extent(shape: torch.Size | tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last one of a strided tensor, both included."""
+    """Count the elements from the first to the last one of a strided tensor, both included."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def _loaded_whole(path: Path, key: str | None, why: str) -> Contents:
+def _read_whole(path: Path, key: str | None, why: str) -> Contents:
+    """Return the contents of a file without offsets: to be loaded whole each time it is read."""
     entries = {}
-    for name, tensor in whole(path, key).items():
+    for name, tensor in load_whole(path, key).items():
         if tensor.layout is torch.strided and not tensor.is_quantized:
             shape = tuple(tensor.shape)
-            entries[name] = Entry(tensor.dtype, shape, _packed(shape), path, None, name, key)
+            stride = _contiguous_stride(shape)
+            entries[name] = Entry(tensor.dtype, shape, stride, path, None, name, key)
     return Contents(
         entries, [path], [f"{path}: {why}: loaded whole each time it is read, which takes memory"]
     )
@@ -273,15 +269,14 @@ def _load(path: Path, *, fake: bool) -> Any:
 
 def _state_dict(path: Path, saved: Any, key: str | None) -> dict[str, Tensor]:
     try:
-        return state_dicts.state_dict(saved, key)
+        return state_dicts.find_state_dict(saved, key)
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error
 
 
-def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor."""
-    result, step = [], 1
+def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    stride, step = [], 1
     for size in reversed(shape):
-        result.append(step)
+        stride.append(step)
         step *= max(size, 1)
-    return tuple(reversed(result))
+    return tuple(reversed(stride))

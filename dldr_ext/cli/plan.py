@@ -1,4 +1,4 @@
-"""`dldr plan`: memory, bytes, time and communication of a run that has not been made."""
+"""`dldr plan`: memory, bytes, time and communication of a run, worked out beforehand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Storage(str, Enum):
 
 
 class Shard(str, Enum):
-    """What each rank holds a share of."""
+    """What is partitioned over the ranks."""
 
     none = "none"
     basis = "basis"
@@ -103,11 +103,11 @@ def plan_command(
     except ValueError as error:
         option, _, reason = str(error).partition(": ")
         raise typer.BadParameter(reason, param_hint=f"--{option.replace('_', '-')}") from None
-    found = plan(job, _device(device, job))
+    planned = plan(job, _device(device, job))
     if as_json:
-        typer.echo(json.dumps(asdict(found) | {"fits": _fits(found)}, indent=1))
+        typer.echo(json.dumps(asdict(planned) | {"fits": _fits(planned)}, indent=1))
     else:
-        _print(found)
+        _print(planned)
 
 
 def _device(name: str, job: Job) -> Device:
@@ -124,12 +124,12 @@ def _device(name: str, job: Job) -> Device:
     return with_shares(measure(where), job, where)
 
 
-def _fits(found: Plan) -> bool:
-    return found.peak <= found.device.memory
+def _fits(planned: Plan) -> bool:
+    return planned.peak <= planned.device.memory
 
 
-def _print(found: Plan) -> None:
-    job, device = found.job, found.device
+def _print(planned: Plan) -> None:
+    job, device = planned.job, planned.device
     console = Console(highlight=False)
     console.print(
         f"{job.numel:,} parameters in {job.param_dtype}, d = {job.dim}, T = {job.snapshots} in "
@@ -142,27 +142,27 @@ def _print(found: Plan) -> None:
     )
     nominal = "" if device.measured else "; nominal, no device reaches it"
     console.print(f"({device.source}{nominal})\n", style="dim")
-    console.print(_memory_table(found))
+    console.print(_memory_table(planned))
     room = _bytes(device.memory) + (" that are free" if device.measured else "")
-    if _fits(found):
-        console.print(f"Fits the device: {_bytes(found.peak)} of {room}.\n", style="green")
+    if _fits(planned):
+        console.print(f"Fits the device: {_bytes(planned.peak)} of {room}.\n", style="green")
     else:
         console.print(
-            f"Does not fit the device: {_bytes(found.peak)} of {room}. More ranks, --storage "
+            f"Does not fit the device: {_bytes(planned.peak)} of {room}. More ranks, --storage "
             "host or disk,\na shorter --dtype or fewer --snapshots help.\n",
             style="bold red",
         )
-    console.print(_step_table(found))
+    console.print(_step_table(planned))
     console.print()
-    if found.messages:
-        console.print(_message_table(found))
+    if planned.messages:
+        console.print(_message_table(planned))
         console.print()
-    run = ", ".join(f"{k} {_seconds(v)}" for k, v in found.run.items() if k != "all")
+    run = ", ".join(f"{k} {_seconds(v)}" for k, v in planned.run.items() if k != "all")
     console.print(
         f"A run of {job.steps} steps, {job.trials:g} trials each: "
-        f"[bold]{_seconds(found.run['all'])}[/bold]\n({run})",
+        f"[bold]{_seconds(planned.run['all'])}[/bold]\n({run})",
     )
-    console.print(_notes(found), style="dim")
+    console.print(_notes(planned), style="dim")
 
 
 def _shared(job: Job) -> str:
@@ -173,18 +173,18 @@ def _shared(job: Job) -> str:
     }[job.shard]
 
 
-def _memory_table(found: Plan) -> Table:
+def _memory_table(planned: Plan) -> Table:
     table = _table("memory, peak of a rank", "device", "host", "disk")
-    for memory in found.memory:
+    for memory in planned.memory:
         cells = [_bytes(size) for size in (memory.device, memory.host, memory.disk)]
         table.add_row(memory.phase, *cells)
     return table
 
 
-def _step_table(found: Plan) -> Table:
-    expected = any(step.expected is not None for step in found.steps)
+def _step_table(planned: Plan) -> Table:
+    expected = any(step.expected is not None for step in planned.steps)
     table = _table("step of a rank", "moves", "floor", *["expected"] * expected, "in a run")
-    for step in found.steps:
+    for step in planned.steps:
         cells = [_bytes(step.bytes), _seconds(step.floor)]
         if expected:
             cells.append(_seconds(step.seconds))
@@ -193,9 +193,9 @@ def _step_table(found: Plan) -> Table:
     return table
 
 
-def _message_table(found: Plan) -> Table:
+def _message_table(planned: Plan) -> Table:
     table = _table("communication of a rank", "numbers", "sends", "least time", "on top of")
-    for message in found.messages:
+    for message in planned.messages:
         took = "-" if message.seconds is None else _seconds(message.seconds)
         if message.seconds is not None and message.seconds < _LATENCY:
             took = "latency"
@@ -212,19 +212,19 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def _notes(found: Plan) -> str:
+def _notes(planned: Plan) -> str:
     notes = [
         "Beside the model's activations and its optimizer while recording; d x d algebra not "
         "counted."
     ]
-    if found.job.closure_seconds == 0:
+    if planned.job.closure_seconds == 0:
         notes.append("The model's own passes are not counted: --closure-seconds adds them.")
-    if any(step.expected is not None for step in found.steps):
+    if any(step.expected is not None for step in planned.steps):
         notes.append(
             "Expected: at the share of its floor that each step of a smaller run reached just now."
         )
-    if found.job.storage == "disk":
-        notes.append(f"Disk: {_bytes(found.device.disk)}/s (nominal).")
+    if planned.job.storage == "disk":
+        notes.append(f"Disk: {_bytes(planned.device.disk)}/s (nominal).")
     return "\n".join(notes)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-#: Where each optional module comes from.
+# Brings every module that a command may need.
 _INSTALL = 'pip install "dldr_ext[demo]"'
 
 
 def missing(*modules: str) -> str | None:
-    """One line that says what to install, or None if all `modules` can be imported."""
+    """Say in one line what to install; None if all ``modules`` can be imported."""
     absent = [name for name in modules if find_spec(name) is None]
     if not absent:
         return None

@@ -7,12 +7,24 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .checkpoint_options import AsGiven, AsJson, Bar, Key, Paths, SkipBad, one_line_errors, series
+from ..averaging.soup_files import write_greedy_soup, write_mean
+from .options import (
+    AsGiven,
+    AsJson,
+    ByteBar,
+    Key,
+    Paths,
+    Quiet,
+    SkipBad,
+    one_line_errors,
+    open_series,
+)
 
 
 def soup(
@@ -35,7 +47,7 @@ def soup(
     skip_bad: SkipBad = False,
     as_given: AsGiven = False,
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Average checkpoints into one, in pieces: a model need not fit into memory.
 
@@ -54,21 +66,19 @@ def soup(
     """
     if weights is not None and metric is not None:
         raise typer.BadParameter("expected --weights or --metric, got both", param_hint="--metric")
-    shares = None if weights is None else _numbers(weights)
+    factors = None if weights is None else _numbers(weights)
     score = None if metric is None else _function(metric)
-    from ..averaging.soup_files import greedy
-    from ..averaging.soup_files import soup as average
-
     facts: dict[str, Any] = {"output": str(output)}
-    with one_line_errors(), Bar(quiet or as_json) as bar:
-        found = series(checkpoints, as_given, key=key, skip_bad=skip_bad)
-        facts |= {"skipped": [str(error) for error in found.skipped], "members": found.paths}
+    with one_line_errors(), ByteBar(quiet or as_json) as bar:
+        series = open_series(checkpoints, as_given, key=key, skip_bad=skip_bad)
+        facts |= {"skipped": [str(error) for error in series.skipped], "members": series.paths}
         if score is not None:
-            best = greedy(found, output, score)
-            facts |= {"members": [found.paths[t] for t in best.members], "score": best.score}
+            best = write_greedy_soup(series, output, score)
+            facts |= {"members": [series.paths[t] for t in best.members], "score": best.score}
             facts["notes"] = []
         else:
-            facts["notes"] = average(found, output, shares, lambda *done: bar("average", *done))
+            progress = partial(bar, "average")
+            facts["notes"] = write_mean(series, output, factors, progress)
     facts["members"] = list(map(str, facts["members"]))
     for line in facts["skipped"]:
         typer.echo(f"dldr: left out {line}", err=True)
@@ -83,7 +93,7 @@ def soup(
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [float(number) for number in text.split(",")]
     except ValueError:
         raise typer.BadParameter(
             f"expected numbers joined by commas, got {text!r}", param_hint="--weights"
@@ -94,11 +104,11 @@ def _function(text: str) -> Callable[[dict[str, Any]], float]:
     module, _, name = text.partition(":")
     sys.path.insert(0, os.getcwd())  # as python -m would
     try:
-        found = getattr(importlib.import_module(module), name) if module and name else None
+        function = getattr(importlib.import_module(module), name) if module and name else None
     except (ImportError, AttributeError) as error:
         raise typer.BadParameter(str(error), param_hint="--metric") from None
     finally:
         sys.path.remove(os.getcwd())
-    if not callable(found):
+    if not callable(function):
         raise typer.BadParameter(f"expected module:function, got {text!r}", param_hint="--metric")
-    return found
+    return function

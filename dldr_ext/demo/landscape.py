@@ -18,15 +18,20 @@ _IMAGES = 400  # training images that the loss is taken over
 
 @dataclass
 class Landscape:
-    """Loss over w0 + P theta, where theta[0] and theta[1] vary and the rest stays at `end`.
+    """The loss at w0 + P theta, where theta[0] and theta[1] vary and the rest stays.
 
     Attributes
     ----------
-    x, y : grid coordinates, ascending, shape (G,)
-    loss : shape (G, G); row i belongs to y[i]
-    sampled : path of the recorded first half of SGD, projected on the plane
-    sgd_end : where the full SGD run ended, projected
-    paths : path of each method that trained in the subspace
+    x, y : list of float, length G
+        The grid's coordinates theta[0] and theta[1], ascending.
+    loss : list of lists of float, G x G
+        Row i belongs to y[i].
+    sampled : list of (float, float)
+        The path of the recorded first half of SGD, projected on the plane.
+    sgd_end : (float, float)
+        Where the full SGD run ended, projected.
+    paths : dict of str to list of (float, float)
+        The path of each method that trained in the subspace.
     """
 
     x: list[float]
@@ -50,8 +55,26 @@ def landscape(
     """Evaluate the training objective on a grid that holds all paths.
 
     The plane goes through the end of P-BFGS, so its loss there is the true one; batch norm uses
-    the statistics of the evaluated images, as in training. Overwrites the weights of `model`.
-    Needs a subspace of two or more dimensions whose origin is the trajectory's anchor.
+    the statistics of the evaluated images, as in training.
+
+    Parameters
+    ----------
+    subspace : Subspace
+        Of two or more dimensions; its origin is the trajectory's anchor.
+    trajectory : Trajectory
+        The recorded first half of SGD.
+    outcomes : dict of str to Outcome
+        By method: "sgd", "psgd" and "pbfgs" at least.
+    model : nn.Module
+        Its weights are overwritten.
+    train : Part
+    weight_decay : float
+    progress : callable
+        Called with the share that is done.
+
+    Returns
+    -------
+    Landscape
     """
     progress(0.0)
     end = subspace.coordinates(outcomes["pbfgs"].model.parameters())

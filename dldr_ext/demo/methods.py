@@ -35,13 +35,13 @@ NAMES = {
     "pbfgs": "P-BFGS",
     "random": "random subspace",
 }
-#: What the basis may be stored as.
+#: Formats of the basis.
 DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 
 
 @dataclass
 class Outcome:
-    """What a method came to."""
+    """A trained network, and what it took to train it."""
 
     method: str
     model: nn.Module  # weights and batch-norm statistics as they are tested
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def objective(model: nn.Module, images: Tensor, labels: Tensor, weight_decay: float) -> Tensor:
-    """Mean cross-entropy + weight_decay / 2 |w|^2."""
+    """Return the mean cross-entropy + weight_decay / 2 |w|^2."""
     squares = torch.stack([p.square().sum() for p in model.parameters()])
     return functional.cross_entropy(model(images), labels) + weight_decay / 2 * squares.sum()
 
@@ -60,7 +60,7 @@ def objective(model: nn.Module, images: Tensor, labels: Tensor, weight_decay: fl
 def counted_closure(
     model: nn.Module, images: Tensor, labels: Tensor, weight_decay: float, account: Account
 ) -> Callable[[], Tensor]:
-    """A forward-only closure over one batch that puts every evaluation on the account."""
+    """Make a forward-only closure over one batch that puts every evaluation on the account."""
 
     def closure() -> Tensor:
         account.read(len(labels))
@@ -81,6 +81,7 @@ class Task:
     snapshots : int
         How many to record after the initial weights, evenly over the first half of SGD.
     progress : callable
+        Called with the method at work and the share of it that is done, 0 to 1.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Task:
         self.snapshots, self.progress = snapshots, progress
 
     def model(self) -> nn.Module:
-        """The network at the initial weights."""
+        """Build the network at the initial weights."""
         return build(self.data.train.images.shape[-1], self.seed).to(self.device)
 
     @property
@@ -99,16 +100,16 @@ class Task:
         return self.data.train.images.device
 
     def generator(self, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
-        """Random numbers of this seed; one stream for each use."""
+        """Return a generator of this seed; each use has a stream of its own."""
         return torch.Generator(device).manual_seed(10 * self.seed + stream)
 
     def validate(self, model: nn.Module) -> float:
-        """Accuracy on the validation part."""
+        """Return the accuracy on the validation part."""
         return accuracy(model, self.data.validation.images, self.data.validation.labels)
 
 
 def sgd(task: Task) -> tuple[Outcome, Outcome, Trajectory]:
-    """SGD: the full run, the run at half, and the recorded first half."""
+    """Run SGD; return the full run, the run at half and the recorded first half."""
     task.progress("sgd", 0.0)
     recipe, train = task.recipe, task.data.train
     model = task.model()
@@ -146,7 +147,7 @@ def sgd(task: Task) -> tuple[Outcome, Outcome, Trajectory]:
 
 
 def psgd(task: Task, subspace: Subspace) -> Outcome:
-    """P-SGD from the initial weights: the recipe of `sgd`, in half the passes."""
+    """Run P-SGD from the initial weights: the recipe of `sgd`, in half the passes."""
     recipe = task.recipe
     run = _SubspaceRun(task, "psgd", subspace)
     optimizer = PSGD(run.model.parameters(), subspace, recipe.lr, recipe.momentum)
@@ -159,7 +160,7 @@ def psgd(task: Task, subspace: Subspace) -> Outcome:
 
 
 def pbfgs(task: Task, subspace: Subspace, method: str = "pbfgs") -> Outcome:
-    """P-BFGS from the initial weights, in the DLDR subspace or another."""
+    """Run P-BFGS from the initial weights, in the DLDR subspace or another."""
     run = _SubspaceRun(task, method, subspace)
     optimizer = PBFGS(run.model.parameters(), subspace, buffers=run.model)
     group = optimizer.param_groups[0]
@@ -175,14 +176,14 @@ def pbfgs(task: Task, subspace: Subspace, method: str = "pbfgs") -> Outcome:
 
 
 def random(task: Task, dim: int, dtype: str = "float32") -> Outcome:
-    """The control: the same P-BFGS in a random subspace of dimension `dim`."""
+    """Run the control: the same P-BFGS in a random subspace of dimension ``dim``."""
     parameters, generator = task.model().parameters(), task.generator(3, task.device)
     subspace = Subspace.random(parameters, dim, generator=generator)
     return pbfgs(task, stored_as(subspace, dtype), "random")
 
 
 def stored_as(subspace: Subspace, dtype: str) -> Subspace:
-    """The subspace with its basis in one of `DTYPES`."""
+    """Return the subspace with its basis in one of `DTYPES`."""
     if dtype in ("int8", "float8_e4m3fn"):
         return subspace.quantize(dtype)
     return subspace.to(dtype=getattr(torch, dtype))
@@ -196,23 +197,23 @@ class _SubspaceRun:
         task.progress(method, 0.0)
         self.model = task.model()
         self.account = Account(len(task.data.train))
-        self._allowed = (task.recipe.budget - 1) * self.account.size
+        self._allowed_images = (task.recipe.budget - 1) * self.account.size
         self._path = [(0.0, 0.0)]
-        # (passes, theta) to be validated later, about once per pass
-        self._kept = [(0.0, torch.zeros(subspace.dim, device=subspace.device))]
+        # (passes, theta) to be validated later, about once a pass
+        self._to_validate = [(0.0, torch.zeros(subspace.dim, device=subspace.device))]
 
     @property
     def images_left(self) -> int:
         """Images that may still be read."""
-        return self._allowed - self.account.images
+        return self._allowed_images - self.account.images
 
     @property
     def done(self) -> float:
         """Share of the budget spent, 0 to 1."""
-        return self.account.images / self._allowed
+        return self.account.images / self._allowed_images
 
     def batches(self, size: int, stream: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches, on the clock."""
+        """Draw training batches, endlessly; making them is on the clock."""
         task = self.task
         endless = batches(task.data.train, size, task.recipe.shift, task.generator(stream))
         while True:
@@ -221,7 +222,7 @@ class _SubspaceRun:
             yield batch
 
     def step(self, optimizer: PBFGS | PSGD, images: Tensor, labels: Tensor) -> None:
-        """One step on one batch."""
+        """Take one step on one batch."""
         with self.account:
             optimizer.step(
                 counted_closure(
@@ -231,29 +232,33 @@ class _SubspaceRun:
         theta = optimizer.theta
         x, y = (*theta[:2].tolist(), 0.0)[:2]
         self._path.append((x, y))
-        if self.account.passes >= self._kept[-1][0] + 1:
-            self._kept.append((self.account.passes, theta))
+        if self.account.passes >= self._to_validate[-1][0] + 1:
+            self._to_validate.append((self.account.passes, theta))
             self.task.progress(self.method, self.done)
 
     def outcome(self) -> Outcome:
-        """Re-estimates the batch-norm statistics at the last weights; then draws the curve."""
+        """Re-estimate the batch-norm statistics at the last weights; then draw the curve."""
         trained = self.account.passes
         with self.account:
-            self.account.read(self._renew_norms(self.model))
-        curve = [self._point(*kept) for kept in self._kept if kept[0] < trained]
+            self.account.read(self._reestimate(self.model))
+        curve = [
+            self._validated(passes, theta)
+            for passes, theta in self._to_validate
+            if passes < trained
+        ]
         curve.append((self.account.passes, self.task.validate(self.model)))
         self.task.progress(self.method, 1.0)
         return Outcome(
             self.method, self.model, self.account.passes, self.account.seconds, curve, self._path
         )
 
-    def _point(self, passes: float, theta: Tensor) -> tuple[float, float]:
-        """Where the run would have been tested, had it ended at `theta`: one pass later."""
+    def _validated(self, passes: float, theta: Tensor) -> tuple[float, float]:
+        """Return the point of the curve if the run had ended at ``theta``: one pass later."""
         model = self.task.model()
         self.subspace.reconstruct_(model.parameters(), theta)
-        read = self._renew_norms(model)
+        read = self._reestimate(model)
         return passes + read / self.account.size, self.task.validate(model)
 
-    def _renew_norms(self, model: nn.Module) -> int:
+    def _reestimate(self, model: nn.Module) -> int:
         images = self.task.data.train.images
         return reestimate_batch_norm(model, images, self.task.recipe.norm_batch_size)

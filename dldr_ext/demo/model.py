@@ -7,15 +7,22 @@ from torch import Tensor, nn
 
 
 def build(size: int, seed: int) -> nn.Sequential:
-    """A small convolutional network for `size` x `size` grey images and ten classes.
+    """Build a small convolutional network for grey images of one size and ten classes.
 
     207,018 parameters at 28 x 28; 22,698 at 8 x 8. The same seed gives the same weights and leaves
     the global random state alone.
 
     Parameters
     ----------
-    size : height and width of the images, a multiple of four
-    seed : seed of the initial weights
+    size : int
+        Height and width of the images, a multiple of four.
+    seed : int
+        Of the initial weights.
+
+    Returns
+    -------
+    nn.Sequential
+        In channels_last order.
     """
     hidden = 128
     with torch.random.fork_rng(devices=[]):
@@ -40,13 +47,13 @@ def build(size: int, seed: int) -> nn.Sequential:
 
 
 def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    """The batch-norm layers of `model`."""
+    """Return the batch-norm layers of ``model``."""
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, images: Tensor, batch_size: int) -> int:
-    """Set every running mean and variance to the average over `images` at the current weights.
+    """Set every running mean and variance to the average over images at the current weights.
 
     The running statistics belong to the weights they were gathered at; after a move in the
     subspace they are stale (see `torch.optim.swa_utils.update_bn`, which does the same for a
@@ -54,9 +61,11 @@ def reestimate_batch_norm(model: nn.Module, images: Tensor, batch_size: int) -> 
 
     Parameters
     ----------
-    model : network whose batch-norm layers are updated in place
-    images : (N, 1, H, W)
-    batch_size : images per forward pass
+    model : nn.Module
+        Its batch-norm layers are updated in place.
+    images : Tensor, shape (N, 1, H, W)
+    batch_size : int
+        Images in a forward pass.
 
     Returns
     -------
@@ -78,7 +87,7 @@ def reestimate_batch_norm(model: nn.Module, images: Tensor, batch_size: int) -> 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of `images` classified right, in eval mode; leaves the model in the mode it was in."""
+    """Return the share of images classified right, in eval mode; the model keeps its mode."""
     was_training = model.training
     model.eval()
     correct = sum(

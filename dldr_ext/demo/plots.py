@@ -1,25 +1,21 @@
-"""The demo's three figures, as PNG files."""
+"""The demo's three figures, as PNG files. Needs matplotlib."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..reporting.figures import COLOURS, STYLE, new_figure
+from ..reporting.figures import COLOURS, new_figure, percentages, save_figures, whole_numbers
 from .landscape import Landscape
 from .methods import NAMES
 
-#: File names, in the order of the report.
-FILES = ("accuracy.png", "spectrum.png", "trajectory.png")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list[Path]:
@@ -27,31 +23,29 @@ def draw(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list
 
     Parameters
     ----------
-    results : as in results.json
-    plane : loss landscape; None where the subspace has one dimension only
-    folder : an existing folder
+    results : dict
+        As `run.run` returned it.
+    plane : Landscape or None
+        None where the subspace has one dimension only.
+    folder : Path
+        An existing folder.
 
     Returns
     -------
     list of Path
-        The files written, in the order of `FILES`.
+        The files, in the order of the report.
     """
-    written = []
-    with matplotlib.rc_context(STYLE):
-        for name, figure in (
-            ("accuracy.png", _accuracy(results)),
-            ("spectrum.png", _spectrum(results)),
-            ("trajectory.png", None if plane is None else _trajectory(plane)),
-        ):
-            if figure is not None:
-                FigureCanvasAgg(figure)
-                figure.savefig(folder / name, dpi=150)
-                written.append(folder / name)
-    return written
+    drawings: dict[str, Callable[[], Figure]] = {
+        "accuracy.png": partial(_accuracy, results),
+        "spectrum.png": partial(_spectrum, results),
+    }
+    if plane is not None:
+        drawings["trajectory.png"] = partial(_trajectory, plane)
+    return save_figures(drawings, folder)
 
 
 def _accuracy(results: dict[str, Any]) -> Figure:
-    """Validation accuracy against passes: one thin line per seed, the mean drawn thick.
+    """Draw validation accuracy against passes: a thin line for each seed, a thick one for the mean.
 
     The axis spreads what lies near 100 %, where all methods but the control end.
     """
@@ -85,7 +79,7 @@ def _accuracy(results: dict[str, Any]) -> Figure:
     )
     axes.set_yscale("log")
     axes.set_ylim(1.15, 0.7 * float(_error(np.array([highest]))[0]))
-    axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.minorticks_off()
     ticks = [t for t in (0, 50, 80, 90, 95, 98, 99, 99.5) if t <= 100 * highest]
     axes.set_yticks([1 - t / 100 for t in ticks], [f"{t:g} %" for t in ticks])
     axes.set_xlabel("passes over the training images (gradients, trials, batch-norm statistics)")
@@ -95,12 +89,12 @@ def _accuracy(results: dict[str, Any]) -> Figure:
 
 
 def _error(accuracies: np.ndarray) -> np.ndarray:
-    """1 - accuracy, kept above zero for the logarithmic axis."""
+    """Return 1 - accuracy, kept above zero for the logarithmic axis."""
     return np.maximum(1 - accuracies, 1e-3)
 
 
 def _mean_curve(curves: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of curves whose points need not be at the same number of passes."""
+    """Average curves whose points need not be at the same number of passes."""
     points = [np.array(curve).T for curve in curves]
     start = max(passes[0] for passes, _ in points)
     end = min(passes[-1] for passes, _ in points)
@@ -111,7 +105,7 @@ def _mean_curve(curves: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray
 
 
 def _spectrum(results: dict[str, Any]) -> Figure:
-    """Explained variance, single and summed up."""
+    """Draw the explained variance of single directions, and what the first k leave over."""
     dim = results["runs"][0]["dim"]
     figure, axes = new_figure("How much of the SGD trajectory the directions explain")
     for i, ratio in enumerate(results["explained_variance_ratio_by_seed"]):
@@ -153,15 +147,18 @@ def _spectrum(results: dict[str, Any]) -> Figure:
                 va="top",
                 color=COLOURS["sgd"],
             )
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g} %"))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    percentages(axes.yaxis)
+    whole_numbers(axes.xaxis)
     axes.set_xlabel("direction k")
     axes.set_ylabel("share of the variance")
     return figure
 
 
 def _trajectory(plane: Landscape) -> Figure:
-    """Loss contours with the paths on them."""
+    """Draw loss contours with the paths on them."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.patheffects import withStroke
+
     figure, axes = new_figure("Training seen on the plane of the first two directions", (7.2, 5.6))
     axes.grid(False)
     loss = np.array(plane.loss)

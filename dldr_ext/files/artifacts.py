@@ -24,23 +24,9 @@ import torch
 from torch import Tensor
 
 from ..collectives.partition import Run
+from ..tensors.formats import SAFETENSORS_NAMES
 from ..tensors.parameters import dtype_name
 
-# Names of the dtypes in the safetensors format.
-_FORMAT_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _PREFIX = "dldr_ext."
 _CHECKSUM = _PREFIX + "crc32"
 _NO_CHECKSUM = "0" * 8  # what the checksum field holds while the checksum is computed
@@ -268,11 +254,11 @@ def header(
     }
     end = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in _FORMAT_NAMES:
+        if tensor.dtype not in SAFETENSORS_NAMES:
             raise TypeError(f"{name}: cannot save a tensor of dtype {dtype_name(tensor.dtype)}")
         begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         fields[name] = {
-            "dtype": _FORMAT_NAMES[tensor.dtype],
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }

@@ -1,1 +1,1 @@
-"""Measurements of the ops, the speeds of devices, and what a run would cost."""
+"""Measurements of the ops against plain torch and against the memory itself."""

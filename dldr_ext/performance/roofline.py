@@ -1,4 +1,4 @@
-"""What `dldr bench` and the benchmarks measure: the ops, what a user would write, the memory."""
+"""The ops against what a user would write and against the memory: for `dldr bench` and others."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from .timing import Spread, Work, bandwidth, multiplier, paired, reader
 
 #: Formats of stored rows that `roofline` goes through.
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-# Bytes a parameter that `roofline` needs at once beside 12 for each of the d directions: the rows
-# in float32, a result of that size, and half of it once more for another format or a copy.
-_VECTORS = 24
+# Bytes a parameter that `roofline` needs at once: for each of the d directions the rows in
+# float32, a result of that size, and half of it once more for another format or a copy ...
+_ROW_BYTES = 12
+_VECTOR_BYTES = 24  # ... and for flat vectors.
 # Parameters for which all rows are far beyond a cache (8-bit ones 160 MB).
 _MOST = 4_000_000
 _ARITHMETIC_ROUNDS = 3
 
 
 def resnet18_sizes(total: int) -> list[int]:
-    """62 tensor sizes in the proportions of ResNet-18 (torchvision), `total` elements in all."""
+    """Return 62 tensor sizes in the proportions of ResNet-18 (torchvision), of ``total`` in all."""
     sizes = [9408, 64, 64]
     width = 64
     for stage, planes in enumerate((64, 128, 256, 512)):
@@ -44,7 +45,7 @@ def resnet18_sizes(total: int) -> list[int]:
 
 
 class Problem:
-    """Rows in float32 (the peers read those), gradients, parameters and a flat origin.
+    """Random rows in float32 (the peers read those), gradients, parameters and a flat origin.
 
     Parameters
     ----------
@@ -67,7 +68,7 @@ class Problem:
         self.theta = torch.randn(dim, device=self.device)
 
     def stored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The rows in another format, and the scale of an 8-bit one (random there)."""
+        """Return the rows in another format, with the scale of an 8-bit one (both random)."""
         if dtype == torch.float32:
             return self.basis, None
         if dtype.itemsize == 1:
@@ -75,33 +76,43 @@ class Problem:
             return rows.to(dtype), torch.rand(self.dim, blocks(self.n), device=self.device)
         return self.basis.to(dtype), None
 
-    # What a user would write.
-
     def torch_project(self) -> Tensor:
+        """Project the gradients as a user would write it."""
         return torch.mv(self.basis, torch.cat(self.gradients))
 
     def torch_reconstruct(self) -> None:
+        """Write w0 + P theta into the parameters as a user would write it."""
         flat = torch.addmv(self.origin, self.basis.t(), self.theta)
-        for param, part in zip(self.params, flat.split(self.sizes), strict=True):
-            param.copy_(part)
+        for param, weights in zip(self.params, flat.split(self.sizes), strict=True):
+            param.copy_(weights)
 
     def torch_append(self) -> Tensor:
+        """Record a snapshot and its products with the others as a user would write it."""
         self.basis[-1] = torch.cat(self.gradients) - self.origin
         return torch.mv(self.basis, self.basis[-1])
 
     def torch_gram(self) -> Tensor:
+        """Multiply the rows with each other as a user would write it."""
         return self.basis @ self.basis.T
 
 
 @dataclass
 class Case:
-    """One line of the table.
+    """One line of the table: an op, its least work, and its peer.
 
     Attributes
     ----------
-    size : bytes that must move
-    peer : what a user would write in plain torch, in float32
-    flops, kind : operations that must be done, and in which format
+    name : str
+    work : callable
+        The op.
+    size : float
+        Bytes that must move.
+    peer, peer_name : callable and str, or None
+        What a user would write in plain torch, in float32, and how to call it.
+    flops : float
+        Operations that must be done, where they may take longer than the bytes.
+    kind : torch.dtype
+        The format that they are done in.
     """
 
     name: str
@@ -114,7 +125,7 @@ class Case:
 
 
 def cases(problem: Problem, dtype: torch.dtype) -> Iterator[Case]:
-    """Each op on rows of one format, with the least bytes that it must move."""
+    """Make a case of each op on rows of one format."""
     rows, scale = problem.stored(dtype)
     n, d = problem.n, problem.dim
     stored = rows.numel() * rows.element_size() + (0 if scale is None else 4 * scale.numel())
@@ -173,8 +184,8 @@ def cases(problem: Problem, dtype: torch.dtype) -> Iterator[Case]:
 
 
 def fitting(dim: int, device: torch.device | str = "cpu") -> int:
-    """Parameters for which `roofline` needs half of the free memory at most."""
-    return max(1, min(_MOST, free_memory(device) // 2 // (12 * dim + _VECTORS)))
+    """Return the number of parameters for which `roofline` needs half of the free memory."""
+    return max(1, min(_MOST, free_memory(device) // 2 // (_ROW_BYTES * dim + _VECTOR_BYTES)))
 
 
 def roofline(
@@ -183,7 +194,7 @@ def roofline(
     device: torch.device | str = "cpu",
     rounds: int = 5,
 ) -> Iterator[dict[str, Any]]:
-    """Measures the ops against the memory of this machine and against plain torch.
+    """Measure the ops against the memory of this machine and against plain torch.
 
     Parameters
     ----------
@@ -214,12 +225,12 @@ def roofline(
     read_bytes = 4 * numel * (dim // 2 * 2)
     for dtype in DTYPES:
         for case in cases(problem, dtype):
-            found = paired(case.work, case.size, case.peer, read, read_bytes, rounds)
+            measured = paired(case.work, case.size, case.peer, read, read_bytes, rounds)
             if case.flops:
                 multiply = multiplier(case.kind, problem.device)
                 share = paired(case.work, case.flops, None, *multiply, _ARITHMETIC_ROUNDS)
-                found["of_multiply"] = share["of_ceiling"]
-            found["gb_per_second"] = [case.size / took / 1e9 for took in found["seconds"]]
+                measured["of_multiply"] = share["of_ceiling"]
+            measured["gb_per_second"] = [case.size / s / 1e9 for s in measured["seconds"]]
             row: dict[str, Any] = {"case": case.name, "bytes": case.size, "flops": case.flops}
-            row |= {key: vars(Spread.of(values)) for key, values in found.items() if values}
+            row |= {key: vars(Spread.of(values)) for key, values in measured.items() if values}
             yield row | ({} if case.peer is None else {"peer": case.peer_name})

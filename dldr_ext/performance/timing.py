@@ -1,7 +1,7 @@
-"""Paired measurements: an op, its peers and the memory itself, turn by turn in one process.
+"""Paired measurements: an op, plain torch and the memory itself, in turn in one process.
 
 Shared machines drift by tens of percent within seconds, so that a ratio of two medians taken one
-after the other says little. Each round times all sides back to back; the figures are medians over
+after the other says little. Each round times all of them back to back; the figures are medians over
 rounds of the ratios within a round, with their quartiles.
 """
 
@@ -20,7 +20,7 @@ _MULTIPLY = 2048  # rows of the square matrices whose product is timed
 
 
 def seconds(work: Work) -> float:
-    """Wall-clock seconds; on a GPU until it is done."""
+    """Time a call in wall-clock seconds; on a GPU until it is done."""
     _wait()
     start = time.perf_counter()
     work()
@@ -34,14 +34,14 @@ def _wait() -> None:
 
 
 def reader(data: Tensor) -> Work:
-    """Reads every byte of a contiguous tensor once, with torch's own reduction over int64."""
+    """Return a call that reads every byte of a contiguous tensor once: torch's sum over int64."""
     words = data.reshape(-1).view(torch.int64)
     return lambda: words.sum()
 
 
 @dataclass
 class Spread:
-    """Quartiles."""
+    """The quartiles of measured values."""
 
     low: float
     median: float
@@ -49,11 +49,12 @@ class Spread:
 
     @staticmethod
     def of(values: list[float]) -> Spread:
-        """Of at least two values."""
+        """Return the quartiles of at least two values."""
         low, median, high = statistics.quantiles(values, n=4)
         return Spread(low, median, high)
 
     def show(self, unit: str = "", digits: int = 2) -> str:
+        """Format them as median [first quartile, third quartile]."""
         low, median, high = (f"{x:.{digits}f}" for x in (self.low, self.median, self.high))
         return f"{median}{unit} [{low}, {high}]"
 
@@ -66,30 +67,49 @@ def paired(
     ceiling_bytes: float,
     rounds: int = 9,
 ) -> dict[str, list[float]]:
-    """Fractions of the ceiling's bandwidth and speed-ups over the peer, one of each a round.
+    """Time an op, its peer and a ceiling back to back, in several rounds.
 
-    The ceiling itself, in GB/s, only tells rounds apart in which the memory ran at another speed.
+    Parameters
+    ----------
+    op : callable
+    op_bytes : float
+        Bytes that the op must move (or operations, if those of the ceiling are given).
+    peer : callable or None
+        What a user would write in plain torch.
+    ceiling : callable
+        What the op is measured against: a read of the same memory.
+    ceiling_bytes : float
+        Bytes that the ceiling moves.
+    rounds : int
+
+    Returns
+    -------
+    dict of str to list of float
+        One value a round. ``of_ceiling``: the speed of the op over that of the ceiling.
+        ``against_torch``: the speed-up over the peer; empty without one. ``seconds`` of the op.
+        ``ceiling_gb_per_second``, which tells rounds apart in which the memory ran at another
+        speed.
     """
     op(), ceiling(), peer and peer()
-    found: dict[str, list[float]] = {
+    measured: dict[str, list[float]] = {
         key: [] for key in ("of_ceiling", "against_torch", "seconds", "ceiling_gb_per_second")
     }
     for _ in range(rounds):
-        # the ceiling before and after: the better one counts
+        # The ceiling before and after: the better one counts.
         before = seconds(ceiling)
-        own = seconds(op)
+        elapsed = seconds(op)
         after = seconds(ceiling)
         best = ceiling_bytes / min(before, after)
-        found["of_ceiling"].append(op_bytes / own / best)
-        found["seconds"].append(own)
-        found["ceiling_gb_per_second"].append(best / 1e9)
+        measured["of_ceiling"].append(op_bytes / elapsed / best)
+        measured["seconds"].append(elapsed)
+        measured["ceiling_gb_per_second"].append(best / 1e9)
         if peer is not None:
-            found["against_torch"].append(seconds(peer) / own)
-    return found
+            measured["against_torch"].append(seconds(peer) / elapsed)
+    return measured
 
 
 def bandwidth(data: Tensor, rounds: int = 5) -> tuple[list[float], list[float]]:
-    """Bytes a second, one of each a round: of reading a buffer, and of copying half of it."""
+    """Measure bytes a second, one of each a round: of a read of a buffer, of a copy of half."""
     half = data.reshape(-1)[: data.numel() // 2]
     target, read = torch.empty_like(half), reader(data)
     size, copied = data.numel() * data.element_size(), 2 * half.numel() * half.element_size()
@@ -103,14 +123,14 @@ def bandwidth(data: Tensor, rounds: int = 5) -> tuple[list[float], list[float]]:
 
 
 def multiplier(dtype: torch.dtype, device: torch.device) -> tuple[Work, float]:
-    """torch's product of two large matrices, and its operations: a multiply-add counts as two."""
+    """Return a product of two large matrices by torch, and its operations (multiply-add: two)."""
     a = torch.randn(_MULTIPLY, _MULTIPLY, dtype=dtype, device=device)
     out = torch.empty_like(a)
     return lambda: torch.mm(a, a, out=out), 2.0 * _MULTIPLY**3
 
 
 def multiply_rate(dtype: torch.dtype, device: torch.device, rounds: int = 5) -> float:
-    """Operations a second of `multiplier`, the best of all rounds."""
+    """Measure the operations a second of `multiplier`, the best of all rounds."""
     work, operations = multiplier(dtype, device)
     work()
     return operations / min(seconds(work) for _ in range(rounds))

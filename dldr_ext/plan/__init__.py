@@ -1,4 +1,4 @@
-"""What DLDR and P-BFGS take on a model of any size, on devices measured or of data sheets."""
+"""What DLDR and P-BFGS take on a model of any size, on devices of data sheets or measured ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How close to their floors the steps of a plan come on this machine: a small one, timed."""
+"""The share of its floor that each step of a plan reaches on this machine: a small run, timed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from statistics import median
 import torch
 
 from .. import ops
+from ..optim import PBFGS
 from ..pca.form_basis import formed
 from ..pca.gram import column_step, exact_gram
 from ..performance.roofline import Problem, resnet18_sizes
 from ..performance.timing import Work, reader, seconds
+from ..subspace.dense import Subspace
 from ..tensors.formats import wide_dtype
 from ..tensors.matrices import scaled
 from ..tensors.memory import free_memory
@@ -25,7 +27,7 @@ _ROUNDS = 5
 
 
 class FallingLoss:
-    """A closure with one fixed gradient and no memory of its own, whose first trials all pass."""
+    """A closure with one fixed gradient and a loss so low that every first trial is accepted."""
 
     def __init__(self, params: list[torch.Tensor]) -> None:
         self.params = params
@@ -33,6 +35,7 @@ class FallingLoss:
         self.calls = 0
 
     def __call__(self) -> float:
+        """Set the gradients and return a loss lower than any before."""
         self.calls += 1
         for param, gradient in zip(self.params, self.gradients, strict=True):
             param.grad = gradient
@@ -40,27 +43,24 @@ class FallingLoss:
 
 
 def works(job: Job, device: torch.device | str = "cpu") -> Iterator[tuple[str, Work]]:
-    """The steps of `plan` by name, as the package runs them, on random numbers."""
-    from ..optim import PBFGS
-    from ..subspace.dense import Subspace
-
+    """Make the steps of `plan` by name, as the package runs them, on random numbers."""
     dtype = getattr(torch, job.dtype)
     problem = Problem(resnet18_sizes(job.numel), job.snapshots, device)
     rows, scale = problem.stored(dtype)
     del problem.basis
     wide = wide_dtype(dtype)
     origin, theta = problem.origin.to(wide), problem.theta[: job.dim].to(wide)
-    basis, part = rows[: job.dim], None if scale is None else scale[: job.dim]
+    basis, basis_scale = rows[: job.dim], None if scale is None else scale[: job.dim]
     gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
 
     def record() -> None:
         for t in range(len(rows)):
             ops.gram_append_(rows, gram, t, problem.gradients, origin, scale=scale)
 
-    yield "project", lambda: ops.project(basis, problem.gradients, scale=part)
+    yield "project", lambda: ops.project(basis, problem.gradients, scale=basis_scale)
     yield (
         "reconstruct_",
-        lambda: ops.reconstruct_(problem.params, origin, basis, theta, scale=part),
+        lambda: ops.reconstruct_(problem.params, origin, basis, theta, scale=basis_scale),
     )
     yield "record", record
     snapshots = scaled(rows, scale)
@@ -68,9 +68,9 @@ def works(job: Job, device: torch.device | str = "cpu") -> Iterator[tuple[str, W
     yield "gram", lambda: exact_gram(snapshots)
     yield "form_basis", lambda: formed(snapshots, c, dtype, column_step(snapshots))
     params = [torch.zeros_like(p).requires_grad_() for p in problem.params]
-    optimizer = PBFGS(params, Subspace(basis, torch.zeros_like(origin), scale=part))
+    optimizer = PBFGS(params, Subspace(basis, torch.zeros_like(origin), scale=basis_scale))
     closure = FallingLoss(params)
-    for _ in range(2):  # from the third on there is a pair to learn from
+    for _ in range(2):  # from the third on there is a curvature pair
         optimizer.step(closure)
     yield "P-BFGS step", lambda: optimizer.step(closure)
     direction = torch.randn_like(origin)
@@ -78,35 +78,48 @@ def works(job: Job, device: torch.device | str = "cpu") -> Iterator[tuple[str, W
 
 
 def with_shares(device: Device, job: Job, where: torch.device | str = "cpu") -> Device:
-    """The device with the share of its floor that each step of the job reaches, measured now.
+    """Measure the share of its floor that each step of a job reaches.
 
-    With the job's d, T and format, and as many parameters as make its snapshots half a gigabyte:
-    all costs are proportional to n. Takes about 20 seconds, and up to half of the free memory.
+    It is timed with the job's d, T and format, and as many parameters as make its snapshots half a
+    gigabyte: all costs are proportional to n. Takes about 20 seconds, and up to half of the free
+    memory.
+
+    Parameters
+    ----------
+    device : Device
+        As `measure` returned it.
+    job : Job
+    where : torch.device or str
+        The device that was measured.
+
+    Returns
+    -------
+    Device
+        The same with its ``shares``.
     """
-    shares = {name: ratio for name, ratio in _ratios(smaller(job, where), device, where)}
-    return replace(device, shares=shares)
+    return replace(device, shares=dict(_ratios(smaller(job, where), device, where)))
 
 
 def smaller(job: Job, where: torch.device | str = "cpu") -> Job:
-    """The run of the same d, T and format that is timed in the job's place."""
+    """Return the run of the same d, T and format that is timed in the job's place."""
     return replace(job, numel=_fitting(job, where), ranks=1, shard="none", storage="device")
 
 
 def timed(
     name: str, work: Work, job: Job, device: Device, read: Callable[[], float]
 ) -> tuple[float, float]:
-    """Seconds of one call of a step, and its floor at the speed that memory has just now."""
+    """Time one call of a step; return its seconds and its floor at the memory's present speed."""
     before = read()
-    own = seconds(work)
+    elapsed = seconds(work)
     speed = max(before, read())
     here = replace(device, read=speed, copy=speed * device.copy / device.read, shares={})
     step = next(s for s in plan(job, here).steps if s.name == name)
-    # the plan's is the mean of a whole trajectory
-    return own, step.floor * (job.snapshots if name == "record" else 1)
+    # The plan has the mean over a whole trajectory, the work records all of it.
+    return elapsed, step.floor * (job.snapshots if name == "record" else 1)
 
 
 def speedometer(data: torch.Tensor) -> Callable[[], float]:
-    """Bytes a second of a read of a large buffer, anew at each call."""
+    """Return a function that times a read of a large buffer and returns its bytes a second."""
     work, size = reader(data), data.numel() * data.element_size()
     work()
     return lambda: size / seconds(work)
@@ -115,18 +128,18 @@ def speedometer(data: torch.Tensor) -> Callable[[], float]:
 def _ratios(job: Job, device: Device, where: torch.device | str) -> Iterator[tuple[str, float]]:
     read = speedometer(torch.ones(_ROWS // 8, dtype=torch.int64, device=where))
     steps = dict(works(job, where))
-    found: dict[str, list[float]] = {name: [] for name in steps}
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
     # All steps in turn: what else a machine does for a second spoils no step in every round.
     for turn in range(-1, _ROUNDS):  # the first is not counted
         for name, work in steps.items():
-            own, floor = timed(name, work, job, device, read)
+            elapsed, floor = timed(name, work, job, device, read)
             if turn >= 0:
-                found[name].append(floor / own)
-    yield from ((name, median(ratios)) for name, ratios in found.items())
+                ratios[name].append(floor / elapsed)
+    yield from ((name, median(of_step)) for name, of_step in ratios.items())
 
 
 def _fitting(job: Job, where: torch.device | str) -> int:
-    """Parameters of the small problem."""
+    """Return the number of parameters of the small run."""
     row = ITEMSIZE[job.dtype]
     # rows made in float32 first, the basis, and flat vectors
     need = job.snapshots * (4 + row) + job.dim * row + 80

@@ -1,6 +1,6 @@
 """What DLDR and P-BFGS take on a model of any size: memory, bytes, time, communication.
 
-Formulas alone: nothing is allocated or run. Per rank, with n_r parameters on each of R ranks
+Formulas alone: nothing is allocated or run. For each rank, with n_r parameters on each of R ranks
 (n_r = n, or n / R where basis and snapshots are sharded), d directions, T snapshots, b bytes an
 element of both (8-bit formats: 1 + 4/256, their scales included):
 
@@ -22,12 +22,12 @@ A floor is the bytes over the bandwidth, or the operations over their rate if th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..tensors.constants import MAX_DIM, SCALE_BLOCK
 from .devices import Device
 
-#: Bytes an element, with the scale of one float32 a block of 256.
+#: Bytes an element, with the scale of one float32 to a block of 256.
 ITEMSIZE = {
     "float64": 8.0,
     "float32": 4.0,
@@ -42,40 +42,63 @@ SHORT = {
 }  # fmt: skip
 STORAGES = ("device", "host", "disk")
 SHARDS = ("none", "basis", "all")
-# float64 columns that a basis is made from at a time (`_pca`), on the CPU and on CUDA.
+# Bytes of the float64 columns that a basis is made from at a time, on the CPU and on CUDA: see
+# `pca.gram.column_step`.
 _CHUNK = {True: 1 << 25, False: 1 << 29}
 # Accepted steps after which the point is made from theta again.
 _ANCHOR_EVERY = 32
 # Bytes of a coordinate on its way to other ranks: float64.
 _COORDINATE = 8
-# Columns of a basis are cut at multiples of this.
-_PIECE = 256
+# Columns of a basis are partitioned at multiples of this.
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to plan for.
+    """A run to plan: the size of the model, of the subspace, and how both are stored.
 
-    Attributes
+    Parameters
     ----------
-    numel : n, trainable parameters
-    dim : d
-    snapshots : T
-    dtype : of snapshots and basis
-    param_dtype : of weights and gradients
-    storage : where the snapshots are: "device", "host" or "disk"
-    ranks : R
-    shard : what each rank holds a share of: "none", "basis" (with snapshots and flat vectors)
-        or "all" (weights and gradients too, as FSDP does)
-    block : snapshots whose Gram rows are made in one pass over earlier ones, off the device
-    steps : of P-BFGS in a run
-    trials : of a line search, on average
-    closure_seconds : of one forward and backward pass of the model, for the wall-clock of a run
+    numel : int
+        Trainable parameters, n.
+    dim : int
+        Directions, d: less than ``snapshots`` and at most 1024.
+    snapshots : int
+        Snapshots that the directions come from, T.
+    dtype : str
+        Of snapshots and basis: "float64", "float32", "bfloat16", "float16", "int8" or
+        "float8_e4m3fn".
+    param_dtype : str
+        Of weights and gradients: one of the first four.
+    storage : str
+        Where the snapshots are: "device", "host" or "disk".
+    ranks : int
+        Devices, R.
+    shard : str
+        What is partitioned over the ranks: "none", "basis" (with snapshots and flat vectors) or
+        "all" (weights and gradients too, as FSDP does).
+    block : int
+        Snapshots whose Gram rows are made in one pass over earlier ones, off the device.
+    steps : int
+        Steps of P-BFGS in a run.
+    trials : float
+        Trials of a line search, on average.
+    closure_seconds : float
+        Seconds of one forward and backward pass of the model, for the wall-clock of a run.
 
     Raises
     ------
     ValueError
         Naming the argument, what was expected and what came.
+
+    See Also
+    --------
+    plan : works out what it takes.
+
+    Examples
+    --------
+    >>> Job(numel=1_000_000, ranks=4, shard="basis").columns
+    250000
     """
 
     numel: int
@@ -116,7 +139,7 @@ class Job:
 
     @property
     def columns(self) -> int:
-        """n_r, columns of basis and snapshots on a rank."""
+        """Columns of basis and snapshots on a rank, n_r."""
         return self.numel if self.shard == "none" else -(-self.numel // self.ranks)
 
     @property
@@ -132,7 +155,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes a rank in one phase of a run, beside the model's activations and optimizer."""
+    """Peak memory of a rank in one phase of a run.
+
+    The model's activations, and its optimizer while recording, come on top.
+
+    Attributes
+    ----------
+    phase : str
+        "recording", "forming the basis" or "P-BFGS".
+    device : float
+        Bytes of the device's memory.
+    host : float
+        Bytes of the host's memory.
+    disk : float
+        Bytes on disk.
+    """
 
     phase: str
     device: float
@@ -142,16 +179,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class Step:
-    """Work of one rank.
+    """The work of one rank in one step of a run.
 
     Attributes
     ----------
     name : str
-    bytes : that must move in the device's memory
-    flops : that must be done
-    floor : least seconds
-    expected : seconds with the share of the floor that was measured (``Device.shares``), or None
-    calls : in a whole run
+        As in the table at the head of this module.
+    bytes : float
+        Bytes that must move in the device's memory, in one call.
+    flops : float
+        Operations that must be done.
+    floor : float
+        The least seconds.
+    expected : float or None
+        Seconds at the share of the floor that was measured (``Device.shares``), if it was.
+    calls : float
+        Calls in a whole run.
     """
 
     name: str
@@ -163,20 +206,25 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """What is known best of one call."""
+        """The best known seconds of one call: expected ones where there are, else the floor."""
         return self.floor if self.expected is None else self.expected
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a rank sends, by ring algorithms, on top of what ``on_top_of`` sends anyway.
+    """What a rank sends, by ring algorithms.
 
     Attributes
     ----------
-    name, on_top_of : str
-    numbers : summed or gathered
-    bytes : sent by a rank
-    seconds : least, where the interconnect is known
+    name : str
+    on_top_of : str
+        What the model sends anyway, as "DDP".
+    numbers : float
+        Numbers that are summed or gathered.
+    bytes : float
+        Bytes that a rank sends.
+    seconds : float or None
+        The least seconds, where the interconnect is known.
     """
 
     name: str
@@ -188,7 +236,26 @@ class Message:
 
 @dataclass(frozen=True)
 class Plan:
-    """See `plan`. ``run`` holds seconds: of recording, forming the basis, steps, closures, all."""
+    """What a run takes on a device.
+
+    Attributes
+    ----------
+    job : Job
+    device : Device
+        The device of each rank.
+    memory : list of Memory
+        For each phase, in order.
+    steps : list of Step
+        Bytes, operations and seconds of each step.
+    messages : list of Message
+        Communication; empty on one rank.
+    run : dict of str to float
+        Seconds of "recording", "forming the basis", "P-BFGS steps", "closures" and "all".
+
+    See Also
+    --------
+    plan : makes one.
+    """
 
     job: Job
     device: Device
@@ -204,17 +271,32 @@ class Plan:
 
 
 def plan(job: Job, device: Device) -> Plan:
-    """What a run takes.
+    """Work out what a run takes.
 
     Parameters
     ----------
     job : Job
     device : Device
-        One of each rank: of `dldr_ext._devices.TABLE`, or measured.
+        The device of each rank: one of `TABLE`, or a measured one.
 
     Returns
     -------
     Plan
+        Memory, bytes, seconds and communication of a rank.
+
+    See Also
+    --------
+    measure : the device of this machine.
+
+    Examples
+    --------
+    >>> from dldr_ext.plan import TABLE, Job, plan
+    >>> job = Job(7_000_000_000, dim=40, snapshots=80, ranks=32, shard="all")
+    >>> planned = plan(job, TABLE["h200"])
+    >>> [(memory.phase, round(memory.device / 1e9, 1)) for memory in planned.memory]
+    [('recording', 37.6), ('forming the basis', 56.5), ('P-BFGS', 23.3)]
+    >>> next(step.bytes for step in planned.steps if step.name == "project") / 1e9
+    18.375
     """
     steps = _steps(job, device)
     return Plan(job, device, _memory(job, device), steps, _messages(job, device), _run(job, steps))
@@ -226,11 +308,11 @@ def _memory(job: Job, device: Device) -> list[Memory]:
     model = 2 * job.weights * ITEMSIZE[job.param_dtype]  # weights and gradients
     kept = {storage: t * row if job.storage == storage else 0.0 for storage in STORAGES}
     away = job.storage != "device"
-    # The rows of a block and one earlier row at a time.
-    passing = min(job.block + 1, t) * row if away else 0.0
+    # Of snapshots off the device: the rows of a block and one earlier row at a time.
+    in_transit = min(job.block + 1, t) * row if away else 0.0
     chunk = min(_CHUNK[device.link is None], 8.0 * n * t)
     basis = job.dim * row
-    record = model + wide * n + kept["device"] + passing
+    record = model + wide * n + kept["device"] + in_transit
     form = model + 2 * wide * n + kept["device"] + chunk + basis
     # origin, point, direction, and the gradient at the accepted point
     train = model + basis + 4 * wide * n + chunk  # which allocators keep
@@ -251,7 +333,7 @@ def _steps(job: Job, device: Device) -> list[Step]:
         n * (d * b + 2 * wide) + n * (d * b + wide) + 7 * wide * n + job.trials * trial
         + (reconstruct + trial) / _ANCHOR_EVERY
     )  # fmt: skip
-    found = [
+    steps = [
         _step(job, device, "record", n * (b * (t + 1) / 2 + 2 * wide), 0, t),
         _step(job, device, "gram", n * t * b, n * t * (t + 1), 1),
         _step(job, device, "form_basis", n * (t + d) * b, 2 * n * t * d, 1),
@@ -260,7 +342,7 @@ def _steps(job: Job, device: Device) -> list[Step]:
         _step(job, device, "line-search trial", trial, 0, 0),
         _step(job, device, "P-BFGS step", step, 0, job.steps),
     ]
-    return found if job.storage == "device" else _from_storage(job, device, found)
+    return steps if job.storage == "device" else _from_storage(job, device, steps)
 
 
 def _step(job: Job, device: Device, name: str, size: float, flops: float, calls: float) -> Step:
@@ -271,19 +353,18 @@ def _step(job: Job, device: Device, name: str, size: float, flops: float, calls:
 
 
 def _from_storage(job: Job, device: Device, steps: list[Step]) -> list[Step]:
-    """The same steps with snapshots that come from the host's memory or a disk."""
+    """Return the steps with snapshots that come from the host's memory or a disk."""
     row = job.columns * ITEMSIZE[job.dtype]
     speed = device.disk if job.storage == "disk" else device.link or device.read
     # One pass over the earlier rows for each block, and each row written once.
     rows = {"record": (job.snapshots + 1) / 2 / job.block + 1}
     rows |= dict.fromkeys(("gram", "form_basis"), float(job.snapshots))
-    found = []
+    bounded = []
     for step in steps:
-        slowest = rows.get(step.name, 0.0) * row / speed
-        expected = None if step.expected is None else max(step.expected, slowest)
-        floor = max(step.floor, slowest)
-        found.append(Step(step.name, step.bytes, step.flops, floor, expected, step.calls))
-    return found
+        transfer = rows.get(step.name, 0.0) * row / speed
+        expected = None if step.expected is None else max(step.expected, transfer)
+        bounded.append(replace(step, floor=max(step.floor, transfer), expected=expected))
+    return bounded
 
 
 def _messages(job: Job, device: Device) -> list[Message]:
@@ -292,7 +373,7 @@ def _messages(job: Job, device: Device) -> list[Message]:
         return []
     share = (ranks - 1) / ranks
 
-    padded = -(-n // (ranks * _PIECE)) * ranks * _PIECE  # so that all pieces are equal
+    padded = -(-n // (ranks * _BLOCK)) * ranks * _BLOCK  # so that all shards are equal
 
     def message(name: str, on_top_of: str, numbers: float, size: float, passes: int) -> Message:
         sent = passes * share * numbers * size
@@ -313,13 +394,13 @@ def _messages(job: Job, device: Device) -> list[Message]:
 
 
 def _run(job: Job, steps: list[Step]) -> dict[str, float]:
-    named = {step.name: step for step in steps}
-    found = {
-        "recording": job.snapshots * named["record"].seconds,
-        "forming the basis": named["gram"].seconds + named["form_basis"].seconds,
-        "P-BFGS steps": job.steps * named["P-BFGS step"].seconds,
+    once = {step.name: step.seconds for step in steps}
+    seconds = {
+        "recording": job.snapshots * once["record"],
+        "forming the basis": once["gram"] + once["form_basis"],
+        "P-BFGS steps": job.steps * once["P-BFGS step"],
         # One forward and backward pass for the gradient; a trial that is accepted goes backward
         # too, one that is not is a forward pass, about a third.
         "closures": job.steps * job.closure_seconds * (2 + (job.trials - 1) / 3),
     }
-    return found | {"all": sum(found.values())}
+    return seconds | {"all": sum(seconds.values())}

@@ -1,4 +1,4 @@
-"""What devices can do: nominal figures of data sheets, or what is measured here."""
+"""The speeds of devices: nominal figures of data sheets, or what is measured here."""
 
 from __future__ import annotations
 
@@ -20,20 +20,35 @@ _DISK = 7.45e9
 
 @dataclass(frozen=True)
 class Device:
-    """Speeds of a device, in bytes and operations a second.
+    """The memory and the speeds of a device, in bytes and operations a second.
 
-    Attributes
+    Parameters
     ----------
     name : str
-    memory : bytes that it holds (of a measured one: that are free)
-    read, copy : of its memory; a copy counts bytes read and written
-    float32, float64 : operations, a multiply-add counts as two
-    link : to the host's memory, one way; None if it is the host
-    interconnect : to other devices, one way; None if there is none
-    disk : sequential reads
-    source : where the figures are from
-    measured : on this machine (else nominal)
-    shares : of its floor that each step of a plan reaches, by name, where measured
+    memory : float
+        Bytes that it holds; of a measured one, that are free.
+    read : float
+        Bytes a second of reading its memory.
+    copy : float
+        Bytes a second of copying in its memory, read and written ones.
+    float32, float64 : float
+        Operations a second; a multiply-add counts as two.
+    link : float or None
+        Bytes a second to the host's memory, one way; None if it is the host.
+    interconnect : float or None
+        Bytes a second to other devices, one way; None if there is none.
+    disk : float
+        Bytes a second of sequential reads.
+    source : str
+        Where the figures are from.
+    measured : bool
+        Whether on this machine; else they are nominal.
+    shares : mapping of str to float
+        The share of its floor that each step of a plan reaches, by name, where that was measured.
+
+    See Also
+    --------
+    measure : makes one of a device of this machine.
     """
 
     name: str
@@ -50,8 +65,9 @@ class Device:
     shares: Mapping[str, float] = field(default_factory=dict)
 
 
-# Data sheets give NVLink and PCIe as the sum of both ways: half of it here. No GPU reads at its
-# nominal speed, and no copy is given: it counts as fast as a read.
+#: Devices of data sheets, by short name. Data sheets give NVLink and PCIe as the sum of both ways:
+#: half of it here. They give no speed of copies: as fast as reads here. No GPU reaches the nominal
+#: speed.
 TABLE = {
     # NVIDIA H200 Tensor Core GPU, data sheet (SXM): 141 GB HBM3e, 4.8 TB/s; FP32 67, FP64 34
     # TFLOPS; NVLink 900 GB/s, PCIe Gen5 128 GB/s.
@@ -75,7 +91,26 @@ TABLE = {
 
 
 def measure(device: torch.device | str = "cpu") -> Device:
-    """Measures a device of this machine, in a few seconds; its disk is taken as nominal."""
+    """Measure a device of this machine, in a few seconds; its disk is taken as nominal.
+
+    Parameters
+    ----------
+    device : torch.device or str
+        "cpu", "cuda" or "cuda:N".
+
+    Returns
+    -------
+    Device
+        Without ``shares``. Its memory is what is free just now.
+
+    See Also
+    --------
+    plan : works out what a run takes on it.
+
+    Examples
+    --------
+    >>> plan(Job(11_200_000), measure("cpu"))  # doctest: +SKIP
+    """
     device = torch.device(device)
     cuda = device.type == "cuda"
     free = free_memory(device)

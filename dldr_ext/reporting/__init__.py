@@ -1,1 +1,1 @@
-"""How reports look: HTML pages and the style of their figures."""
+"""What all reports share: HTML pages and the style of their figures."""

@@ -1,103 +1,72 @@
-"""The parts of an HTML report that needs nothing beside it."""
+"""HTML reports that need no other file, from Jinja2 templates.
+
+`page.html` is the skeleton of every report; `parts.html` holds the macros that they share. The
+template of a report lies beside its code. Whatever is filled in is escaped.
+"""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
-from html import escape
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-#: How the reports look.
-STYLE = """\
-:root { --ink: #1d2430; --soft: #5b6675; --line: #e2e6eb; --mark: #0072b2; --paper: #fff; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f5f6f8; color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 56rem; margin: 0 auto; padding: 2rem 1.1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
-h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
-p { margin: .6rem 0; max-width: 46rem; }
-.lead { color: var(--soft); }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
-  padding: 1rem 1.1rem; margin: 1rem 0; }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .8rem;
-  margin: 1.4rem 0; }
-.numbers .card { margin: 0; }
-.numbers b { display: block; font-size: 1.6rem; line-height: 1.3; }
-.numbers .best b { color: var(--mark); }
-.numbers span { color: var(--soft); font-size: .88rem; }
-.scroll { overflow-x: auto; padding: 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th { font-size: .82rem; color: var(--soft); font-weight: 600; white-space: normal;
-  vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; }
-tr:last-child td { border-bottom: 0; }
-tr.best td { font-weight: 600; color: var(--mark); }
-figure { margin: 1rem 0; }
-figure img { display: block; width: 100%; height: auto; }
-figcaption { color: var(--soft); font-size: .92rem; margin-top: .6rem; }
-details { margin: .8rem 0; }
-summary { cursor: pointer; font-weight: 600; }
-@media (max-width: 30rem) { th, td { padding: .45rem .5rem; font-size: .88rem; } }
-.plain td, .plain th { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-small { color: var(--soft); }
-"""
-# How a page begins, up to its cards with numbers.
-HEAD = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-$style</style>
-</head>
-<body>
-<main>
-<h1>$title</h1>
-<p class="lead">$lead</p>
-<div class="numbers">
-$cards
-</div>
-"""
-TAIL = """</main>
-</body>
-</html>
-"""
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_PACKAGE = Path(__file__).parents[1]
 
 
-def folded(summary: str, rows: str) -> str:
-    """A table of two columns that is opened by a click."""
-    return f"""<details><summary>{summary}</summary>
-<div class="card scroll"><table class="plain"><tbody>
-{rows}
-</tbody></table></div>
-</details>
-"""
+class Card(NamedTuple):
+    """A number at the head of a report, with a line above and one below."""
+
+    above: str
+    value: str
+    below: str
+    best: bool = False  # stands out
 
 
-def percent(value: float, spread: float | None = None) -> str:
-    """A share as the tables print it: two decimals, with the spread where there is one."""
-    return f"{100 * value:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}") + " %"
+def write(path: Path, template: str, **content: Any) -> Path:
+    """Write a report.
+
+    Parameters
+    ----------
+    path : Path
+        An earlier file is replaced.
+    template : str
+        Its path in the package, such as "demo/report.html".
+    **content
+        What the template asks for; every template for ``verdict`` (a sentence) and ``cards``.
+
+    Returns
+    -------
+    Path
+        The same path.
+    """
+    text = _environment().get_template(template).render(content)
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
-def tds(texts: Iterable[str]) -> str:
-    """The cells of a row."""
-    return "".join(f"<td>{escape(text)}</td>" for text in texts)
+def percent(share: float, spread: float | None = None) -> str:
+    """Format a share with two decimals, with its spread where there is one."""
+    return f"{100 * share:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}") + " %"
 
 
-def figure(image: Path, heading: str, caption: str) -> str:
-    """A PNG file as part of the page."""
-    data = base64.b64encode(image.read_bytes()).decode("ascii")
-    return (
-        f'<h2>{heading}</h2>\n<figure class="card"><img alt="{heading}" '
-        f'src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_PACKAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters["base64"] = _base64
+    return environment
 
 
-def pairs(table: dict[str, Any]) -> str:
-    """Rows of a name and a value."""
-    return "\n".join(f"<tr>{tds([key, str(value)])}</tr>" for key, value in table.items())
+def _base64(image: Path) -> str:
+    return base64.b64encode(image.read_bytes()).decode("ascii")

@@ -16,6 +16,21 @@ from .parameters import DTYPES
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 # The dtypes that rows may be stored in.
 STORED = (*DTYPES, *LARGEST)
+# Names of dtypes in the safetensors format.
+SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 # A block whose largest magnitude is below this is stored as zeros: its scale would be subnormal.
 _SMALLEST = 448 * torch.finfo(torch.float32).tiny
 

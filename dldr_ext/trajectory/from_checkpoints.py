@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.reader import Pieces
+from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.series import Series, model_parameters
 from ..collectives.process_group import Ranks, members
 from ..collectives.transaction import RankErrors
@@ -72,7 +72,7 @@ class CheckpointRow:
     """The columns of one checkpoint that a store keeps, in pieces: each valid until the next."""
 
     def __init__(
-        self, series: Series, reader: Pieces, t: int, store: Store, buffer: Tensor
+        self, series: Series, reader: CheckpointReader, t: int, store: Store, buffer: Tensor
     ) -> None:
         self._series, self._reader, self._t = series, reader, t
         self._store, self._buffer = store, buffer
@@ -104,7 +104,11 @@ class _CheckpointErrors(RankErrors):
 
 
 def record_series(
-    store: Store, series: Series, reader: Pieces, skip_bad: bool, progress: Progress | None
+    store: Store,
+    series: Series,
+    reader: CheckpointReader,
+    skip_bad: bool,
+    progress: Progress | None,
 ) -> None:
     """Store the checkpoints after those that the store has."""
     store.defer_products()
@@ -134,7 +138,7 @@ def record_series(
 def check_recorded(
     store: Store,
     series: Series,
-    reader: Pieces,
+    reader: CheckpointReader,
     dtype: torch.dtype,
     capacity: int,
     trajectory: object,

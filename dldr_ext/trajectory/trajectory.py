@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.reader import Pieces
+from ..checkpoints.reader import CheckpointReader
 from ..collectives.partition import ColumnShard
 from ..collectives.process_group import Ranks, listed, together
 from ..distributed.local import LocalSubspace
@@ -620,7 +620,7 @@ class Trajectory:
         result.params = list(params.values())
         store = result._store
         try:
-            with Pieces() as reader:
+            with CheckpointReader() as reader:
                 if store.length:
                     with store.transaction("from_checkpoints"):
                         check_recorded(store, series, reader, dtype, capacity, result)

@@ -17,7 +17,7 @@ from dldr_ext import Trajectory
 from dldr_ext.analysis.analysis import Analysis
 from dldr_ext.checkpoints import CheckpointError, Series
 from dldr_ext.checkpoints.formats import read_contents
-from dldr_ext.checkpoints.reader import Pieces
+from dldr_ext.checkpoints.reader import CheckpointReader
 
 CASES = 20_000 if os.environ.get("DLDR_EVERY_CASE") else 200
 
@@ -182,9 +182,9 @@ def test_a_file_that_shrinks_while_it_is_read(run):
     paths[3].write_bytes(paths[3].read_bytes()[:1500])
     with (
         pytest.raises(CheckpointError, match=r"\[3\].*truncated: .* ends early"),
-        Pieces() as pieces,
+        CheckpointReader() as reader,
     ):
-        series.read(pieces, 3, 0, torch.empty(series.numel))
+        series.read(reader, 3, 0, torch.empty(series.numel))
 
 
 def test_truncated_and_corrupt_safetensors(run, tmp_path):
@@ -264,7 +264,7 @@ def test_any_damaged_file_is_read_or_refused(tmp_path_factory, data):
     path.write_bytes(whole[: len(whole) - cut])
     try:
         series = Series([path])
-        with Pieces() as pieces:
-            series.read(pieces, 0, 0, torch.empty(series.numel))
+        with CheckpointReader() as reader:
+            series.read(reader, 0, 0, torch.empty(series.numel))
     except CheckpointError:
         pass

@@ -10,8 +10,8 @@ from checkpoint_files import WRITERS, Tied, states, write
 
 from dldr_ext import Trajectory
 from dldr_ext.checkpoints import CheckpointError, Series, reader
-from dldr_ext.checkpoints.discovery import find
-from dldr_ext.checkpoints.reader import Pieces
+from dldr_ext.checkpoints.discovery import find_checkpoints
+from dldr_ext.checkpoints.reader import CheckpointReader
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -125,8 +125,8 @@ def test_without_a_model_all_weights_count_once(tmp_path):
     assert "batch norm, not weights): norm.running_mean, norm.running_var" in notes
     assert "not floating-point): norm.num_batches_tracked" in notes
     row = torch.empty(series.numel)
-    with Pieces() as open_:
-        series.read(open_, 1, 0, row)
+    with CheckpointReader() as reader:
+        series.read(reader, 1, 0, row)
     assert torch.equal(row, torch.cat([found[1][name].reshape(-1) for name in series.names]))
 
 
@@ -157,17 +157,17 @@ def test_key(tmp_path):
 def test_folders(tmp_path):
     for name in ("10.pt", "2.pt", "best.pt", "notes.txt"):
         (tmp_path / name).touch()
-    assert [p.name for p in find(tmp_path)] == ["2.pt", "10.pt"]
+    assert [p.name for p in find_checkpoints(tmp_path)] == ["2.pt", "10.pt"]
     for step in (500, 1000, 90):
         folder = tmp_path / "runs" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         for name in ("model.safetensors", "optimizer.pt"):
             (folder / name).touch()
-    found = find([tmp_path / "runs", Path("x.pt")])
+    found = find_checkpoints([tmp_path / "runs", Path("x.pt")])
     assert [p.parent.name for p in found[:-1]] == [f"checkpoint-{s}" for s in (90, 500, 1000)]
     assert found[-1] == Path("x.pt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="expected a folder with checkpoints"):
-        find(tmp_path / "empty")
+        find_checkpoints(tmp_path / "empty")
     with pytest.raises(ValueError, match="expected at least one file or folder, got none"):
-        find([])
+        find_checkpoints([])

@@ -9,30 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from command import call, needs, words
 
 import dldr_ext
-from dldr_ext.cli import main, requirements
+from dldr_ext.cli import requirements
 
 ROOT = Path(dldr_ext.__file__).parents[1]
-
-
-def needs(*modules: str) -> None:
-    for name in modules:
-        pytest.importorskip(name, reason=f"this command needs {name}")
-
-
-def call(capsys, *arguments: str) -> tuple[int, str, str]:
-    """Runs the command line in this process: exit code, stdout, stderr."""
-    with pytest.raises(SystemExit) as exit_:
-        main(list(arguments))
-    captured = capsys.readouterr()
-    code = exit_.value.code
-    return (0 if code is None else code), captured.out, captured.err
-
-
-def words(text: str) -> str:
-    """A message without the box and the line breaks that rich puts it in."""
-    return " ".join(text.replace("│", " ").split())
 
 
 def test_info_as_json_holds_build_info(capsys):

@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from test_cli import ROOT, call, needs, words
+from command import call, json_of, needs, words
 
 import dldr_ext
 
@@ -17,10 +18,7 @@ pytest.importorskip("typer", reason="the commands need typer")
 pytest.importorskip("rich", reason="the commands need rich")
 
 
-def result(capsys, *arguments):
-    code, out, err = call(capsys, *arguments, "--json")
-    assert code == 0, err
-    return json.loads(out)
+ROOT = Path(dldr_ext.__file__).parents[1]
 
 
 def test_info_says_what_is_missing_and_how_to_get_it(capsys, monkeypatch):
@@ -29,7 +27,7 @@ def test_info_says_what_is_missing_and_how_to_get_it(capsys, monkeypatch):
     found = info.find_spec
     hidden = {"sklearn": "scikit-learn", "tensorboard": "tensorboard"}
     monkeypatch.setattr(info, "find_spec", lambda name: None if name in hidden else found(name))
-    extras = result(capsys, "info")["extras"]
+    extras = json_of(capsys, "info")["extras"]
     assert extras["tensorboard"] == {
         "missing": ["tensorboard"],
         "command": 'pip install "dldr_ext[tensorboard]"',
@@ -50,7 +48,7 @@ def test_info_names_the_extras_of_the_project():
 
 
 def test_info_tells_why_there_is_no_cuda(capsys):
-    found = result(capsys, "info")
+    found = json_of(capsys, "info")
     if found["cuda"]:
         assert found["cuda_library"] == "loaded"
     else:
@@ -65,7 +63,7 @@ PLAN = ["plan", "--params", "7e9", "--dim", "40", "--snapshots", "80", "--dtype"
 
 
 def test_plan_as_json(capsys):
-    found = result(capsys, *PLAN, "--device", "h200", "--ranks", "8")
+    found = json_of(capsys, *PLAN, "--device", "h200", "--ranks", "8")
     assert found["job"]["numel"] == 7_000_000_000
     assert found["job"]["dtype"] == "bfloat16" and found["job"]["shard"] == "all"
     assert found["device"]["name"] == "NVIDIA H200 SXM" and not found["device"]["measured"]
@@ -73,7 +71,7 @@ def test_plan_as_json(capsys):
     assert project["bytes"] == 7e9 / 8 * (40 * 2 + 4)
     assert project["floor"] == pytest.approx(project["bytes"] / 4.8e12)
     assert found["fits"] is False
-    assert result(capsys, *PLAN, "--device", "h200", "--ranks", "32")["fits"] is True
+    assert json_of(capsys, *PLAN, "--device", "h200", "--ranks", "32")["fits"] is True
 
 
 @pytest.mark.parametrize("width", ["80", "120"])
@@ -94,7 +92,7 @@ def test_plan_measures_this_machine(capsys, monkeypatch):
     monkeypatch.setattr(devices, "_BUFFER", 1 << 20)
     monkeypatch.setattr(timing, "_MULTIPLY", 64)
     monkeypatch.setattr(calibration, "_ROWS", 1 << 20)
-    found = result(capsys, "plan", "--params", "1e6", "--device", "cpu")
+    found = json_of(capsys, "plan", "--params", "1e6", "--device", "cpu")
     assert found["device"]["measured"]
     for step in found["steps"]:
         share = found["device"]["shares"][step["name"]]
@@ -140,7 +138,7 @@ def small_products(monkeypatch):
 def test_bench_measures_every_op_in_every_format(capsys, small_products):
     before = torch.get_num_threads()
     arguments = ("bench", "--numel", "2e4", "--dim", "5", "--rounds", "2", "--threads", "1")
-    found = result(capsys, *arguments)
+    found = json_of(capsys, *arguments)
     assert torch.get_num_threads() == before
     assert found["numel"] == 20_000 and found["threads"] == 1
     rows = {row["case"]: row for row in found["results"]}
@@ -194,7 +192,7 @@ def test_cases_do_what_the_peers_do():
 def test_demo_as_json(capsys, tmp_path):
     needs("sklearn", "matplotlib")
     arguments = ["demo", "--data", "digits", "--dim", "1", "--epochs", "1", "--threads", "1"]
-    found = result(capsys, *arguments, "--output", str(tmp_path))
+    found = json_of(capsys, *arguments, "--output", str(tmp_path))
     assert found == json.loads((tmp_path / "results.json").read_text())
 
 

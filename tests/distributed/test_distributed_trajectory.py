@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
 
 from dldr_ext import LocalSubspace, ShardedSubspace, Trajectory
-from dldr_ext.checkpoints.reader import Pieces
+from dldr_ext.checkpoints.reader import CheckpointReader
 from dldr_ext.collectives.dtensors import local_columns
 from dldr_ext.collectives.partition import ColumnShard, runs_of
 from dldr_ext.files import artifacts
@@ -411,8 +411,8 @@ def test_a_file_of_one_process_loads_on_ranks(ranks: RankGroup, mode: str, tmp_p
 def read_in_parts(folder: Path, mode: str, kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """From checkpoints, and how many numbers this rank read."""
     model = network(mode) if kind != "meta" else network().to("meta")
-    group, count, before = (model if mode != "whole" else "world"), [0], Pieces.read
-    Pieces.read = lambda self, entry, begin, out: (  # type: ignore[method-assign]
+    group, count, before = (model if mode != "whole" else "world"), [0], CheckpointReader.read
+    CheckpointReader.read = lambda self, entry, begin, out: (  # type: ignore[method-assign]
         count.__setitem__(0, count[0] + len(out)) or before(self, entry, begin, out)
     )
     try:
@@ -422,7 +422,7 @@ def read_in_parts(folder: Path, mode: str, kind: str, options: dict[str, Any]) -
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     finally:
-        Pieces.read = before  # type: ignore[method-assign]
+        CheckpointReader.read = before  # type: ignore[method-assign]
     found = {
         "gram": trajectory.gram,
         "basis": whole_basis(trajectory.subspace(D), trajectory.params),

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dldr_ext.files import artifacts
+from dldr_ext.tensors.formats import SAFETENSORS_NAMES
 
-DTYPES = sorted(artifacts._FORMAT_NAMES, key=str)
+DTYPES = sorted(SAFETENSORS_NAMES, key=str)
 
 
 def write(path, value=1.0, kind="thing", version=2):

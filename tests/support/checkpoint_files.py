@@ -27,18 +27,18 @@ class Tied(nn.Module):
 
 
 def states(count=5, dtype=torch.float32):
-    """The model, and the states of a random walk."""
+    """A model, the states of its random walk, and the trajectory that recorded them."""
     model = Tied().to(dtype)
     trajectory = Trajectory(model.named_parameters(), count, torch.float32)
-    result = []
+    saved = []
     for _ in range(count):
         trajectory.record()
-        result.append({k: v.clone() for k, v in model.state_dict().items()})
-        result[-1]["head.weight"] = result[-1]["embed.weight"]
+        saved.append({k: v.clone() for k, v in model.state_dict().items()})
+        saved[-1]["head.weight"] = saved[-1]["embed.weight"]
         with torch.no_grad():
             for tensor in model.parameters():
                 tensor.add_(torch.randn_like(tensor), alpha=0.1)
-    return model, result, trajectory
+    return model, saved, trajectory
 
 
 def untied(state):
@@ -116,10 +116,10 @@ WRITERS = [
 ]
 
 
-def write(folder, found, writer=plain, first=8):
-    """Named 8, 9, 10, ...: not in the order of letters."""
+def write(folder, saved, writer=plain, first=8):
+    """Write states as checkpoints 8, 9, 10, ...: an order that is not that of letters."""
     folder.mkdir(exist_ok=True)
-    for i, state in enumerate(found):
+    for i, state in enumerate(saved):
         suffix = ".pt" if writer in (compiled, lightning) else ""
         writer(state, folder / f"{first + i}{suffix}")
     return folder
@@ -135,11 +135,12 @@ class Wide(torch.nn.Module):
 
 
 def walk(folder, count=6, dtype=torch.float32):
+    """A folder of checkpoints whose steps grow shorter, and the model."""
     model = Wide().to(dtype)
-    found = []
+    saved = []
     for t in range(count):
-        found.append({k: v.clone() for k, v in model.state_dict().items()})
+        saved.append({k: v.clone() for k, v in model.state_dict().items()})
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.1 / (t + 1))
-    return write(folder, found), model
+    return write(folder, saved), model
