@@ -41,7 +41,7 @@ sanitize: $(VENV)/.built
 	PYTHON=$(abspath $(BIN))/python bash tests/kernels/sanitize.sh
 
 bench: $(VENV)/.built
-	$(BIN)/python -m pytest benchmarks -c benchmarks/pytest.ini $(ARGS)
+	$(BIN)/python -m pytest benchmarks/micro -c benchmarks/micro/pytest.ini $(ARGS)
 
 # Everything that needs a GPU, in one run with the interpreter at hand: OUT is where results go.
 gpu:
@@ -66,6 +66,7 @@ lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | \
 	  xargs $(BIN)/clang-format --dry-run --Werror
 

@@ -1,30 +1,33 @@
-"""What the benchmarks share with the package, where they ran, and a closure for whole steps."""
+"""What several benchmarks need: where they ran, memory, fresh processes, a closure for steps."""
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from dldr_ext.performance.roofline import resnet18_sizes
-from dldr_ext.performance.timing import Spread, paired, reader, seconds
-
-__all__ = [
-    "Objective", "Spread", "commit", "paired", "processor", "reader", "resnet18_sizes", "seconds",
-]  # fmt: skip
+from . import ROOT
 
 
-def commit() -> str:
-    """Of the sources."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip()
+def output(*command: str) -> str | None:
+    """First line that a command prints; None if it cannot be run or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[0] if done.returncode == 0 and lines else None
+
+
+def commit() -> str | None:
+    """Of the sources; a copy without its repository is told it by the environment."""
+    return os.environ.get("DLDR_COMMIT") or output("git", "describe", "--always", "--dirty")
 
 
 def processor() -> str:
@@ -36,10 +39,34 @@ def processor() -> str:
     return platform.processor()
 
 
+def resident(key: str) -> int:
+    """Bytes of this process in memory: now ("VmRSS"), or at most so far ("VmHWM"). Linux only."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return 1024 * int(line.split()[1])
+    raise LookupError(key)
+
+
+def fresh(module: str, *arguments: str) -> dict[str, Any]:
+    """Run a module in a process of its own; returns the JSON in the last line that it prints."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def save(path: Path | None, sizes: dict[str, Any], results: dict[str, Any]) -> None:
+    """Write sizes, machine and results as JSON, where a path is given."""
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
+    about = sizes | {"machine": machine, "torch": torch.__version__, "results": results}
+    if path:
+        path.write_text(json.dumps(about, indent=1) + "\n")
+
+
 class Objective:
     """Gradients made beforehand and a loss that falls enough for every first trial to pass.
 
-    However large B becomes: random gradients tell it of curvature that is hardly there.
+    However large the inverse Hessian becomes: random gradients tell it of curvature that is hardly
+    there.
     """
 
     def __init__(self, params) -> None:

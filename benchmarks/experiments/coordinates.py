@@ -47,14 +47,9 @@ class Run:
         self._sum, self._summed = torch.zeros(subspace.dim), 0
 
     @property
-    def left(self) -> int:
-        """Items that may still be read."""
-        return self._allowed - self.account.items
-
-    @property
     def done(self) -> float:
         """Share of the budget spent."""
-        return self.account.items / self._allowed
+        return self.account.images / self._allowed
 
     def step(self, optimizer: PBFGS | PSGD, inputs: Tensor, labels: Tensor) -> None:
         """One step on one batch; about once per pass the model is validated, off the clock."""
@@ -76,6 +71,11 @@ class Run:
             self.account.read(self.task.renew_norms(self.model))
         self._note(self.task.validate(self.model))
         return Outcome(self.model, self.account, self.sampling, self._curve, self._best[1])
+
+    @property
+    def left(self) -> int:
+        """Items that may still be read."""
+        return self._allowed - self.account.images
 
     def _validate(self) -> None:
         self.task.renew_norms(self.model, 500)  # training has no use for the statistics

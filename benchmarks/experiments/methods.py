@@ -161,11 +161,11 @@ def lbfgs(task: Task, lead: Lead) -> Outcome:
     allowed = (s.epochs - has_norms(model)) * account.size
     curve = [(0.0, task.validate(model))]
     for inputs, labels in task.batches(s.lbfgs_batch, 4):
-        if allowed - account.items < 3 * len(labels):
+        if allowed - account.images < 3 * len(labels):
             break
         # max_eval is looked at between searches, hence a run may end a few trials late.
         optimizer.param_groups[0]["max_iter"] = _LBFGS_ITERATIONS
-        optimizer.param_groups[0]["max_eval"] = (allowed - account.items) // len(labels)
+        optimizer.param_groups[0]["max_eval"] = (allowed - account.images) // len(labels)
         evaluate = counted_closure(model, inputs, labels, s.weight_decay, account)
 
         def closure(evaluate: Callable[[], Tensor] = evaluate) -> Tensor:

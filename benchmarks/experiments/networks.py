@@ -68,7 +68,7 @@ def _lenet(problem: Problem) -> nn.Module:
     )
 
 
-class _Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two convolutions beside a shortcut without parameters (He et al. 2016, option A)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -81,12 +81,15 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = torch.relu(self.first_norm(self.first(x)))
-        inner = self.second_norm(self.second(inner))
+        return torch.relu(self.second_norm(self.second(inner)) + self.shortcut(x))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Every second pixel where the image shrinks, zeros for new channels."""
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
         if self.more:
             x = functional.pad(x, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))
-        return torch.relu(inner + x)
+        return x
 
 
 def _resnet(blocks: int) -> Callable[[Problem], nn.Module]:
@@ -101,7 +104,7 @@ def _resnet(blocks: int) -> Callable[[Problem], nn.Module]:
         width = 16
         for stage in range(3):
             for block in range(blocks):
-                layers.append(_Block(width, 16 << stage, 2 if stage and not block else 1))
+                layers.append(ResidualBlock(width, 16 << stage, 2 if stage and not block else 1))
                 width = 16 << stage
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, problem.classes)]
         network = nn.Sequential(*layers)

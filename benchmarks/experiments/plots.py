@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from dldr_ext.reporting.figures import COLOURS
+from dldr_ext.reporting.figures import COLOURS, STYLE, new_figure
 
 from . import report
 from .methods import NAMES
@@ -25,19 +25,6 @@ _COLOURS = COLOURS | {
     "trained": "#555555",
     "tuned_sgd": "#E69F00",
     "tuned_pbfgs": "#0072B2",
-}
-_STYLE: Any = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
 }
 _TICKS = (0, 50, 80, 90, 95, 97, 98, 99, 99.5)
 _UNIT = "test accuracy, %"
@@ -52,7 +39,7 @@ def draw(runs: list[Run], folder: Path) -> list[Path]:
         The files written.
     """
     figures: dict[str, Figure] = {}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE | {"axes.titleweight": "bold"}):
         for (experiment, data, network), rows in report.groups(
             runs, "experiment", "data", "network"
         ).items():
@@ -70,13 +57,6 @@ def draw(runs: list[Run], folder: Path) -> list[Path]:
     return written
 
 
-def _figure(title: str, size: tuple[float, float] = (7.2, 4.4)) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title)
-    return figure, axes
-
-
 def _values(runs: list[Run], key: str = "test_accuracy") -> tuple[float, float]:
     return report.mean_and_spread([100 * run[key] for run in runs])
 
@@ -86,7 +66,9 @@ def _compare(runs: list[Run], title: str) -> Figure:
     lies near 100 %."""
     found = report.groups(runs, "method")
     names = [name for name in NAMES if (name,) in found]
-    figure, axes = _figure(f"Test accuracy of all methods: {title}", (7.6, 0.42 * len(names) + 1.2))
+    figure, axes = new_figure(
+        f"Test accuracy of all methods: {title}", (7.6, 0.42 * len(names) + 1.2)
+    )
     best = max(run["test_accuracy"] for run in runs)
     for row, name in enumerate(names):
         rows, colour = found[name,], _COLOURS.get(name, "#555555")
@@ -120,7 +102,7 @@ def _compare(runs: list[Run], title: str) -> Figure:
 
 def _dims(runs: list[Run], title: str) -> Figure:
     """Accuracy against dimension, with the band of SGD."""
-    figure, axes = _figure(f"P-BFGS by dimension: {title}")
+    figure, axes = new_figure(f"P-BFGS by dimension: {title}")
     found = report.groups(runs, "method")
     mean, spread = _values(found["sgd",])
     axes.axhspan(mean - spread, mean + spread, color=_COLOURS["sgd"], alpha=0.15)
@@ -216,7 +198,7 @@ def _paired(axes: Axes, runs: list[Run], base: str, chosen: tuple[str, ...], row
 def _zoo(runs: list[Run]) -> Figure:
     """Differences from the full SGD for each network."""
     found = report.groups(runs, "data", "network")
-    figure, axes = _figure(
+    figure, axes = new_figure(
         "Test accuracy against the full SGD, by network", (7.6, 0.75 * len(found) + 1.5)
     )
     for row, rows in enumerate(found.values()):
@@ -237,7 +219,7 @@ def _zoo(runs: list[Run]) -> Figure:
 
 def _finetune(runs: list[Run], title: str) -> Figure:
     """What fine-tuning does to the trained model."""
-    figure, axes = _figure(f"Test accuracy against the trained model: {title}", (7.6, 2.4))
+    figure, axes = new_figure(f"Test accuracy against the trained model: {title}", (7.6, 2.4))
     for row, method in enumerate(("tuned_sgd", "tuned_pbfgs")):
         _paired(axes, runs, "trained", (method,), row)
     axes.axvline(0, color="#555555", linewidth=1)

@@ -18,9 +18,9 @@ class Settings:
     epochs: int = 20  # of the full SGD run
     batch: int = 64
     lr: float = 0.1
+    milestones: tuple[float, ...] = (0.5, 0.75)  # shares of the run; the rate falls to a tenth
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    milestones: tuple[float, ...] = (0.5, 0.75)  # shares of the run; the rate falls to a tenth
     sampled: float = 0.5  # share of the run that the subspace is made from
     snapshots: int = 8  # an epoch
     dim: int = 40

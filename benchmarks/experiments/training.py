@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dldr_ext import Trajectory
+from dldr_ext.demo import recipe
 
 from . import networks
 from .data import Part, Problem
@@ -23,28 +24,16 @@ _EVALUATED = 500  # items a forward pass without gradients
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
-class Account:
-    """Items of the training part that a method has read, and the time that it took.
+class Account(recipe.Account):
+    """The demo's account, of images or other items, and the time of the process.
 
-    Every item that goes through the network counts once, for a gradient, for a trial of a line
-    search or for batch-norm statistics; a backward pass belongs to its forward pass. Time counts
-    only inside ``with account:``. `cpu_seconds` is the process's own and stays right when it is
-    stopped for a while or shares its core.
+    `cpu_seconds` is the process's own and stays right when it is stopped for a while or shares its
+    core.
     """
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        self.items = 0
-        self.seconds = self.cpu_seconds = 0.0
-
-    @property
-    def passes(self) -> float:
-        """Passes over the training part."""
-        return self.items / self.size
-
-    def read(self, items: int) -> None:
-        """Adds `items`."""
-        self.items += items
+        super().__init__(size)
+        self.cpu_seconds = 0.0
 
     def copy(self) -> Account:
         """The account as it stands now."""
@@ -55,17 +44,18 @@ class Account:
     def part(self, share: float) -> Account:
         """The first part of a run whose speed was even."""
         other = Account(self.size)
-        other.items = round(share * self.items)
+        other.images = round(share * self.images)
         other.seconds, other.cpu_seconds = share * self.seconds, share * self.cpu_seconds
         return other
 
     def __enter__(self) -> Account:
-        self._since = time.perf_counter(), time.process_time()
+        self._cpu_since = time.process_time()
+        super().__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._since[0]
-        self.cpu_seconds += time.process_time() - self._since[1]
+        super().__exit__()
+        self.cpu_seconds += time.process_time() - self._cpu_since
 
 
 class Task:

@@ -1,4 +1,4 @@
-"""Benchmarks on an NVIDIA GPU: `python3 benchmarks/gpu --json FILE --table FILE`.
+"""Benchmarks on an NVIDIA GPU: `python3 -m benchmarks.gpu --json FILE --table FILE`.
 
 Every case is timed by CUDA events, turn by turn with what a user would write in plain torch on the
 same GPU, the L2 cache filled with something else before each; bandwidths are compared with the best
@@ -15,15 +15,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
+from dldr_ext.performance.timing import Spread
 
-from cases import GROUPS, Case, Setting  # noqa: E402
-from machine import machine  # noqa: E402
-from measure import Spread  # noqa: E402
-from step import steps  # noqa: E402
-from table import markdown  # noqa: E402
-from timing import Clock  # noqa: E402
+from .cases import GROUPS, Case, Setting
+from .machine import machine
+from .step import steps
+from .table import markdown
+from .timing import Clock
 
 
 def measure(case: Case, clock: Clock, ceilings: dict[str, float], rounds: int) -> dict:

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from pathlib import Path
-
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def output(*command: str) -> str | None:
-    """First line that a command prints; None if it cannot be run or fails."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = done.stdout.strip().splitlines()
-    return lines[0] if done.returncode == 0 and lines else None
+from ..measure import commit, output
 
 
 def machine(device: torch.device, build: bool = True) -> dict:
@@ -36,8 +22,7 @@ def machine(device: torch.device, build: bool = True) -> dict:
     found |= {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        # a copy of the sources without its repository cannot be asked
-        "commit": os.environ.get("DLDR_COMMIT") or output("git", "describe", "--always", "--dirty"),
+        "commit": commit(),
     }
     if build:
         from dldr_ext import build_info

@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from measure import Objective, Spread, resnet18_sizes
 from published import PUBLISHED, PublishedPBFGS
 
 from dldr_ext import PBFGS, Subspace
+from dldr_ext.performance.roofline import resnet18_sizes
+from dldr_ext.performance.timing import Spread
+
+from ..measure import Objective
 
 
 def steps(device: torch.device, n: int, d: int, rounds: int) -> Iterator[dict]:

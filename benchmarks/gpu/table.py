@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from measure import Spread
+from dldr_ext.performance.timing import Spread
 
 
 def markdown(about: dict, rows: list[dict]) -> str:

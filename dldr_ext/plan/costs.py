@@ -17,7 +17,7 @@ P-BFGS step          n_r (2 d b + 40 + 12 trials)     --
 ===================  ===============================  ====================================
 
 A floor is the bytes over the bandwidth, or the operations over their rate if that takes longer.
-``benchmarks/plan_check.py`` compares these formulas with measurements.
+``benchmarks.scaling.plan_check`` compares these formulas with measurements.
 """
 
 from __future__ import annotations

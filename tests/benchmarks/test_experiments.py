@@ -219,19 +219,19 @@ def counted(monkeypatch) -> list[int]:
 def test_everything_that_is_read_is_on_the_account(method, network, digits, counted):
     task = Task(first(300, digits), network, quick(), seed=0)
     lead = run_sgd(task)
-    assert counted[0] == lead.accounts["final"].items == 4 * 300
+    assert counted[0] == lead.accounts["final"].images == 4 * 300
     outcome = methods.METHODS[method](task, lead)
     assert outcome.account.seconds > 0 and outcome.account.cpu_seconds > 0
     before = {
-        "trained": lead.accounts["final"].items,
-        "swa": lead.accounts["half"].items,
+        "trained": lead.accounts["final"].images,
+        "swa": lead.accounts["half"].images,
         "sgd_sampled": 2 * 300,
         "tuned_pbfgs": -round(300 * (outcome.sampling - 4)),
     }.get(method, 0)
     if method == "twa":
         before = -2 * 300  # the checkpoints, which are in outcome.sampling
         assert outcome.sampling == 4
-    assert outcome.account.items == counted[0] - 1200 + before
+    assert outcome.account.images == counted[0] - 1200 + before
 
 
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
@@ -286,7 +286,7 @@ def test_the_lead_survives_its_files(digits, tmp_path):
     other = load_lead(task, tmp_path / "lead")
     for method in ("sgd", "swa", "pbfgs_last"):
         a, b = (methods.METHODS[method](task, found) for found in (lead, other))
-        assert a.account.items == b.account.items
+        assert a.account.images == b.account.images
         for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True):
             assert torch.equal(x, y)
 

@@ -1,7 +1,8 @@
 """Runs the tests of one built wheel under several releases of torch, each in its own environment.
 
 The wheel is installed as it is (`--no-deps`), so the very same library file runs everywhere; the
-tests are copied out of the source tree, so that the installed package is what they import.
+tests are copied out of the source tree, so that the installed package is what they import. Which
+folders of them run is in tests/wheel_folders.txt, for cibuildwheel too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ RELEASES = ("2.10.0", "2.13.0", "2.14.1", "2.15.0")
 NEEDS = [
     "numpy",
     "setuptools",
-    "pytest",
+    "pytest>=8.2",
     "hypothesis",
     "scipy",
     "scikit-learn",
@@ -30,16 +31,6 @@ NEEDS = [
     "typer",
     "rich",
 ]
-# Folders. Without the tests of the demo, the kernel bench and the build: they do not depend on torch's
-# release, or need the source tree.
-LEFT_OUT = (
-    "kernels",
-    "build",
-    "docs",
-    "benchmarks",
-    "demo",
-    "cli",
-)
 
 
 def main() -> None:
@@ -58,7 +49,7 @@ def main() -> None:
     options.work = options.work.resolve()  # the tests run in it
     tests = options.work / "tests"
     shutil.rmtree(tests, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns(*LEFT_OUT, "__pycache__"))
+    shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", options.work)
     failed = []
     for release in options.torch:
@@ -73,7 +64,15 @@ def main() -> None:
         if found.split("+")[0] != release:
             sys.exit(f"{folder}: expected torch {release}, found {found}; remove the folder")
         done = subprocess.run(
-            [python, "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider", *options.pytest],
+            [
+                python,
+                "-m",
+                "pytest",
+                "@tests/wheel_folders.txt",
+                "-p",
+                "no:cacheprovider",
+                *options.pytest,
+            ],
             cwd=options.work,
             env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         )

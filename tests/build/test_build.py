@@ -21,6 +21,16 @@ import ptxas_report
 import wheel_index
 
 TOOLS = Path(cuda_toolkit.__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
+# Not run on a built wheel: they need the source tree, or do not depend on torch's release.
+SOURCES_ALONE = {"benchmarks", "build", "cli", "demo", "docs", "kernels", "support"}
+
+
+def test_every_folder_of_tests_runs_on_wheels_or_is_known_not_to():
+    listed = (TESTS / "wheel_folders.txt").read_text().split()
+    on_wheels = {name.removeprefix("tests/") for name in listed}
+    folders = {path.parent.name for path in TESTS.glob("*/*.py")}
+    assert folders == on_wheels | SOURCES_ALONE and not on_wheels & SOURCES_ALONE
 
 
 def torch_for(cuda: str | None, hip: str | None = None) -> SimpleNamespace:

@@ -11,18 +11,20 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "gpu")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
 
 import gpu  # noqa: E402
-from cases import Case  # noqa: E402
+
+from benchmarks.gpu.__main__ import measure  # noqa: E402
+from benchmarks.gpu.cases import Case  # noqa: E402
 
 
 def test_benchmarks_on_small_cpu_tensors(tmp_path):
     """Every case and every peer runs, and lands in the JSON file and in the table."""
     results, table = tmp_path / "bench.json", tmp_path / "bench.md"
-    command = [sys.executable, ROOT / "benchmarks" / "gpu", "--device", "cpu", "--n", "3000"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--n", "3000"]
     command += ["--rounds", "2", "--d", "6", "--most", "300000"]
-    subprocess.run([*command, "--json", results, "--table", table], check=True)
+    subprocess.run([*command, "--json", results, "--table", table], check=True, cwd=ROOT)
     found = json.loads(results.read_text())
     rows = {row["case"]: row for row in found["results"]}
     assert not [name for name, row in rows.items() if "failed" in row or "not_run" in row]
@@ -48,11 +50,9 @@ class Recorded:
 
 
 def test_fractions_and_speed_ups():
-    namespace = {"__name__": "bench", "__file__": str(ROOT / "benchmarks/gpu/__main__.py")}
-    exec((ROOT / "benchmarks/gpu/__main__.py").read_text(), namespace)
     case = Case("x", lambda: None, size=8e9, peers={"peer": lambda: None})
     clock = Recorded([[2.0, 5.0]] * 3)
-    row = namespace["measure"](case, clock, {"read": 5e9}, 3)
+    row = measure(case, clock, {"read": 5e9}, 3)
     assert row["of_ceiling"]["median"] == pytest.approx(0.8)  # 4 of 5 GB/s
     assert row["against"]["peer"]["median"] == pytest.approx(2.5)
 
@@ -121,10 +121,11 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 def test_all_tests_for_the_gpu_are_in_the_files_that_are_run():
-    """`make gpu` names files: on its machine not every test file can be imported."""
+    """Also where a machine has no more than `make gpu` asks for."""
     command = [sys.executable, "-m", "pytest", "tests", "--collect-only", "-m", "cuda"]
     command += ["--ignore=tests/kernels"]  # torch-free
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    listed = [path for patterns in gpu.TESTS.values() for path in gpu._files(patterns)]
-    assert found == {str(Path(path).relative_to(ROOT)) for path in listed}
+    missing = ("expecttest", "hypothesis", "mlxtend", "rich", "scipy", "typer")
+    listed = [path for folder in gpu.TESTS.values() for path in gpu.test_files(folder, missing)]
+    assert found <= {str(Path(path).relative_to(ROOT)) for path in listed}

@@ -39,8 +39,3 @@ def test_checkpoints() -> None:
     for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(program, names)
     assert names["subspace"].dim == 5 and len(names["trajectory"]) == 12
-
-
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((\.\./[^)]+)\)", TEXT):
-        assert (ROOT / "docs" / target).exists(), target

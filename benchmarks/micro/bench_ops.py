@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from measure import reader, resnet18_sizes
 
 from dldr_ext import ops
-from dldr_ext.performance.roofline import Problem
+from dldr_ext.performance.roofline import Problem, resnet18_sizes
+from dldr_ext.performance.timing import reader
 
 D = 40
 CASES = {"resnet18": resnet18_sizes(11_200_000), "25M": resnet18_sizes(25_000_000)}
@@ -31,16 +31,32 @@ STORED = [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8
 
 
 @pytest.mark.parametrize("dtype", STORED, ids=str)
-def test_project(problem, dtype, compare):
+@pytest.mark.parametrize("op", ["project", "reconstruct_"])
+def test_pass(problem, op, dtype, compare):
+    """One pass over the basis in each format."""
     basis, scale = problem.stored(dtype)
-    size = basis.numel() * basis.element_size() + 4 * problem.n
+    params, origin, theta = problem.params, problem.origin, problem.theta
+    work, vectors, peer, peer_name = {
+        "project": (
+            lambda: ops.project(basis, problem.gradients, scale=scale),
+            4,
+            problem.torch_project,
+            "float32 mv(cat)",
+        ),
+        "reconstruct_": (
+            lambda: ops.reconstruct_(params, origin, basis, theta, scale=scale),
+            8,
+            problem.torch_reconstruct,
+            "float32 addmv, split, copy",
+        ),
+    }[op]
     compare(
-        f"project {str(dtype)[6:]} {problem.name}",
-        lambda: ops.project(basis, problem.gradients, scale=scale),
-        size,
-        problem.torch_project,
+        f"{op} {str(dtype)[6:]} {problem.name}",
+        work,
+        basis.numel() * basis.element_size() + vectors * problem.n,
+        peer,
         *ceiling_of(basis),
-        peer_name="float32 mv(cat)",
+        peer_name=peer_name,
     )
 
 
@@ -56,20 +72,6 @@ def test_project_against_torch_bfloat16(problem, compare):
         lambda: torch.mv(basis, gradient),
         *ceiling_of(basis),
         peer_name="bfloat16 mv",
-    )
-
-
-@pytest.mark.parametrize("dtype", STORED, ids=str)
-def test_reconstruct(problem, dtype, compare):
-    basis, scale = problem.stored(dtype)
-    size = basis.numel() * basis.element_size() + 8 * problem.n
-    compare(
-        f"reconstruct_ {str(dtype)[6:]} {problem.name}",
-        lambda: ops.reconstruct_(problem.params, problem.origin, basis, problem.theta, scale=scale),
-        size,
-        problem.torch_reconstruct,
-        *ceiling_of(basis),
-        peer_name="float32 addmv, split, copy",
     )
 
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "support")]
-
-from measure import Spread, commit, paired, processor  # noqa: E402
-
-import dldr_ext  # noqa: E402
+import dldr_ext
+from benchmarks.measure import commit, processor
+from dldr_ext.performance.timing import Spread, paired
 
 ROWS: list[dict] = []
 

@@ -1,12 +1,11 @@
 """How cost grows with n, T and d, and a basis of more than 2^31 elements.
 
-Run from the repository's root: ``python benchmarks/scale.py``; ``--only n`` (or rows, large) runs
-one part and keeps the results of the others. Within a round every size is timed once, over the same
-memory piece by piece (some pages are slower than others), beside a read of a large buffer; slopes
-are fitted to each round of its own, so that a memory that changes its speed between rounds does not
-bend them. The C library (glibc) is told to keep memory that was freed, for `form_basis` returns as
-much as it reads: how it goes where the system hands out all of that anew is measured beside it.
-Takes 10 GB.
+``python -m benchmarks.scaling.scale``; ``--only n`` (or rows, large) runs one part and keeps the
+results of the others. Within a round every size is timed once, over the same memory piece by piece
+(some pages are slower than others), beside a read of a large buffer; slopes are fitted to each
+round of its own, so that a memory that changes its speed between rounds does not bend them. The C
+library (glibc) is told to keep memory that was freed, for `form_basis` returns as much as it reads:
+how it goes where the system hands out all of that anew is measured beside it. Takes 10 GB.
 """
 
 from __future__ import annotations
@@ -15,21 +14,18 @@ import argparse
 import ctypes
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from dldr_ext import ops
+from dldr_ext.performance.roofline import resnet18_sizes
+from dldr_ext.performance.timing import Spread, reader, seconds
+from dldr_ext.plan.costs import ITEMSIZE
 
-from dldr_ext import ops  # noqa: E402
-from dldr_ext.performance.roofline import resnet18_sizes  # noqa: E402
-from dldr_ext.performance.timing import Spread, reader, seconds  # noqa: E402
-from dldr_ext.plan.costs import ITEMSIZE  # noqa: E402
+from .. import RESULTS
 
-RESULTS = ROOT / "benchmarks" / "results"
 DTYPE = torch.bfloat16
 B = int(ITEMSIZE["bfloat16"])
 T, D = 20, 16

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from measure import Objective, Spread, resnet18_sizes, seconds
 from published import PUBLISHED, PublishedPBFGS
 
+from benchmarks.measure import Objective
 from dldr_ext import PBFGS, Subspace, ops
+from dldr_ext.performance.roofline import resnet18_sizes
+from dldr_ext.performance.timing import Spread, seconds
 
 D, N = 40, 270_000
 WARM, TURNS = 3, 10  # steps that are not timed, and that are
@@ -39,7 +41,7 @@ def test_step(dtype, options, keeps, note, request, tmp_path):
 
     ratios, limits, times = [], [], []
     for _ in range(request.config.getoption("--rounds")):
-        # Anew each time: from random gradients B grows without end.
+        # Anew each time: from random gradients H grows without end.
         ours, theirs = ([torch.zeros(size, requires_grad=True) for size in sizes] for _ in range(2))
         optimizer = PBFGS(ours, Subspace(rows, torch.zeros(N)), **chosen)
         published = PublishedPBFGS(theirs, basis.T.contiguous(), file=file)

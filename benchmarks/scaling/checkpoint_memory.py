@@ -1,6 +1,6 @@
 """Peak memory and speed of reading many checkpoints of a large model, each way in its own process.
 
-    python -m benchmarks.checkpoint_memory --folder /tmp/checkpoints --output result.json
+    python -m benchmarks.scaling.checkpoint_memory --folder /tmp/checkpoints --output result.json
 
 Writes ``--count`` checkpoints of ``--millions`` million parameters (a plain transformer's shapes)
 in ``--dtype`` and removes them at the end. The figure is the peak of the resident memory of a fresh
@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from dldr_ext import Trajectory
+from dldr_ext.analysis.analysis import Analysis
+from dldr_ext.checkpoints import Series
+
+from ..measure import fresh, resident, save
 
 WAYS = ("analyze", "disk", "disk_subspace")
 
@@ -61,23 +63,13 @@ def write(folder: Path, count: int, millions: float, dtype: torch.dtype) -> int:
     return sum(p.stat().st_size for p in folder.iterdir())
 
 
-def peak() -> int:
-    """Bytes of resident memory at most so far (Linux)."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("VmHWM:")[1].split()[0]) * 1024
-
-
 def measure(
     way: str, folder: Path, work: Path, millions: float, dim: int | None
 ) -> dict[str, float]:
     """In this process; meant to be a fresh one."""
-    from dldr_ext import Trajectory
-    from dldr_ext.analysis.analysis import Analysis
-    from dldr_ext.checkpoints import Series
-
     hollow = model(millions)
     torch.ones(64, 64) @ torch.ones(64, 64)  # what torch allocates once
-    before, start = peak(), time.perf_counter()
+    before, start = resident("VmHWM"), time.perf_counter()
     if way == "analyze":
         Analysis(Series(folder), work, dim=dim).run()
     else:
@@ -85,7 +77,7 @@ def measure(
         if way == "disk_subspace":
             trajectory.gram.sum()
     return {
-        "peak_bytes": peak() - before,
+        "peak_bytes": resident("VmHWM") - before,
         "base_bytes": before,
         "seconds": time.perf_counter() - start,
     }
@@ -102,7 +94,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS[:2]))
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    run, work = options.folder / "run", options.folder / "work"
+    folder = options.folder.resolve()
+    run, work = folder / "run", folder / "work"
     if options.one:
         print(json.dumps(measure(options.one, run, work, options.millions, options.dim)))
         return
@@ -110,27 +103,21 @@ def main() -> None:
         size = write(run, options.count, options.millions, getattr(torch, options.dtype))
         results = {}
         for way in options.ways:
-            command = [sys.executable, "-m", "benchmarks.checkpoint_memory", "--one", way]
-            command += ["--folder", str(options.folder), "--millions", str(options.millions)]
-            command += [] if options.dim is None else ["--dim", str(options.dim)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            results[way] = json.loads(done.stdout.splitlines()[-1])
+            wanted = ["--folder", str(folder), "--millions", str(options.millions)]
+            wanted += [] if options.dim is None else ["--dim", str(options.dim)]
+            results[way] = fresh(__spec__.name, "--one", way, *wanted)
             print(way, results[way], flush=True)
             shutil.rmtree(work)
     finally:
-        shutil.rmtree(options.folder, ignore_errors=True)
-    found = {
+        shutil.rmtree(folder, ignore_errors=True)
+    sizes = {
         "checkpoints": options.count,
         "numel": sum(p.numel() for p in model(options.millions).parameters()),
         "dtype": options.dtype,
         "dim": options.dim,
         "bytes": size,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "torch": torch.__version__,
-        "results": results,
     }
-    if options.output:
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
+    save(options.output, sizes, results)
 
 
 if __name__ == "__main__":

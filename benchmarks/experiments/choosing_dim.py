@@ -1,28 +1,23 @@
 """What ``dim="auto"`` keeps of real trainings, and what P-BFGS makes of it beside d = 1 and d = 40.
 
-Run from the repository's root: ``python benchmarks/choosing_dim.py [TRAINING ...]``. Digits and
-networks of `dldr demo`, and an MLP; P-BFGS starts from the initial weights, with the demo's budget.
+``python -m benchmarks.experiments.choosing_dim [TRAINING ...]``. Digits and networks of
+`dldr demo`, and an MLP; P-BFGS starts from the initial weights, with the demo's budget.
 Prints one line for each run: d, the share of the variance, and accuracies on the test part.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from dldr_ext import Subspace, Trajectory  # noqa: E402
-from dldr_ext.demo import data, methods  # noqa: E402
-from dldr_ext.demo.model import accuracy  # noqa: E402
-from dldr_ext.demo.recipe import RECIPES, batches, learning_rate, snapshot_steps  # noqa: E402
+from dldr_ext import Subspace, Trajectory
+from dldr_ext.demo import data, methods
+from dldr_ext.demo.model import accuracy
+from dldr_ext.demo.recipe import RECIPES, batches, learning_rate, snapshot_steps
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """What ranks send and how long a step takes, beside DDP and the published way.
 
-Run from the repository's root: ``python benchmarks/distributed.py``. ResNet-18 for 32 x 32 images
-(11,173,962 weights in 62 tensors), d = 40 directions of a trajectory of SGD, 8 images a step; one
-rank has all of them, two have 4 each. Ranks are processes of this machine with one thread each,
-over gloo on the loopback interface. Bytes are those that ring algorithms send, of the
-arguments of collectives and of a communication hook of DDP; and those that the system saw a process
-write into sockets. Needs 6 GB; writes benchmarks/results/distributed.json.
+``python -m benchmarks.distributed``. ResNet-18 for 32 x 32 images (11,173,962 weights in 62
+tensors), d = 40 directions of a trajectory of SGD, 8 images a step; one rank has all of them, two
+have 4 each. Ranks are processes of this machine with one thread each, over gloo on the loopback
+interface. Bytes are those that ring algorithms send, of the arguments of collectives and of a
+communication hook of DDP; and those that the system saw a process write into sockets. Needs 6 GB;
+writes benchmarks/results/distributed.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import logging
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,37 +25,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from wire import Wire, system
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+from dldr_ext import PBFGS, PSGD, ShardedSubspace, Subspace, Trajectory
+from dldr_ext.performance.timing import Spread
 
-from measure import Spread, commit, processor  # noqa: E402
-from wire import Wire, system  # noqa: E402
-
-from dldr_ext import PBFGS, PSGD, ShardedSubspace, Subspace, Trajectory  # noqa: E402
+from .. import RESULTS
+from ..experiments.networks import ResidualBlock
+from ..measure import commit, processor
 
 D, SNAPSHOTS, IMAGES, BATCHES = 40, 45, 8, 4
 WARM, STEPS = 2, 12
-RESULTS = ROOT / "benchmarks" / "results" / "distributed.json"
 
 
-class Block(nn.Module):
-    """Two convolutions beside a shortcut (He et al. 2016)."""
+class Block(ResidualBlock):
+    """With a convolution in the shortcut where the shape changes (option B)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.first_norm = nn.BatchNorm2d(outputs)
-        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.second_norm = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
+        super().__init__(inputs, outputs, stride)
+        self.across = nn.Sequential()
         if stride > 1 or inputs != outputs:
             across = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(across, nn.BatchNorm2d(outputs))
+            self.across = nn.Sequential(across, nn.BatchNorm2d(outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        inner = torch.relu(self.first_norm(self.first(x)))
-        return torch.relu(self.second_norm(self.second(inner)) + self.shortcut(x))
+    def shortcut(self, x: Tensor) -> Tensor:
+        return self.across(x)
 
 
 def resnet18() -> nn.Module:
@@ -221,7 +214,7 @@ def main() -> None:
             # A step with two gradients beside two of DDP.
             case["ddp_over_ours_by_gradient"] = case["ddp_over_ours"] * case.get("gradients", 1)
         about["ranks"][str(size)] = found
-    RESULTS.write_text(json.dumps(about, indent=1) + "\n")
+    (RESULTS / "distributed.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

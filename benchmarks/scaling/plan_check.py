@@ -1,17 +1,15 @@
 """The formulas of `dldr plan` against this machine: peak memory, and time at its bandwidth.
 
-Run from the repository's root: ``python benchmarks/plan_check.py``. Memory is the peak of the
-resident set, phase by phase in a process of its own, above what torch and the package take. A time
-is predicted as `dldr plan` does it: from a smaller problem, here timed just before in each round.
-Both are taken beside reads of a large buffer. So a memory that changes its speed does not count as
-an error.
+``python -m benchmarks.scaling.plan_check``. Memory is the peak of the resident set, phase by phase
+in a process of its own, above what torch and the package take. A time is predicted as `dldr plan`
+does it: from a smaller problem, here timed just before in each round. Both are taken beside reads
+of a large buffer. So a memory that changes its speed does not count as an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -19,23 +17,23 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from dldr_ext import PBFGS, Trajectory  # noqa: E402
-from dldr_ext.performance.roofline import resnet18_sizes  # noqa: E402
-from dldr_ext.performance.timing import Spread, multiply_rate  # noqa: E402
-from dldr_ext.plan.calibration import (  # noqa: E402
+from dldr_ext import PBFGS, Trajectory
+from dldr_ext.performance.roofline import resnet18_sizes
+from dldr_ext.performance.timing import Spread, multiply_rate
+from dldr_ext.plan.calibration import (
     FallingLoss,
     smaller,
     speedometer,
     timed,
     works,
 )
-from dldr_ext.plan.costs import Job, plan  # noqa: E402
-from dldr_ext.plan.devices import Device, measure  # noqa: E402
+from dldr_ext.plan.costs import Job, plan
+from dldr_ext.plan.devices import Device, measure
 
-RESULT = ROOT / "benchmarks" / "results" / "plan_check.json"
+from .. import RESULTS
+from ..measure import fresh, resident
+
+RESULT = RESULTS / "plan_check.json"
 WITHIN = 0.15
 # Any will do where only memory is asked for.
 NOWHERE = Device("none", 1e12, 1e9, 1e9, 1e9, 1e9, None, None, 1e9, "none")
@@ -45,18 +43,12 @@ class Peak:
     """Peak of the resident set since the last look, in bytes. Linux only."""
 
     def __init__(self) -> None:
-        self._base = self._status("VmRSS")
+        self._base = resident("VmRSS")
 
     def __call__(self) -> int:
-        found = self._status("VmHWM") - self._base
+        found = resident("VmHWM") - self._base
         Path("/proc/self/clear_refs").write_text("5")
         return found
-
-    def _status(self, key: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(key + ":"):
-                return 1024 * int(line.split()[1])
-        raise LookupError(key)
 
 
 def run(job: Job, look: Callable[[], int]) -> dict[str, int]:
@@ -93,9 +85,7 @@ def memory_here(job: Job) -> dict[str, int]:
 
 def memory(job: Job) -> dict:
     """Measured and predicted bytes of each phase."""
-    command = [sys.executable, __file__, "--memory", json.dumps(asdict(job))]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    measured = json.loads(done.stdout)
+    measured = fresh(__spec__.name, "--memory", json.dumps(asdict(job)))
     phases = {
         found.phase: {"measured": measured[found.phase], "predicted": found.device}
         for found in plan(job, NOWHERE).memory

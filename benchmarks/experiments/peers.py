@@ -1,18 +1,13 @@
 """PBFGS against SciPy and torch on deterministic functions: evaluations and minima, as a table.
 
-Run from the repository's root: ``python benchmarks/peers.py``.
+``python -m benchmarks.experiments.peers``.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from statistics import median
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
-
 from more_garbow_hillstrom import PROBLEMS
 from peers import OURS, Result, pbfgs, scipy_bfgs, scipy_trust_exact, torch_lbfgs
 

@@ -1,4 +1,4 @@
-"""What `dldr plan` says of large models on many GPUs: python benchmarks/projection.py
+"""What `dldr plan` says of large models on many GPUs: ``python -m benchmarks.scaling.projection``
 
 Nothing is measured here: formulas and data sheets. Writes benchmarks/results/projection.json and
 prints the table of docs/scaling.md, which a test compares.
@@ -7,24 +7,22 @@ prints the table of docs/scaling.md, which a test compares.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from dldr_ext.plan.costs import Job, Plan, plan
+from dldr_ext.plan.devices import TABLE, Device
 
-from dldr_ext.cli.plan import _bytes, _seconds  # noqa: E402
-from dldr_ext.plan.costs import Job, Plan, plan  # noqa: E402
-from dldr_ext.plan.devices import TABLE, Device  # noqa: E402
+from .. import RESULTS
 
-RESULTS = ROOT / "benchmarks" / "results" / "projection.json"
+RESULT = RESULTS / "projection.json"
 NUMELS, RANKS = (7 * 10**9, 13 * 10**9, 70 * 10**9), (1, 8, 64, 1024)
 IN_A_NODE = 8
 # Bytes a second from a node of 8 GPUs to the next: one network adapter of 400 Gb/s for each GPU, as
 # in NVIDIA's DGX H200. Rings that share a sum out use all of them at once.
 NETWORK = 8 * 50e9
+BYTES = {1e12: "TB", 1e9: "GB", 1e6: "MB", 1e3: "KB", 1.0: "B"}
+SECONDS = {3600.0: "h", 60.0: "min", 1.0: "s", 1e-3: "ms", 1e-6: "us"}
 
 
 def device(ranks: int) -> Device:
@@ -61,6 +59,12 @@ def rows() -> list[dict[str, Any]]:
     return [row(projected(numel, ranks)) for numel in NUMELS for ranks in RANKS]
 
 
+def shown(value: float, units: dict[float, str]) -> str:
+    """In the largest unit that is not larger than the value."""
+    unit = next((unit for unit in units if value >= unit), None)
+    return "-" if unit is None else f"{value / unit:.3g} {units[unit]}"
+
+
 def table(found: list[dict[str, Any]]) -> list[str]:
     """In Markdown."""
     lines = [
@@ -69,18 +73,17 @@ def table(found: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for one in found:
-        sends = _bytes(one["step_sends"])
         ddp = "-"
         if one["ddp_sends"]:
-            ddp = f"{_bytes(one['ddp_sends'])}, {_seconds(one['ddp_floor_seconds'])}"
+            ddp = f"{shown(one['ddp_sends'], BYTES)}, {shown(one['ddp_floor_seconds'], SECONDS)}"
         cells = [
             f"{one['numel'] / 1e9:g}e9",
             f"{one['ranks']:,}",
-            f"{_bytes(one['forming_device'])}, {_bytes(one['forming_host'])}",
-            _bytes(one["steps_device"]),
+            f"{shown(one['forming_device'], BYTES)}, {shown(one['forming_host'], BYTES)}",
+            shown(one["steps_device"], BYTES),
             "yes" if one["fits"] else "no",
-            _seconds(one["step_floor_seconds"]),
-            sends,
+            shown(one["step_floor_seconds"], SECONDS),
+            shown(one["step_sends"], BYTES),
             ddp,
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -97,7 +100,7 @@ def main() -> None:
         "snapshots": 80,
         "rows": found,
     }
-    RESULTS.write_text(json.dumps(about, indent=1) + "\n")
+    RESULT.write_text(json.dumps(about, indent=1) + "\n")
     print("\n".join(table(found)))
 
 

@@ -1,6 +1,6 @@
 """Peak memory and speed of a subspace formed, implicit and in place, each in its own process.
 
-    python -m benchmarks.basis_memory --output result.json
+    python -m benchmarks.scaling.basis_memory --output result.json
 
 Records ``--count`` snapshots of ``--millions`` million parameters in ``--dtype``, makes a subspace
 of ``--dim`` directions and projects and reconstructs with it. The figure is the peak of the
@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +24,7 @@ import torch
 
 from dldr_ext import Subspace, Trajectory
 
-from .checkpoint_memory import peak
+from ..measure import fresh, resident, save
 
 WAYS: dict[str, Callable[[Trajectory, int], Any]] = {
     "formed": lambda trajectory, dim: trajectory.subspace(dim),
@@ -68,14 +65,14 @@ def measure(way: str, numel: int, count: int, dim: int, dtype: torch.dtype) -> d
     """In this process; meant to be a fresh one."""
     torch.manual_seed(0)
     Subspace.random([torch.zeros(5000)], 2).project([torch.zeros(5000)])  # allocated once
-    empty = peak()
+    empty = resident("VmHWM")
     _, trajectory = recorded(numel, count, dtype)
-    before, start = peak(), time.perf_counter()
+    before, start = resident("VmHWM"), time.perf_counter()
     subspace = WAYS[way](trajectory, dim)
     seconds = time.perf_counter() - start
     assert subspace.dim == dim
     return {
-        "peak_bytes": peak() - before,
+        "peak_bytes": resident("VmHWM") - before,
         "recorded_bytes": before - empty,
         "make_seconds": seconds,
     }
@@ -99,21 +96,10 @@ def main() -> None:
         return
     results = {}
     for way in (*WAYS, "speed"):
-        command = [sys.executable, "-m", "benchmarks.basis_memory", *sys.argv[1:], "--one", way]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        results[way] = json.loads(done.stdout.splitlines()[-1])
+        results[way] = fresh(__spec__.name, *sys.argv[1:], "--one", way)
         print(way, results[way], flush=True)
-    everything = {
-        "numel": numel,
-        "snapshots": options.count,
-        "dim": options.dim,
-        "dtype": options.dtype,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "torch": torch.__version__,
-        "results": results,
-    }
-    if options.output:
-        options.output.write_text(json.dumps(everything, indent=1) + "\n")
+    sizes = {"numel": numel, "snapshots": options.count}
+    save(options.output, sizes | {"dim": options.dim, "dtype": options.dtype}, results)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What ranks send, and how long their steps take."""

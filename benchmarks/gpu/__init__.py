@@ -1,0 +1,1 @@
+"""The ops and a whole step on an NVIDIA GPU: ``python -m benchmarks.gpu``."""
