@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 
 
 def build_info() -> dict[str, Any]:
-    """What this installation is and what it can run.
+    """Return what this installation is and what it can run.
 
     Returns
     -------

@@ -14,28 +14,14 @@ from .. import ops
 from ..files import artifacts
 from ..files.column_checkpoint import is_dcp, read_subspace, saved_shape
 from ..pca.dimension import checked_dim
-from ..pca.form_basis import formed
-from ..pca.gram import column_step, orthonormalize_
+from ..pca.gram import orthonormalize_
 from ..pca.report import checked_facts
 from ..tensors.alignment import empty_rows
 from ..tensors.formats import wide_dtype
-from ..tensors.matrices import Matrix
 from ..tensors.parameters import DTYPES, dtype_name, dtype_names, flatten, named_parameters, numel
 from . import basis as basis_module
 from .exact import ReadableSubspace
 from .from_snapshots import subspace_arguments
-
-
-def dense(
-    snapshots: Matrix,
-    coefficients: Tensor,
-    origin: Tensor,
-    dtype: torch.dtype,
-    **known: Any,
-) -> Subspace:
-    """The subspace with the basis coefficients @ snapshots, formed chunk by chunk."""
-    basis, scale = formed(snapshots, coefficients, dtype, column_step(snapshots))
-    return Subspace(basis, origin, scale=scale, **known)
 
 
 def read_whole(path: str | os.PathLike[str], device: Any) -> Subspace:

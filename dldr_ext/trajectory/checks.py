@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from ..collectives.partition import ColumnShard
-from ..tensors.formats import LARGEST, wide_dtype
-from ..tensors.parameters import check_matches, dtype_name, flatten, type_name
+from ..tensors.constants import MAX_DIM
+from ..tensors.formats import LARGEST, STORED, wide_dtype
+from ..tensors.matrices import as_stored
+from ..tensors.parameters import check_matches, dtype_name, dtype_names, flatten, type_name
+from .stores import Store
 
 
 class Recorded(Protocol):
@@ -30,6 +33,14 @@ def checked_capacity(capacity: int) -> int:
     if result < 1:
         raise ValueError(f"capacity: expected at least 1 snapshot, got {result}")
     return result
+
+
+def checked_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return ``dtype``, if rows may be stored in it."""
+    if dtype not in STORED:
+        name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise ValueError(f"dtype: expected one of {dtype_names(STORED)}, got {name}")
+    return dtype
 
 
 def flat_anchor(
@@ -101,3 +112,39 @@ def why_not_finite(
         f"a difference from the anchor of {largest:.3g} overflows: {holds}its square must stay "
         f"below {torch.finfo(wide_dtype(dtype)).max:.3g}; not recorded"
     )
+
+
+def check_in_memory(store: Store, storage: str, dtype: torch.dtype | None, what: str) -> None:
+    """Check that the rows of a store can serve as they are, one matrix in memory.
+
+    Parameters
+    ----------
+    store : Store
+    storage : str
+        Of the trajectory.
+    dtype : torch.dtype or None
+        The dtype that is asked for.
+    what : str
+        "materialize=False" or "into_subspace".
+    """
+    implicit = what == "materialize=False"
+    if store.spans_ranks:
+        raise ValueError(
+            "materialize: expected True for a trajectory of ranks, got False"
+            if implicit
+            else f"{what}: expected a trajectory of one process, got one of ranks"
+        )
+    codes, _ = as_stored(store.snapshots())
+    if not isinstance(codes, Tensor):
+        raise ValueError(
+            f"{what}: expected snapshots in the memory that the parameters are in (storage="
+            f"'device'), got storage={storage!r}; subspace() forms a basis of these piece by piece"
+        )
+    if dtype not in (None, store.dtype):
+        name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
+        raise ValueError(
+            f"{what}: dtype: expected {dtype_name(store.dtype)}, as the snapshots are stored, got "
+            f"{name}"
+        )
+    if implicit and store.length > MAX_DIM:
+        raise ValueError(f"{what}: expected at most {MAX_DIM} snapshots, got {store.length}")

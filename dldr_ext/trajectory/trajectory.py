@@ -24,12 +24,18 @@ from ..pca.spectrum import square_of, stored_spectrum
 from ..subspace.dense import Subspace
 from ..subspace.grouped import GroupedSubspace, group_slices
 from ..subspace.implicit import ImplicitSubspace
-from ..tensors.constants import MAX_DIM
-from ..tensors.formats import STORED, wide_dtype
-from ..tensors.matrices import Matrix, as_stored, columns
-from ..tensors.parameters import dtype_name, dtype_names, named_parameters, numel
+from ..tensors.formats import wide_dtype
+from ..tensors.matrices import Matrix, columns
+from ..tensors.parameters import dtype_name, named_parameters, numel
 from . import files, principal
-from .checks import check_current, checked_capacity, flat_anchor, why_not_finite
+from .checks import (
+    check_current,
+    check_in_memory,
+    checked_capacity,
+    checked_dtype,
+    flat_anchor,
+    why_not_finite,
+)
 from .from_checkpoints import (
     Progress,
     check_recorded,
@@ -133,7 +139,7 @@ class Trajectory:
         with nullcontext() if ranks is None else ranks.agreeing():
             self._set_parameters(params)
             self.capacity = checked_capacity(capacity)
-            self.dtype = _stored_dtype(dtype)
+            self.dtype = checked_dtype(dtype)
             check_storage(storage, path)
             self.storage = storage
             shard = None
@@ -340,7 +346,7 @@ class Trajectory:
         store, request = self._store, Request(dim, explained, center)
         with store.transaction("subspace"):
             if not materialize:
-                self._check_in_memory(dtype, "materialize=False")
+                check_in_memory(store, self.storage, dtype, "materialize=False")
             dtype, origin = self._checked(request, start, dtype)
         options = {"dim": dim, "explained": explained, "start": start, "center": center}
         facts = {name: str(value) for name, value in options.items()}
@@ -391,7 +397,7 @@ class Trajectory:
             As in `subspace`; for another dtype; for snapshots that are not in the memory that the
             parameters are in; while an `ImplicitSubspace` reads them. Nothing has changed then.
         """
-        self._check_in_memory(dtype, "into_subspace")
+        check_in_memory(self._store, self.storage, dtype, "into_subspace")
         if any(rows() is not None for rows in self._borrowed):
             raise ValueError(
                 "into_subspace: expected snapshots that nothing else reads, got an implicit "
@@ -638,40 +644,11 @@ class Trajectory:
                 f"expected at least two snapshots, the trajectory holds {len(self)}: call record()"
             )
 
-    def _check_in_memory(self, dtype: torch.dtype | None, what: str) -> None:
-        """Check that the snapshots can serve as they are."""
-        if self._store.spans_ranks:
-            raise ValueError(
-                "materialize: expected True for a trajectory of ranks, got False"
-                if what == "materialize=False"
-                else f"{what}: expected a trajectory of one process, got one of ranks"
-            )
-        codes, _ = as_stored(self.snapshots)
-        if not isinstance(codes, Tensor):
-            raise ValueError(
-                f"{what}: expected snapshots in the memory that the parameters are in (storage="
-                f"'device'), got storage={self.storage!r}; subspace() forms a basis of these "
-                "piece by piece"
-            )
-        if dtype not in (None, self.dtype):
-            name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
-            raise ValueError(
-                f"{what}: dtype: expected {dtype_name(self.dtype)}, as the snapshots are stored, "
-                f"got {name}"
-            )
-        if what == "materialize=False" and len(self) > MAX_DIM:
-            raise ValueError(
-                f"materialize=False: expected at most {MAX_DIM} snapshots, got {len(self)}"
-            )
-
     def _checked(
         self, request: Request, start: str | int, dtype: torch.dtype | None
     ) -> tuple[torch.dtype, Tensor]:
         """Return the dtype of the basis and the origin, if the request can be met."""
-        dtype = self.dtype if dtype is None else dtype
-        if dtype not in STORED:
-            expected = dtype_names(STORED)
-            raise ValueError(f"dtype: expected one of {expected}, got {dtype}")
+        dtype = checked_dtype(self.dtype if dtype is None else dtype)
         self._check_length()
         request.limit(len(self))
         anchor = self._store.anchor
@@ -687,14 +664,6 @@ class Trajectory:
         """Whether neither the weights nor the snapshots were ever rounded to less than float64."""
         dtypes = (self.dtype, *(p.dtype for p in self.params))
         return all(dtype == torch.float64 for dtype in dtypes)
-
-
-def _stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in STORED:
-        expected = dtype_names(STORED)
-        name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else repr(dtype)
-        raise ValueError(f"dtype: expected one of {expected}, got {name}")
-    return dtype
 
 
 def _ranks(params: Any, process_group: Any) -> Ranks | None:

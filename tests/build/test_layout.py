@@ -18,25 +18,6 @@ PACKAGE = ROOT / "dldr_ext"
 MOST_AT_THE_ROOT, MOST_IN_A_FOLDER, MOST_LINES = 4, 12, 700
 # Third parties that are slow or optional. A module that needs one may be imported late.
 OPTIONAL = {"lightning", "matplotlib", "mlxtend", "rich", "sklearn", "transformers", "typer"}
-# TEMPORARY: late imports that are on their way out. Take a line out when it is no longer needed.
-LATE = {
-    "dldr_ext.analysis.analysis from dldr_ext.cli.analyze",
-    "dldr_ext.analysis.report from dldr_ext.cli.analyze",
-    "dldr_ext.averaging.soup_files from dldr_ext.cli.soup",
-    "dldr_ext.demo.data from dldr_ext.cli.demo",
-    "dldr_ext.demo.methods from dldr_ext.cli.demo",
-    "dldr_ext.demo.report from dldr_ext.cli.demo",
-    "dldr_ext.demo.report from dldr_ext.demo.run",
-    "dldr_ext.demo.run from dldr_ext.cli.demo",
-    "dldr_ext.optim from dldr_ext.plan.calibration",
-    "dldr_ext.performance.roofline from dldr_ext.cli.bench",
-    "dldr_ext.subspace.dense from dldr_ext.plan.calibration",
-    "dldr_ext.subspace.parametrize from dldr_ext.subspace.base",
-    "dldr_ext.trajectory.stores.sharded from dldr_ext.distributed.local",
-    "dldr_ext.trajectory.stores.sharded from dldr_ext.trajectory.files",
-    "dldr_ext.trajectory.stores.sharded from dldr_ext.trajectory.from_checkpoints",
-    "dldr_ext.trajectory.stores.sharded from dldr_ext.trajectory.trajectory",
-}
 
 
 class Import(NamedTuple):
@@ -124,7 +105,7 @@ def test_own_modules_are_imported_at_the_top() -> None:
         if entry.late and entry.of in FILES
         if not needed(entry.of, set()) - needed(entry.by, set())
     }
-    assert not late - LATE, f"imported in a function: {sorted(late - LATE)}"
+    assert not late, f"imported in a function: {sorted(late)}"
 
 
 def test_no_circle_of_imports() -> None:
@@ -134,7 +115,6 @@ def test_no_circle_of_imports() -> None:
             entry.of
             for entry in IMPORTS
             if entry.by == name and entry.of in FILES and not entry.typed
-            if not (entry.late and f"{entry.of} from {entry.by}" in LATE)
         }
         for name in FILES
     }

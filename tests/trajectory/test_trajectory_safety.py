@@ -41,7 +41,7 @@ def test_fewer_than_two_snapshots(count):
         ({"start": "middle"}, ValueError, "'last', 'mean' or an index, got 'middle'"),
         ({"start": 12}, ValueError, "expected an index of the 12 snapshots, got 12"),
         ({"start": 1.5}, TypeError, "float"),
-        ({"dtype": torch.int16}, ValueError, "int8, float8_e4m3fn, got torch.int16"),
+        ({"dtype": torch.int16}, ValueError, "int8, float8_e4m3fn, got int16"),
     ],
 )
 def test_bad_arguments_of_subspace(options, error, message):
