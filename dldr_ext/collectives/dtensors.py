@@ -17,13 +17,23 @@ def local_shards(params: Iterable[Any]) -> list[Tensor]:
     Parameters
     ----------
     params : iterable of Tensor
-        As in `dldr_ext.Trajectory`; of a tensor that is no DTensor the tensor itself.
+        As in `dldr_ext.Trajectory`.
+
+    Returns
+    -------
+    list of Tensor
+        Of a tensor that is no DTensor the tensor itself.
     """
     return [local_shard(p) for p in named_parameters(params)[0]]
 
 
 def local_columns(params: Iterable[Any]) -> Tensor:
     """Return where the elements of `local_shards` are among all n elements in flat order.
+
+    Parameters
+    ----------
+    params : iterable of Tensor
+        As in `local_shards`.
 
     Returns
     -------

@@ -131,6 +131,16 @@ def cut(numel: int, rank: int, size: int, pad: bool = False) -> tuple[int, int]:
     rank, size : int
     pad : bool
         As if n were a multiple of the columns of a rank.
+
+    Returns
+    -------
+    begin, end : int
+
+    Examples
+    --------
+    >>> from dldr_ext.distributed import cut
+    >>> [cut(1000, rank, 3) for rank in range(3)]
+    [(0, 512), (512, 1000), (1000, 1000)]
     """
     length = -(-numel // (size * SCALE_BLOCK)) * SCALE_BLOCK
     begin, end = rank * length, (rank + 1) * length

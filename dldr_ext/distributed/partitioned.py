@@ -87,7 +87,13 @@ class PartitionedSubspace(AffineSubspace):
         return result
 
     def report(self) -> str:
-        """Return what was kept and why, as `Subspace.report` says it: of all ranks' columns."""
+        """Return what was kept and why, as `Subspace.report` says it: of all ranks' columns.
+
+        Returns
+        -------
+        str
+            Some lines, the same on every rank.
+        """
         dtype = (self._placeholder if self.local is None else self.local.basis).dtype
         ratio = self.explained_variance_ratio
         return report(self.dim, self._total, dtype, self.choice, ratio)
@@ -137,6 +143,17 @@ class PartitionedSubspace(AffineSubspace):
     @override
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Any:
         """Return the same subspace with another dtype of the basis.
+
+        Parameters
+        ----------
+        device : torch.device or str, optional
+            None or that of the ranks: a process group belongs to one kind of device.
+        dtype : torch.dtype, optional
+            float32, bfloat16, float16 or float64.
+
+        Returns
+        -------
+        subspace of the same kind
 
         Raises
         ------

@@ -97,6 +97,10 @@ class ShardedSubspace(PartitionedSubspace):
         ranks : Ranks
         **arguments
             Of `Subspace`.
+
+        Returns
+        -------
+        ShardedSubspace
         """
         result = object.__new__(cls)
         scale = arguments.pop("scale", None)
@@ -151,6 +155,10 @@ class ShardedSubspace(PartitionedSubspace):
 
     def whole(self) -> Subspace:
         """Return the subspace with all columns, on every rank: d n numbers of memory.
+
+        Returns
+        -------
+        Subspace
 
         Raises
         ------

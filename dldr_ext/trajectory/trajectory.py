@@ -477,6 +477,10 @@ class Trajectory:
         Over ranks it is one file too, as one process saves it: written by rank 0, and loaded by one
         process or any number of ranks.
 
+        Parameters
+        ----------
+        path : path
+
         Raises
         ------
         ValueError
