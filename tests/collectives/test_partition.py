@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_group import RankGroup
 from rank_problem import MAKE, closure_of, part, problem, train
+from rank_walks import network
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DeviceMesh
+from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
 
 from dldr_ext import Trajectory
-from dldr_ext.collectives.dtensors import local_shards
-from dldr_ext.collectives.partition import cut
+from dldr_ext.collectives.dtensors import local_columns, local_shards
+from dldr_ext.collectives.partition import ColumnShard, cut, runs_of
 from dldr_ext.distributed.local import LocalSubspace
 from dldr_ext.distributed.sharded import ShardedSubspace
 
@@ -103,3 +105,47 @@ def test_pieces_cover_every_column_once(numel: int, size: int) -> None:
         len({end - begin for begin, end in (cut(numel, r, size, pad=True) for r in range(size))})
         == 1
     )
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1), st.data())
+def test_a_shard_knows_its_columns(pairs: Any, data: Any) -> None:
+    """Runs with gaps; `global_runs` and `local_runs` against plain indices."""
+    shard, at, mine = object.__new__(ColumnShard), 0, []
+    shard.runs = []
+    for gap, length in pairs:
+        shard.runs.append((at + gap, at + gap + length))
+        at += gap + length
+        mine += range(at - length, at)
+    shard.index()
+    assert shard.numel == len(mine)
+    begin = data.draw(st.integers(0, len(mine)))
+    end = data.draw(st.integers(begin, len(mine)))
+    found = [-1] * (end - begin)
+    for place, (low, high) in shard.global_runs(begin, end):
+        found[place] = range(low, high)
+    assert found == mine[begin:end]
+    first = data.draw(st.integers(0, at))
+    last = data.draw(st.integers(first, at))
+    pieces = [(list(range(len(mine))[own]), run) for own, run in shard.local_runs(first, last)]
+    assert [mine[i] for own, _ in pieces for i in own] == [i for i in mine if first <= i < last]
+    assert [i for _, run in pieces for i in range(*run)] == [i for i in mine if first <= i < last]
+
+
+def runs_as_columns() -> None:
+    """Of every placement of a mesh of two dimensions, and of FSDP2."""
+    size = dist.get_world_size()
+    mesh = DeviceMesh("cpu", torch.arange(size).view(2, size // 2))
+    placements = [Replicate(), Shard(0), Shard(1), Shard(2)]
+    for pair in itertools.product(placements, repeat=2):
+        tensors = [torch.zeros(5, 3, 4), torch.zeros(2, 2, 2), torch.zeros(1, 7, 3)]
+        shards = [distribute_tensor(t, mesh, pair, src_data_rank=None) for t in tensors]
+        found = [i for begin, end in runs_of(shards) for i in range(begin, end)]
+        assert found == local_columns(shards).tolist(), pair
+    for params in (network("sharded").parameters(), network("sharded", True).parameters()):
+        listed = list(params)
+        found = [i for begin, end in runs_of(listed) for i in range(begin, end)]
+        assert found == local_columns(listed).tolist()
+
+
+def test_runs_are_the_columns_of_local_shards(ranks: RankGroup) -> None:
+    ranks.all(runs_as_columns)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,52 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from rank_group import RankGroup
+from rank_walks import STEPS, network, walk
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
 
 from dldr_ext import LocalSubspace, ShardedSubspace, Trajectory
 from dldr_ext.checkpoints.reader import CheckpointReader
 from dldr_ext.collectives.dtensors import local_columns
-from dldr_ext.collectives.partition import ColumnShard, runs_of
 from dldr_ext.files import artifacts
 
-STEPS, D = 6, 3
-
-
-def network(mode: str = "whole", small: bool = False) -> nn.Module:
-    """963 weights, or 19: in the latter most ranks have none of a whole vector."""
-    torch.manual_seed(0)
-    sizes = (3, 2, 3) if small else (20, 40, 3)
-    model = nn.Sequential(nn.Linear(*sizes[:2]), nn.Tanh(), nn.Linear(*sizes[1:]))
-    if mode != "whole":
-        size = dist.get_world_size()
-        shape = (2, size // 2) if mode == "hybrid" else (size,)
-        names = ("replicate", "shard")[-len(shape) :]
-        mesh = DeviceMesh("cpu", torch.arange(size).view(shape), mesh_dim_names=names)
-        fully_shard(model, mesh=mesh)
-    return model
-
-
-def walk(model: nn.Module, first: int = 0, last: int = STEPS) -> Any:
-    """The same weights everywhere, however they are cut."""
-    plain = network(small=sum(p.numel() for p in model.parameters()) < 100)
-    for t in range(last):
-        generator = torch.Generator().manual_seed(t)
-        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-            with torch.no_grad():
-                q += 0.1 * torch.randn(q.shape, generator=generator)
-                full = q
-                if hasattr(p, "device_mesh"):
-                    full = distribute_tensor(q.detach(), p.device_mesh, p.placements).to_local()
-                    p = p.to_local()
-                p.copy_(full)
-        if t >= first:
-            yield t
+D = 3
 
 
 def recorded(mode: str, tier: str, path: Any, small: bool = False) -> Trajectory:
@@ -482,47 +445,3 @@ def test_a_bad_checkpoint_is_left_out_on_all_ranks(ranks: RankGroup, tmp_path: P
     path.write_bytes(b"nothing")
     for r in ranks.all(read_in_parts, tmp_path / "run", "whole", "", {}):
         assert "error" in r and "step2" in r["error"]
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1), st.data())
-def test_a_share_knows_its_columns(pairs: Any, data: Any) -> None:
-    """Runs with gaps; `stretches` and `within` against plain indices."""
-    shard, at, mine = object.__new__(ColumnShard), 0, []
-    shard.runs = []
-    for gap, length in pairs:
-        shard.runs.append((at + gap, at + gap + length))
-        at += gap + length
-        mine += range(at - length, at)
-    shard.index()
-    assert shard.numel == len(mine)
-    begin = data.draw(st.integers(0, len(mine)))
-    end = data.draw(st.integers(begin, len(mine)))
-    found = [-1] * (end - begin)
-    for place, (low, high) in shard.global_runs(begin, end):
-        found[place] = range(low, high)
-    assert found == mine[begin:end]
-    first = data.draw(st.integers(0, at))
-    last = data.draw(st.integers(first, at))
-    pieces = [(list(range(len(mine))[own]), run) for own, run in shard.local_runs(first, last)]
-    assert [mine[i] for own, _ in pieces for i in own] == [i for i in mine if first <= i < last]
-    assert [i for _, run in pieces for i in range(*run)] == [i for i in mine if first <= i < last]
-
-
-def runs_as_columns() -> None:
-    """Of every placement of a mesh of two dimensions, and of FSDP2."""
-    size = dist.get_world_size()
-    mesh = DeviceMesh("cpu", torch.arange(size).view(2, size // 2))
-    placements = [Replicate(), Shard(0), Shard(1), Shard(2)]
-    for pair in itertools.product(placements, repeat=2):
-        tensors = [torch.zeros(5, 3, 4), torch.zeros(2, 2, 2), torch.zeros(1, 7, 3)]
-        cut = [distribute_tensor(t, mesh, pair, src_data_rank=None) for t in tensors]
-        found = [i for begin, end in runs_of(cut) for i in range(begin, end)]
-        assert found == local_columns(cut).tolist(), pair
-    for params in (network("sharded").parameters(), network("sharded", True).parameters()):
-        listed = list(params)
-        found = [i for begin, end in runs_of(listed) for i in range(begin, end)]
-        assert found == local_columns(listed).tolist()
-
-
-def test_runs_are_the_columns_of_local_shards(ranks: RankGroup) -> None:
-    ranks.all(runs_as_columns)
