@@ -133,7 +133,7 @@ class Run:
         yield "DDP, SGD", self.measure(ordinary)
         yield "DDP and the published way", self.measure(self._published())
         columns = ShardedSubspace(self.whole, "world")
-        for kind, subspace in (("whole", self.whole), ("columns cut", columns)):
+        for kind, subspace in (("whole", self.whole), ("sharded columns", columns)):
             for name, make in (
                 ("PSGD", lambda s: PSGD(self.params, s, lr=0.001, process_group=self.ddp)),
                 ("PBFGS consecutive", lambda s: self._pbfgs(s, "consecutive")),
