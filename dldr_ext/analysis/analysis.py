@@ -170,13 +170,31 @@ class Analysis:
 
     def _gram_pass(self, reader: CheckpointReader) -> None:
         for begin in range(self._done.column, self.series.numel, self._chunks.width):
-            anchor, rows = self._chunks.read(reader, begin)
-            gram = exact_gram(rows, total=self._done.gram)
-            norm = float(torch.linalg.vector_norm(anchor, dtype=torch.float64))
-            end = begin + len(anchor)
-            self._done = Done(gram, self._done.square + norm**2, end)
-            self._report("Gram matrix", 0, end)
+            self._done = self._multiplied(reader, begin)
+            self._report("Gram matrix", 0, self._done.column)
             self._save_now_and_then()
+
+    # A chunk is local to a function of its own: the next one may be in its memory.
+
+    def _multiplied(self, reader: CheckpointReader, begin: int) -> Done:
+        anchor, rows = self._chunks.read(reader, begin)
+        gram = exact_gram(rows, total=self._done.gram)
+        norm = float(torch.linalg.vector_norm(anchor, dtype=torch.float64))
+        return Done(gram, self._done.square + norm**2, begin + len(anchor))
+
+    def _write_basis(
+        self, reader: CheckpointReader, begin: int, coefficients: Tensor, file: PartialFile
+    ) -> int:
+        """Write the columns of one chunk; return where the next one begins."""
+        anchor, rows = self._chunks.read(reader, begin)
+        basis, scale = formed(rows, coefficients, self.dtype, self._step)
+        numel = self.series.numel
+        for row, values in enumerate(basis):
+            file.write("basis", row * numel + begin, values)
+        for row, values in enumerate(() if scale is None else scale):
+            file.write("scale", row * blocks(numel) + block_range(begin, numel)[0], values)
+        file.write("origin", begin, anchor)
+        return begin + len(anchor)
 
     def _basis_pass(self, reader: CheckpointReader, components: Decomposition) -> None:
         count, series, numel = components.dim, self.series, self.series.numel
@@ -202,15 +220,7 @@ class Analysis:
                 self._done = self._done._replace(basis_column=0)
             try:
                 for begin in range(self._done.basis_column, numel, self._chunks.width):
-                    anchor, rows = self._chunks.read(reader, begin)
-                    basis, scale = formed(rows, components.coefficients, self.dtype, self._step)
-                    for row, values in enumerate(basis):
-                        file.write("basis", row * numel + begin, values)
-                    for row, values in enumerate(() if scale is None else scale):
-                        at = row * blocks(numel) + block_range(begin, numel)[0]
-                        file.write("scale", at, values)
-                    file.write("origin", begin, anchor)
-                    end = begin + len(anchor)
+                    end = self._write_basis(reader, begin, components.coefficients, file)
                     self._done = self._done._replace(basis_column=end)
                     self._report("basis", numel, end)
                     self._save_now_and_then(file)
