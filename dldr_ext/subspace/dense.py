@@ -81,7 +81,7 @@ class Subspace(ReadableSubspace):
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came.
+        Naming the argument that does not fit the others, what was expected and what came.
 
     See Also
     --------
@@ -343,7 +343,7 @@ class Subspace(ReadableSubspace):
         Raises
         ------
         TypeError, ValueError
-            Naming the argument, what was expected and what came.
+            Parameters that are no such list; a ``dim`` above their number of elements.
 
         References
         ----------
@@ -400,7 +400,8 @@ class Subspace(ReadableSubspace):
         Raises
         ------
         TypeError, ValueError
-            Naming the argument, what was expected and what came.
+            Snapshots of different parameters, fewer than two, not finite or all equal; a ``dim``
+            above their number.
 
         Warns
         -----
