@@ -1,4 +1,4 @@
-"""Every op on small inputs, for `compute-sanitizer python3 tests/support/small_ops.py`.
+"""Every op on small inputs: `compute-sanitizer python3 tests/support/small_ops.py`.
 
 Sizes around packs, scale blocks and tiles, lists inside and beyond a kernel's arguments.
 """
