@@ -175,15 +175,15 @@ struct QuasiNewtonInputs {
                 shape_of(b));
     check_value(b.is_contiguous(), op, "b: expected a contiguous tensor");
     args.dim = b.size(0);
-    args.b = static_cast<double*>(b.data_ptr());
-    args.guess = vector(op, "guess", guess, b);
+    args.H = static_cast<double*>(b.data_ptr());
+    args.initial = vector(op, "guess", guess, b);
     args.c = vector(op, "c", c, b);
     check_value(s.has_value() == y.has_value(), op, "y: expected beside s, and only there");
     if (s) {
       args.s = vector(op, "s", *s, b);
       args.y = vector(op, "y", *y, b);
       check_value(hs.has_value() || !damped || published, op,
-                  "hs: expected B^-1 s for damping, got None");
+                  "hs: expected H^-1 s for damping, got None");
     }
     if (hs) args.hs = vector(op, "hs", *hs, b);
     args.fresh = fresh;

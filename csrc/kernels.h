@@ -101,25 +101,27 @@ struct FormBasisArgs {
   DType out_dtype = DType::f32;
 };
 
-// The d x d algebra of a step (quasi_newton.h), all float64. From the pair (s, y), unless s is
-// null, b learns first; hs is B^-1 s. Then p = -b c. b is set to diag(guess) where it cannot go on.
+// The d x d algebra of a step (quasi_newton.h), all float64. H, the inverse Hessian, is updated
+// first with the curvature pair (s, y), unless s is null; hs is H^-1 s. Then p = -H c. H is reset
+// to diag(initial) where it is no longer usable.
 struct QuasiNewtonArgs {
   int64_t dim = 0;
-  double* b = nullptr;
-  const double* guess = nullptr;
+  double* H = nullptr;
+  const double* initial = nullptr;
   const double* c = nullptr;
   const double* s = nullptr;
   const double* y = nullptr;
   const double* hs = nullptr;
-  bool fresh = false;      // b is still the guess: it may be scaled up before it learns
+  bool fresh = false;      // H is still diag(initial): it may be scaled up before its update
   bool damped = false;     // Powell's damping
   bool published = false;  // the rule of the paper's code instead
   double* p = nullptr;
   double* info = nullptr;  // kQuasiNewtonInfo numbers
   double* scratch = nullptr;
 };
-// What is said of a step: c.p, |c|, whether b learned (2: from a damped y), was reset, whether p
-// goes downhill, a lower bound on b's condition number (NaN unless it learned), |p|.
+// The facts of a step: c.p, |c|, whether H was updated (2: with a damped y), whether it was reset,
+// whether p is a descent direction, a lower bound on H's condition number (NaN without an update),
+// |p|.
 constexpr int64_t kQuasiNewtonInfo = 7;
 constexpr int64_t quasi_newton_scratch(int64_t dim) { return dim * (dim + 3); }
 

@@ -1,6 +1,7 @@
-// The d x d algebra of a P-BFGS step: learn from a pair (s, y), then find the direction. One source
-// for the CPU (one thread) and for CUDA (one block of threads): `Team` says how work is shared. The
-// rules are those of dldr_ext/optim/bfgs.py, where their sources are named.
+// The d x d algebra of a P-BFGS step: update the inverse Hessian H with a curvature pair (s, y),
+// then find the direction. One source for the CPU (one thread) and for CUDA (one block of threads):
+// `Team` says how work is divided. The rules are those of dldr_ext/optim/algebra/bfgs.py, where
+// their sources are named.
 #pragma once
 
 #include <cmath>
@@ -30,31 +31,31 @@ class QuasiNewton {
   DLDR_HOST_DEVICE QuasiNewton(const Team& team, const QuasiNewtonArgs& args)
       : team_(team), args_(args), d_(args.dim) {}
 
-  // Every thread of the team calls it; `info` and `p` are written by all, b by their owners.
+  // Every thread of the team calls it; `info`, `p` and H are written by the threads together.
   DLDR_HOST_DEVICE void run() {
-    double learned = 0, reset = 0, bound = NAN;
+    double updated = 0, was_reset = 0, bound = NAN;
     if (args_.s != nullptr) {
-      learned = learn();
-      if (learned != 0 && !args_.published) {
+      updated = update();
+      if (updated != 0 && !args_.published) {
         bound = condition();
         if (!(bound < kCondition)) {
-          learned = 0;
-          reset = 1;
-          forget();
+          updated = 0;
+          was_reset = 1;
+          reset();
         }
       }
     }
     const double size = std::sqrt(dot(args_.c, args_.c));
     double slope = direction();
     if (!descends(slope, size)) {
-      forget();
-      reset = 1;
+      reset();
+      was_reset = 1;
       slope = direction();
     }
     const double values[kQuasiNewtonInfo] = {slope,
                                              size,
-                                             learned,
-                                             reset,
+                                             updated,
+                                             was_reset,
                                              descends(slope, size) ? 1.0 : 0.0,
                                              bound,
                                              std::sqrt(dot(args_.p, args_.p))};
@@ -69,22 +70,22 @@ class QuasiNewton {
     return team_.sum(d_, [&](int64_t i) { return a[i] * b[i]; });
   }
 
-  // to = B x
+  // to = H x
   DLDR_HOST_DEVICE void multiply(const double* x, double* to) const {
     team_.each(d_, [&](int64_t i) {
       double sum = 0;
-      // B is symmetric: by columns, neighbouring threads read neighbouring numbers.
-      for (int64_t j = 0; j < d_; ++j) sum += args_.b[j * d_ + i] * x[j];
+      // H is symmetric: by columns, neighbouring threads read neighbouring numbers.
+      for (int64_t j = 0; j < d_; ++j) sum += args_.H[j * d_ + i] * x[j];
       to[i] = sum;
     });
     team_.sync();
   }
 
-  // 1 if b learned, 2 from a damped y, else 0.
-  DLDR_HOST_DEVICE double learn() {
+  // The BFGS update of H. Returns 1 if it was made, 2 if with a damped y, else 0.
+  DLDR_HOST_DEVICE double update() {
     double* const y = args_.scratch;
-    double* const by = y + d_;
-    double* const v = by + d_;
+    double* const Hy = y + d_;
+    double* const v = Hy + d_;
     const double* const s = args_.s;
     team_.each(d_, [&](int64_t i) { y[i] = args_.y[i]; });
     team_.sync();
@@ -96,36 +97,36 @@ class QuasiNewton {
     } else {
       if (!(std::isfinite(ss + yy + sy) && ss > kTiny && yy > kTiny)) return 0;
       if (args_.fresh) {
-        multiply(y, by);
-        const double scale = sy / dot(y, by);
+        multiply(y, Hy);
+        const double scale = sy / dot(y, Hy);
         if (scale > 1) factor = scale;
       }
       if (args_.damped) damped = damp(y, factor, yy, sy);
       if (!(sy > kCurvature * std::sqrt(ss * yy))) return 0;
     }
     if (factor != 1) {
-      team_.each(d_ * d_, [&](int64_t i) { args_.b[i] *= factor; });
+      team_.each(d_ * d_, [&](int64_t i) { args_.H[i] *= factor; });
       team_.sync();
     }
-    multiply(y, by);
-    const double weight = 0.5 * (1 + dot(y, by) / sy) / sy;
-    team_.each(d_, [&](int64_t i) { v[i] = weight * s[i] - by[i] / sy; });
+    multiply(y, Hy);
+    const double weight = 0.5 * (1 + dot(y, Hy) / sy) / sy;
+    team_.each(d_, [&](int64_t i) { v[i] = weight * s[i] - Hy[i] / sy; });
     team_.sync();
-    // (I - s y'/sy) B (I - y s'/sy) + s s'/sy, symmetric to the bit.
+    // (I - s y'/sy) H (I - y s'/sy) + s s'/sy, symmetric to the bit.
     team_.each(d_ * d_, [&](int64_t k) {
       const int64_t i = k / d_, j = k % d_;
-      args_.b[k] += s[i] * v[j] + v[i] * s[j];
+      args_.H[k] += s[i] * v[j] + v[i] * s[j];
     });
     team_.sync();
     return damped ? 2 : 1;
   }
 
-  // Powell's damping of y: it keeps a part of the curvature s.B^-1 s that B, times `factor`,
-  // believes in. Whether it had to change y.
+  // Powell's damping of y: at least a fraction of the curvature s.H^-1 s that H, times `factor`,
+  // predicts is kept. Returns whether y had to change.
   DLDR_HOST_DEVICE bool damp(double* y, double factor, double& yy, double& sy) const {
-    const double believed = dot(args_.s, args_.hs) / factor;
-    if (sy >= kPowell * believed) return false;
-    const double t = (1 - kPowell) * believed / (believed - sy);
+    const double predicted = dot(args_.s, args_.hs) / factor;
+    if (sy >= kPowell * predicted) return false;
+    const double t = (1 - kPowell) * predicted / (predicted - sy);
     team_.each(d_, [&](int64_t i) { y[i] = t * y[i] + (1 - t) * (args_.hs[i] / factor); });
     team_.sync();
     yy = dot(y, y);
@@ -133,11 +134,11 @@ class QuasiNewton {
     return true;
   }
 
-  // A lower bound on B's condition number, from the diagonal of its Cholesky factor; infinite if B
+  // A lower bound on H's condition number, from the diagonal of its Cholesky factor; infinite if H
   // is not positive definite.
   DLDR_HOST_DEVICE double condition() const {
     double* const factor = args_.scratch + 3 * d_;
-    team_.each(d_ * d_, [&](int64_t i) { factor[i] = args_.b[i]; });
+    team_.each(d_ * d_, [&](int64_t i) { factor[i] = args_.H[i]; });
     team_.sync();
     double smallest = INFINITY, largest = 0;
     for (int64_t k = 0; k < d_; ++k) {
@@ -155,14 +156,14 @@ class QuasiNewton {
     return largest / smallest;  // the pivots are squares of the factor's diagonal
   }
 
-  DLDR_HOST_DEVICE void forget() const {
+  DLDR_HOST_DEVICE void reset() const {
     team_.sync();
     team_.each(d_ * d_,
-               [&](int64_t k) { args_.b[k] = k / d_ == k % d_ ? args_.guess[k % d_] : 0.0; });
+               [&](int64_t k) { args_.H[k] = k / d_ == k % d_ ? args_.initial[k % d_] : 0.0; });
     team_.sync();
   }
 
-  // p = -B c; returns its slope c.p.
+  // p = -H c; returns its slope c.p.
   DLDR_HOST_DEVICE double direction() const {
     multiply(args_.c, args_.p);
     team_.each(d_, [&](int64_t i) { args_.p[i] = -args_.p[i]; });

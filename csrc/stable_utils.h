@@ -204,17 +204,17 @@ class TensorList {
                                        const std::vector<Tensor>& tensors, int64_t lists,
                                        int64_t numel, const char* numel_source,
                                        const Tensor& reference) {
-    std::vector<TensorList> found(static_cast<size_t>(lists));
+    std::vector<TensorList> result(static_cast<size_t>(lists));
     size_t at = 0;
     for (size_t i = 0; i < tensors.size(); ++i) {
-      if (found[at].numel_ >= numel && at + 1 < found.size()) ++at;
-      found[at].add(op, name, i, tensors[i], reference, Access::read);
+      if (result[at].numel_ >= numel && at + 1 < result.size()) ++at;
+      result[at].add(op, name, i, tensors[i], reference, Access::read);
     }
-    for (size_t k = 0; k < found.size(); ++k) {
-      check_value(found[k].numel_ == numel, op, name, ": expected ", lists, " lists of ", numel,
-                  " elements each (", numel_source, "), got ", found[k].numel_, " in list ", k);
+    for (size_t k = 0; k < result.size(); ++k) {
+      check_value(result[k].numel_ == numel, op, name, ": expected ", lists, " lists of ", numel,
+                  " elements each (", numel_source, "), got ", result[k].numel_, " in list ", k);
     }
-    return found;
+    return result;
   }
 
   // Hands what was written into the copies on to the tensors themselves.

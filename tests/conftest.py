@@ -40,13 +40,20 @@ def _seed() -> None:
     torch.manual_seed(1234)
 
 
+@contextmanager
+def _cpu_path(name: str):
+    """The CPU kernels of one instruction set."""
+    before = torch.ops.dldr_ext._cpu_capability()
+    torch.ops.dldr_ext._set_cpu_capability(name)
+    yield
+    torch.ops.dldr_ext._set_cpu_capability(before)
+
+
 @pytest.fixture(params=dldr_ext.build_info()["cpu_capabilities"])
 def cpu_capability(request):
     """Runs a test on every instruction-set path of this machine."""
-    before = torch.ops.dldr_ext._cpu_capability()
-    torch.ops.dldr_ext._set_cpu_capability(request.param)
-    yield request.param
-    torch.ops.dldr_ext._set_cpu_capability(before)
+    with _cpu_path(request.param):
+        yield request.param
 
 
 @contextmanager
@@ -74,14 +81,9 @@ def device(request):
 )
 def kernels(request):
     """Runs a test on every instruction-set path of this machine and on CUDA."""
-    if request.param == "cuda":
-        with _tensors_on(CUDA_TESTS_ON):
-            yield "cuda"
-        return
-    before = torch.ops.dldr_ext._cpu_capability()
-    torch.ops.dldr_ext._set_cpu_capability(request.param)
-    yield request.param
-    torch.ops.dldr_ext._set_cpu_capability(before)
+    cuda = request.param == "cuda"
+    with _tensors_on(CUDA_TESTS_ON) if cuda else _cpu_path(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -104,16 +106,16 @@ def rank_groups():
     """Groups of so many ranks, started once for all tests that do not end them."""
     from rank_group import RankGroup
 
-    made: dict[int, RankGroup] = {}
+    groups: dict[int, RankGroup] = {}
 
     def group(size: int) -> RankGroup:
-        if size not in made:
-            made[size] = RankGroup(size)
-        return made[size]
+        if size not in groups:
+            groups[size] = RankGroup(size)
+        return groups[size]
 
     yield group
-    for one in made.values():
-        one.close()
+    for started in groups.values():
+        started.close()
 
 
 @pytest.fixture(params=[2, 4])

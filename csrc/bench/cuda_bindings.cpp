@@ -155,8 +155,8 @@ py::tuple quasi_newton_(py::array& b, const py::array& guess, const py::array& c
   };
   check_array("b", b, DType::f64, {args.dim, args.dim});
   check_writeable("b", b);
-  args.b = static_cast<double*>(b.mutable_data());
-  args.guess = vector("guess", guess);
+  args.H = static_cast<double*>(b.mutable_data());
+  args.initial = vector("guess", guess);
   args.c = vector("c", c);
   check_value(s.has_value() == y.has_value(), "y: expected beside s, and only there");
   if (s) args.s = vector("s", *s);

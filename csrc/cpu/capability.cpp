@@ -20,19 +20,19 @@ extern const CpuKernels kernels;
 
 const std::vector<const CpuKernels*>& available_kernels() {
   static const std::vector<const CpuKernels*> available = [] {
-    std::vector<const CpuKernels*> found = {&portable::kernels};
+    std::vector<const CpuKernels*> kernels = {&portable::kernels};
 #if defined(__x86_64__)
     // __builtin_cpu_supports also asks the operating system whether it keeps the registers.
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
-    if (avx2) found.push_back(&avx2::kernels);
+    if (avx2) kernels.push_back(&avx2::kernels);
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      found.push_back(&avx512::kernels);
+      kernels.push_back(&avx512::kernels);
     }
 #endif
-    return found;
+    return kernels;
   }();
   return available;
 }

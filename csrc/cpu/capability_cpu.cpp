@@ -1,5 +1,5 @@
-// What Python asks of the library itself: the CPU paths that dldr_ext.build_info() shows, the switch
-// that tests use, and the constants of plan.h.
+// The facts that Python asks of the library: the CPU paths that dldr_ext.build_info() shows, the
+// switch that tests use, and the constants of plan.h.
 #include "../stable_utils.h"
 #include "capability.h"
 

@@ -96,10 +96,10 @@ void gram_block_chunks(const GramBlockArgs& args, int64_t begin, int64_t end) {
     }
     dot_all<T>(args.snapshots, 0, args.index, at, count, all, args.count);
     for (int64_t k = 0; k < args.count; ++k) {
-      Products<A> one = all;
-      one.x += k * kTile;
-      one.sums += k * width;
-      dot_all<T>(args.snapshots, args.index, args.index + k + 1, at, count, one, 1);
+      Products<A> tile = all;
+      tile.x += k * kTile;
+      tile.sums += k * width;
+      dot_all<T>(args.snapshots, args.index, args.index + k + 1, at, count, tile, 1);
     }
   }
 }

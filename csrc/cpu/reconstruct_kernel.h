@@ -101,8 +101,8 @@ inline void combine_rows(const Rows& rows, int64_t first, int64_t begin, int64_t
 template <int K, class T, class A>
 void combine_all(const Rows& rows, int64_t begin, int64_t count, const A* const (&theta)[K],
                  A* const (&out)[K]) {
-  for (A* const one : out) {
-    for (int64_t i = 0; i < ceil_div(count, kCacheLine) * kCacheLine; ++i) one[i] = 0;
+  for (A* const sums : out) {
+    for (int64_t i = 0; i < ceil_div(count, kCacheLine) * kCacheLine; ++i) sums[i] = 0;
   }
   combine_rows<kRowBlock, K, T>(rows, 0, begin, count, theta, out);
 }

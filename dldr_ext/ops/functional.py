@@ -41,7 +41,8 @@ def project(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came.
+        Another kind of argument than described, or another number of elements than the basis has
+        columns.
 
     See Also
     --------
@@ -88,7 +89,7 @@ def project_many(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came.
+        As in `project`, with the list that differs.
 
     See Also
     --------
@@ -142,8 +143,7 @@ def reconstruct(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came. A basis that requires a gradient
-        is refused: there is none with respect to it.
+        As in `project`; a basis that requires a gradient, since there is none.
 
     See Also
     --------
@@ -184,7 +184,7 @@ def reconstruct_(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came; nothing has been written then.
+        As in `reconstruct`; a tensor that cannot be written. No tensor has been written then.
 
     See Also
     --------
@@ -236,7 +236,7 @@ def reconstruct_residual(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came.
+        As in `project`.
 
     See Also
     --------
@@ -273,7 +273,7 @@ def trial_(params: Sequence[Tensor], point: Tensor, direction: Tensor, alpha: fl
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came; nothing has been written then.
+        An alpha that is not finite, vectors of two lengths. No tensor has been written then.
 
     Examples
     --------
@@ -306,7 +306,7 @@ def gram(snapshots: Tensor, *, scale: Tensor | None = None) -> Tensor:
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came.
+        Another kind of matrix, or a scale that does not belong to it.
 
     See Also
     --------
@@ -356,7 +356,8 @@ def gram_append_(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came; nothing has been written then.
+        An index out of range, another number of elements than the snapshots have columns. Nothing
+        has been written then.
 
     See Also
     --------
@@ -409,7 +410,7 @@ def store_snapshot_(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came; nothing has been written then.
+        As in `gram_append_`.
 
     See Also
     --------
@@ -459,7 +460,7 @@ def gram_block_(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came; nothing has been written then.
+        Rows out of range, a Gram matrix that is too small. Nothing has been written then.
 
     See Also
     --------
@@ -508,7 +509,7 @@ def form_basis(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came.
+        Coefficients of other snapshots or of more than 1,024 rows, an 8-bit ``dtype``.
 
     Examples
     --------

@@ -205,17 +205,12 @@ class AffineSubspace(ABC):
         Parameters
         ----------
         params : iterable of Tensor
-            The parameters, or one flat vector (n,).
+            As in `coordinates`, with the same errors.
 
         Returns
         -------
         Tensor, shape (d,)
-            float32 (float64 for a float64 basis).
-
-        Raises
-        ------
-        TypeError, ValueError
-            As in `coordinates`.
+            In the dtype of the origin.
         """
         return self.coordinates(params, exact=self._rounded)
 

@@ -67,7 +67,7 @@ class Subspace(ReadableSubspace):
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came.
+        Naming the argument that does not fit the others, what was expected and what came.
 
     See Also
     --------
@@ -329,7 +329,7 @@ class Subspace(ReadableSubspace):
         Raises
         ------
         TypeError, ValueError
-            Naming the argument, what was expected and what came.
+            Parameters that are no such list; a ``dim`` above their number of elements.
 
         References
         ----------
@@ -386,7 +386,8 @@ class Subspace(ReadableSubspace):
         Raises
         ------
         TypeError, ValueError
-            Naming the argument, what was expected and what came.
+            Snapshots of different parameters, fewer than two, not finite or all equal; a ``dim``
+            above their number.
 
         Warns
         -----

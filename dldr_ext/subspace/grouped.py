@@ -42,7 +42,7 @@ class GroupedSubspace(AffineSubspace):
     Raises
     ------
     TypeError, ValueError
-        Naming the argument, what was expected and what came.
+        Naming the first entry that is no `Subspace`, or not one beside the others.
 
     See Also
     --------
@@ -207,7 +207,7 @@ class GroupedSubspace(AffineSubspace):
         Parameters
         ----------
         params : iterable of Tensor
-            ``model.parameters()``, or ``model.named_parameters()`` to keep the names too.
+            As in `Subspace.random`.
         dim : int
             Number of directions of each group; a smaller group has as many as it has weights.
         groups : sequence of int
@@ -222,7 +222,7 @@ class GroupedSubspace(AffineSubspace):
         Raises
         ------
         TypeError, ValueError
-            Naming the argument, what was expected and what came.
+            As in `Subspace.random`; groups that are not those of the parameters.
         """
         listed, names = named_parameters(params)
         subspaces = []

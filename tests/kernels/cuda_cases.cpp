@@ -329,14 +329,14 @@ void quasi_newton(const Shape& shape) {
     QuasiNewtonArgs args;
     const auto data = [](Array& array) { return static_cast<double*>(array.at()); };
     args.dim = d;
-    args.b = data(found);
-    args.guess = data(guess);
+    args.H = data(found);
+    args.initial = data(guess);
     args.c = data(y);
     args.s = data(s);
     args.y = data(y);
     args.hs = data(hs);
     args.fresh = args.damped = true;
-    args.p = args.b + d * d;
+    args.p = args.H + d * d;
     args.info = args.p + d;
     args.scratch = data(scratch);
     if (block) {

@@ -167,5 +167,17 @@ class Sample:
         return self.stored.array
 
 
+def random_sample(
+    rows: int, numel: int, name: str
+) -> tuple[Sample, np.ndarray | None, np.random.Generator]:
+    """Rows of random numbers: sums of their products round, so that their order shows."""
+    rng = np.random.default_rng([rows, numel])
+    sample = Sample(rows, numel, name)
+    if name not in QUANTIZED:
+        sample.array[...] = encode(rng.normal(size=(rows, numel)), name)
+    scale = None if sample.scale is None else sample.scale * np.float32(0.7)
+    return sample, scale, rng
+
+
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()

@@ -1,72 +1,61 @@
 """form_basis: combinations of stored rows, accumulated in float64."""
 
+import kernel_reference as ref
 import numpy as np
 import pytest
-from kernel_reference import (
-    FLOATS,
-    FORMATS,
-    QUANTIZED,
-    SIZES,
-    TILE,
-    TINY,
-    UNIT,
-    Guarded,
-    Sample,
-    decode,
-    encode,
-    same_bits,
-)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("name", ref.FORMATS)
+@pytest.mark.parametrize("numel", ref.SIZES)
 def test_exact_combinations(kernels, path, name, numel):
     rng = np.random.default_rng(numel)
     shapes = [(1, 1), (2, 7), (5, 5), (9, 6), (12, 13), (81, 40), (3, 1024)]
     for k, (snapshots, dim) in enumerate(shapes):
         if snapshots * dim > 1000 and numel > 257:
             continue
-        sample = Sample(snapshots, numel, name)
+        sample = ref.Sample(snapshots, numel, name)
         coefficients = rng.integers(-2, 3, (dim, snapshots)).astype(np.float64)
         expected = coefficients @ sample.values
-        for target in (FLOATS[k % 4], FLOATS[(k + 2) % 4]):
-            out = Guarded(encode(np.full(dim * numel, np.nan), target), offset=5)
+        for target in (ref.FLOATS[k % 4], ref.FLOATS[(k + 2) % 4]):
+            out = ref.Guarded(ref.encode(np.full(dim * numel, np.nan), target), offset=5)
             shaped = out.array.reshape(dim, numel)
             kernels.form_basis_(shaped, sample.array, coefficients, scale=sample.scale, path=path)
-            np.testing.assert_array_equal(decode(shaped), decode(encode(expected, target)))
+            np.testing.assert_array_equal(
+                ref.decode(shaped), ref.decode(ref.encode(expected, target))
+            )
             out.check()
 
 
-@pytest.mark.parametrize("target", FLOATS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("target", ref.FLOATS)
+@pytest.mark.parametrize("name", ref.FORMATS)
 def test_one_rounding_and_bits(kernels, path, name, target):
     """float64 sums, rounded once: the nearest number unless the sum is within its own error of a
     tie. The bits depend on no number of threads."""
-    snapshots, dim, numel = 17, 8, 2 * TILE + 70
+    snapshots, dim, numel = 17, 8, 2 * ref.TILE + 70
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(snapshots, numel)) * (20 if name in QUANTIZED else 1)
-    stored = encode(rows, name)
-    rows, scale = decode(stored), None
-    if name in QUANTIZED:
+    rows = rng.normal(size=(snapshots, numel)) * (20 if name in ref.QUANTIZED else 1)
+    stored = ref.encode(rows, name)
+    rows, scale = ref.decode(stored), None
+    if name in ref.QUANTIZED:
         scale = (2.0 ** rng.integers(-9, 0, (snapshots, -(-numel // 256)))).astype(np.float32)
         rows = rows * np.repeat(scale.astype(np.float64), 256, axis=1)[:, :numel]
     coefficients = rng.normal(size=(dim, snapshots))
-    out = np.zeros((dim, numel), encode(np.zeros(0), target).dtype)
+    out = np.zeros((dim, numel), ref.encode(np.zeros(0), target).dtype)
     kernels.form_basis_(out, stored, coefficients, scale=scale, path=path)
     expected = coefficients @ rows
-    error = 3 * snapshots * UNIT["float64"] * (np.abs(coefficients) @ np.abs(rows))
-    bound = error + UNIT[target] * (np.abs(expected) + error) + TINY[target]
-    assert (np.abs(decode(out) - expected) <= bound).all()
+    error = 3 * snapshots * ref.UNIT["float64"] * (np.abs(coefficients) @ np.abs(rows))
+    bound = error + ref.UNIT[target] * (np.abs(expected) + error) + ref.TINY[target]
+    assert (np.abs(ref.decode(out) - expected) <= bound).all()
     for threads in (2, 5, 64):
         again = np.zeros_like(out)
         kernels.form_basis_(again, stored, coefficients, scale=scale, path=path, threads=threads)
-        assert same_bits(out, again)
+        assert ref.same_bits(out, again)
 
 
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16", "float8_e4m3fn"])
 def test_a_zero_coefficient_does_not_hide_nan(kernels, path, name):
-    sample = Sample(4, 700, name)
-    sample.array[2, 650] = encode(np.array([np.nan]), name)[0]
+    sample = ref.Sample(4, 700, name)
+    sample.array[2, 650] = ref.encode(np.array([np.nan]), name)[0]
     out = np.zeros((7, 700), np.float32)
     kernels.form_basis_(out, sample.array, np.zeros((7, 4)), scale=sample.scale, path=path)
     expected = np.zeros((7, 700), dtype=bool)

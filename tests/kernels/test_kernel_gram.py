@@ -1,30 +1,12 @@
 """gram and gram_append_: products of stored rows, and how a row is stored."""
 
+import kernel_reference as ref
 import numpy as np
 import pytest
-from kernel_reference import (
-    FLOATS,
-    FORMATS,
-    LARGEST,
-    QUANTIZED,
-    SIZES,
-    STORAGE,
-    TILE,
-    UNIT,
-    Guarded,
-    Sample,
-    arrays,
-    as_list,
-    cut,
-    decode,
-    dims,
-    encode,
-    same_bits,
-)
 
 
 def stored_values(rows: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
-    values = decode(rows)
+    values = ref.decode(rows)
     if scale is not None:
         factors = np.repeat(scale.astype(np.float64), 256, axis=1)[:, : values.shape[1]]
         values = values * factors
@@ -35,40 +17,40 @@ def blocks(rows: int, numel: int) -> np.ndarray:
     return np.full((rows, -(-numel // 256)), np.nan, np.float32)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("name", ref.FORMATS)
+@pytest.mark.parametrize("numel", ref.SIZES)
 def test_gram_exactly(kernels, path, name, numel):
-    for rows in [*dims(numel), 81] if numel < TILE else dims(numel):
-        sample = Sample(rows, numel, name)
+    for rows in [*ref.dims(numel), 81] if numel < ref.TILE else ref.dims(numel):
+        sample = ref.Sample(rows, numel, name)
         gram = kernels.gram(sample.array, scale=sample.scale, path=path)
         expected = sample.values @ sample.values.T
         np.testing.assert_array_equal(gram, expected, err_msg=f"T = {rows}")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ref.FORMATS)
 def test_gram_rounding_error_and_bits(kernels, path, name):
     """Sums over a tile of at most 1,024 elements, in two lanes at least: 512 rounded steps."""
     rows, numel = 10, 20_000
     rng = np.random.default_rng(0)
-    snapshots = encode(rng.normal(size=(rows, numel)) * 3, name)
+    snapshots = ref.encode(rng.normal(size=(rows, numel)) * 3, name)
     scale = None
-    if name in QUANTIZED:
+    if name in ref.QUANTIZED:
         scale = rng.uniform(1e-3, 1e-2, (rows, -(-numel // 256))).astype(np.float32)
     values = stored_values(snapshots, scale)
     gram = kernels.gram(snapshots, scale=scale, path=path)
-    unit = UNIT["float64" if name == "float64" else "float32"]
+    unit = ref.UNIT["float64" if name == "float64" else "float32"]
     bound = (512 + 8) * unit * (np.abs(values) @ np.abs(values).T)
     assert (np.abs(gram - values @ values.T) <= bound).all()
-    assert same_bits(gram, np.ascontiguousarray(gram.T))
+    assert ref.same_bits(gram, np.ascontiguousarray(gram.T))
     for threads in (2, 3, 64):
         again = kernels.gram(snapshots, scale=scale, path=path, threads=threads)
-        assert same_bits(gram, again)
+        assert ref.same_bits(gram, again)
 
 
 def test_gram_of_many_rows(kernels, path):
     """Tiles become narrower, chunks fewer, and rows are cut into strips of 128."""
     for rows in (127, 128, 129, 300):
-        sample = Sample(rows, 3000, "bfloat16")
+        sample = ref.Sample(rows, 3000, "bfloat16")
         expected = sample.values @ sample.values.T
         for threads in (1, 2, 7):
             gram = kernels.gram(sample.array, path=path, threads=threads)
@@ -77,9 +59,9 @@ def test_gram_of_many_rows(kernels, path):
 
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16", "float8_e4m3fn"])
 def test_gram_propagates_nan(kernels, path, name):
-    sample = Sample(7, 1500, name)
-    sample.array[:, 1400] = encode(np.zeros(7), name)
-    sample.array[4, 1400] = encode(np.array([np.nan]), name)[0]
+    sample = ref.Sample(7, 1500, name)
+    sample.array[:, 1400] = ref.encode(np.zeros(7), name)
+    sample.array[4, 1400] = ref.encode(np.array([np.nan]), name)[0]
     gram = kernels.gram(sample.array, scale=sample.scale, path=path)
     expected = np.zeros((7, 7), dtype=bool)
     expected[4], expected[:, 4] = True, True
@@ -87,65 +69,67 @@ def test_gram_propagates_nan(kernels, path, name):
 
 
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("numel", SIZES)
+@pytest.mark.parametrize("numel", ref.SIZES)
 def test_append_exactly(kernels, path, name, numel):
     capacity = 11
-    sample = Sample(capacity, numel, name)
+    sample = ref.Sample(capacity, numel, name)
     earlier = sample.array.copy()
     rng = np.random.default_rng(numel)
     for index in range(capacity):
         anchor = rng.integers(-9, 10, numel).astype(np.float64)
-        params = as_list(sample.values[index] + anchor, cut(numel, 5, rng), FLOATS)
-        sample.array[index:] = encode(np.full((capacity - index, numel), np.nan), name)
+        params = ref.as_list(sample.values[index] + anchor, ref.cut(numel, 5, rng), ref.FLOATS)
+        sample.array[index:] = ref.encode(np.full((capacity - index, numel), np.nan), name)
         rest = sample.array[index + 1 :].copy()
-        origin = Guarded(encode(anchor, np.dtype(sample.wide).name), offset=1)
+        origin = ref.Guarded(ref.encode(anchor, np.dtype(sample.wide).name), offset=1)
         products = kernels.gram_append_(
-            sample.array, index, arrays(params), origin.array, path=path
+            sample.array, index, ref.arrays(params), origin.array, path=path
         )
         expected = sample.values[: index + 1] @ sample.values[index]
         np.testing.assert_array_equal(products, expected)
-        assert same_bits(sample.array[: index + 1], earlier[: index + 1])
-        assert same_bits(sample.array[index + 1 :], rest)
+        assert ref.same_bits(sample.array[: index + 1], earlier[: index + 1])
+        assert ref.same_bits(sample.array[index + 1 :], rest)
         sample.stored.check()
         for param in params:
             param.check()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ref.FORMATS)
 def test_append_stores_rounded_rows_and_multiplies_those(kernels, path, name):
-    rows, numel = 9, 3 * TILE + 700
+    rows, numel = 9, 3 * ref.TILE + 700
     rng = np.random.default_rng(5)
     wide = np.float64 if name == "float64" else np.float32
-    snapshots = np.zeros((rows, numel), STORAGE[name])
-    scale = blocks(rows, numel) if name in QUANTIZED else None
+    snapshots = np.zeros((rows, numel), ref.STORAGE[name])
+    scale = blocks(rows, numel) if name in ref.QUANTIZED else None
     anchor = rng.normal(size=numel).astype(wide)
-    unit = UNIT["float64" if name == "float64" else "float32"]
+    unit = ref.UNIT["float64" if name == "float64" else "float32"]
     for index in range(rows):
-        params = as_list(anchor + rng.normal(size=numel) / 8, cut(numel, 9, rng), FLOATS)
-        flat = np.concatenate([decode(param.array) for param in params]).astype(wide)
-        products = kernels.gram_append_(
-            snapshots, index, arrays(params), anchor, scale=scale, path=path, threads=2
+        params = ref.as_list(
+            anchor + rng.normal(size=numel) / 8, ref.cut(numel, 9, rng), ref.FLOATS
         )
-        if name not in QUANTIZED:
-            assert same_bits(snapshots[index], encode(flat - anchor, name))
+        flat = np.concatenate([ref.decode(param.array) for param in params]).astype(wide)
+        products = kernels.gram_append_(
+            snapshots, index, ref.arrays(params), anchor, scale=scale, path=path, threads=2
+        )
+        if name not in ref.QUANTIZED:
+            assert ref.same_bits(snapshots[index], ref.encode(flat - anchor, name))
         used = None if scale is None else scale[: index + 1]
         values = stored_values(snapshots[: index + 1], used)
         bound = 560 * unit * (np.abs(values) @ np.abs(values[index]))
         assert (np.abs(products - values @ values[index]) <= bound).all()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ref.FORMATS)
 def test_append_bits_do_not_depend_on_threads_or_on_the_cut(kernels, path, name):
-    rows, numel = 6, 4 * TILE + 33
+    rows, numel = 6, 4 * ref.TILE + 33
     rng = np.random.default_rng(6)
-    sample = Sample(rows, numel, name)
+    sample = ref.Sample(rows, numel, name)
     anchor = rng.normal(size=numel).astype(sample.wide)
     flat = rng.normal(size=numel).astype(np.float32)
     results = []
     for threads, pieces in ((1, 1), (2, 7), (3, 1500), (64, 2)):
         snapshots = sample.array.copy()
         scale = None if sample.scale is None else sample.scale.copy()
-        params = arrays(as_list(flat, cut(numel, pieces, rng), ["float32"]))
+        params = ref.arrays(ref.as_list(flat, ref.cut(numel, pieces, rng), ["float32"]))
         products = kernels.gram_append_(
             snapshots, 4, params, anchor, scale=scale, path=path, threads=threads
         )
@@ -155,20 +139,22 @@ def test_append_bits_do_not_depend_on_threads_or_on_the_cut(kernels, path, name)
     assert all(result == results[0] for result in results)
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
-@pytest.mark.parametrize("numel", [1, 16, 255, 257, 2 * TILE + 40])
+@pytest.mark.parametrize("name", ref.QUANTIZED)
+@pytest.mark.parametrize("numel", [1, 16, 255, 257, 2 * ref.TILE + 40])
 def test_quantized_rows_are_as_close_as_their_format(kernels, path, name, numel):
     """The largest number of each block of 256 is kept; the others round to the nearest step."""
     index, rows = 1, 3
     for seed in range(20):
         rng = np.random.default_rng([numel, seed])
         delta = (rng.normal(size=numel) * 10.0 ** rng.integers(-6, 7)).astype(np.float32)
-        stored = Guarded(np.full((rows, numel), 7, STORAGE[name]), offset=1, gap=3)
-        scale = Guarded(blocks(rows, numel).ravel())
+        stored = ref.Guarded(np.full((rows, numel), 7, ref.STORAGE[name]), offset=1, gap=3)
+        scale = ref.Guarded(blocks(rows, numel).ravel())
         factors = scale.array.reshape(rows, -1)
-        params = as_list(delta, cut(numel, 3, rng), ["float32"])
+        params = ref.as_list(delta, ref.cut(numel, 3, rng), ["float32"])
         zeros = np.zeros(numel, np.float32)
-        kernels.gram_append_(stored.array, index, arrays(params), zeros, scale=factors, path=path)
+        kernels.gram_append_(
+            stored.array, index, ref.arrays(params), zeros, scale=factors, path=path
+        )
         stored.check()
         scale.check()
         assert (stored.array[[0, 2]] == 7).all()
@@ -177,20 +163,20 @@ def test_quantized_rows_are_as_close_as_their_format(kernels, path, name, numel)
         for start in range(0, numel, 256):
             block, kept = delta[start : start + 256].astype(np.float64), values[start : start + 256]
             largest = np.abs(block).max()
-            step = largest / LARGEST[name]
+            step = largest / ref.LARGEST[name]
             np.testing.assert_allclose(factors[index, start // 256], step, rtol=2**-23)
             assert np.abs(kept).max() == pytest.approx(largest, rel=2**-22)
             half = step / 2 if name == "int8" else np.maximum(np.abs(block) * 2**-4, step * 2**-10)
             assert (np.abs(kept - block) <= half * (1 + 2**-12)).all()
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+@pytest.mark.parametrize("name", ref.QUANTIZED)
 @pytest.mark.parametrize("largest", [0.0, 1e-45, 1e-40, 1e-38, 1e-36, 3e38])
 def test_quantized_rows_of_tiny_and_huge_numbers(kernels, path, name, largest):
     """A block too small for a normal scale may become zero, but never NaN."""
     delta = np.zeros(300, np.float32)
     delta[5], delta[6], delta[280] = largest, -largest / 2, 1.0
-    rows, scale = np.zeros((1, 300), STORAGE[name]), blocks(1, 300)
+    rows, scale = np.zeros((1, 300), ref.STORAGE[name]), blocks(1, 300)
     zeros = np.zeros(300, np.float32)
     kernels.gram_append_(rows, 0, [delta], zeros, scale=scale, path=path)
     values = stored_values(rows, scale)[0]
@@ -199,13 +185,13 @@ def test_quantized_rows_of_tiny_and_huge_numbers(kernels, path, name, largest):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ref.FORMATS)
 def test_append_propagates_nan_and_inf(kernels, path, name, bad):
     """A snapshot that is not finite shows in all of its products, in none of the others."""
-    numel = TILE + 300
-    sample = Sample(3, numel, name)
+    numel = ref.TILE + 300
+    sample = ref.Sample(3, numel, name)
     delta = np.ones(numel, np.float32)
-    delta[TILE + 10] = bad
+    delta[ref.TILE + 10] = bad
     zeros = np.zeros(numel, sample.wide)
     products = kernels.gram_append_(sample.array, 2, [delta], zeros, scale=sample.scale, path=path)
     assert not np.isfinite(products[2])

@@ -134,6 +134,26 @@ def cuda_torch(monkeypatch, tmp_path):
     return loaded
 
 
+@pytest.fixture
+def call_on_cuda(monkeypatch):
+    """Calls an op that fails as torch's dispatcher or a kernel launch does, on a made-up device."""
+
+    def call(metadata, capability=None):
+        monkeypatch.setattr(library_module, "build_metadata", lambda: metadata)
+        monkeypatch.setattr(library_module, "cuda_loaded", lambda: metadata["cuda"] is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+        with FakeTensorMode():
+            basis, gradient = torch.empty(2, 3, device="cuda"), torch.empty(3, device="cuda")
+        errors.call("project", fail, basis, [gradient], scale=None)
+
+    def fail(*args, **kwargs):
+        raise NotImplementedError("no kernel")
+
+    fail._schema = torch.ops.dldr_ext.project.default._schema
+    return call
+
+
 def test_the_cuda_library_is_loaded_where_torch_has_cuda(cuda_torch):
     library_module.load()
     assert [path.rsplit("/", 1)[1] for path in cuda_torch] == ["_C.so", "_C_cuda.so"]
@@ -156,48 +176,27 @@ def test_another_cuda_major_is_refused_before_anything_is_loaded(cuda_torch, mon
     assert cuda_torch == []
 
 
-def test_cuda_tensors_without_cuda_kernels_are_explained(monkeypatch):
-    monkeypatch.setattr(library_module, "cuda_loaded", lambda: False)
-    monkeypatch.setattr(library_module, "build_metadata", lambda: CPU_NOTE)
+def test_cuda_tensors_without_cuda_kernels_are_explained(call_on_cuda):
     with pytest.raises(
         ValueError,
         match=r"project: basis: got a tensor on cuda:0, but .* has no CUDA kernels \(built without "
         r"CUDA, .*: nvcc was not found\); found: torch .*DLDR_BUILD_CUDA=1 pip install",
     ):
-        call_on_cuda(monkeypatch)
+        call_on_cuda(CPU_NOTE)
 
 
-def test_a_device_outside_the_wheels_architectures_is_explained(monkeypatch):
-    monkeypatch.setattr(library_module, "cuda_loaded", lambda: True)
-    monkeypatch.setattr(library_module, "build_metadata", lambda: NOTE)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+def test_a_device_outside_the_wheels_architectures_is_explained(call_on_cuda):
     with pytest.raises(
         ValueError,
         match=r"basis: Tesla T4 \(cuda:0\) has compute capability 7\.5, but dldr_ext was built "
         r"CUDA 13\.0 for 8\.0, 9\.0, 12\.0\+PTX.*TORCH_CUDA_ARCH_LIST=7\.5",
     ):
-        call_on_cuda(monkeypatch)
+        call_on_cuda(NOTE, (7, 5))
 
 
-def test_an_error_on_a_fitting_device_is_passed_on(monkeypatch):
-    monkeypatch.setattr(library_module, "cuda_loaded", lambda: True)
-    monkeypatch.setattr(library_module, "build_metadata", lambda: NOTE)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_an_error_on_a_fitting_device_is_passed_on(call_on_cuda):
     with pytest.raises(RuntimeError, match="no kernel"):
-        call_on_cuda(monkeypatch)
-
-
-def call_on_cuda(monkeypatch) -> None:
-    """Calls an op that fails as torch's dispatcher or a kernel launch does, on a made-up device."""
-    with FakeTensorMode():
-        basis, gradient = torch.empty(2, 3, device="cuda"), torch.empty(3, device="cuda")
-
-    def fail(*args, **kwargs):
-        raise NotImplementedError("no kernel")
-
-    fail._schema = torch.ops.dldr_ext.project.default._schema
-    errors.call("project", fail, basis, [gradient], scale=None)
+        call_on_cuda(NOTE, (9, 0))
 
 
 def test_a_device_without_kernels_for_it_is_named():

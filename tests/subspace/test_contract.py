@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from samples import FLOATS
 from subspace_kinds import (
-    FLOATS,
     FORMATS,
     KINDS,
     NAMES,

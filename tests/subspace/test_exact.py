@@ -8,7 +8,8 @@ import logging
 import pytest
 import reference
 import torch
-from subspace_kinds import FORMATS, D, orthonormal, wide_dtype
+from samples import wide
+from subspace_kinds import FORMATS, D, orthonormal
 from torch import nn
 
 from dldr_ext import PBFGS, PSGD, GroupedSubspace, Subspace
@@ -19,7 +20,7 @@ N = 700
 
 def subspace(n=N, d=D, dtype=torch.float32):
     sigma = torch.logspace(0, -2, d, dtype=torch.float64)
-    origin = torch.randn(n, dtype=wide_dtype(dtype))
+    origin = torch.randn(n, dtype=wide(dtype))
     return Subspace(orthonormal(d, n, dtype), origin, singular_values=sigma)
 
 

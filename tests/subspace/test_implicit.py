@@ -9,7 +9,7 @@ import warnings
 import pytest
 import reference
 import torch
-from subspace_kinds import FLOATS, STORED, wide_dtype
+from samples import FLOATS, STORAGE, wide
 from torch import nn
 
 from dldr_ext import PBFGS, PSGD, GroupedSubspace, ImplicitSubspace, Subspace, Trajectory
@@ -25,7 +25,7 @@ OPTIONS = [
 
 def recorded(dtype=torch.float32, count=9, **options):
     shapes = [(2, 3, 3, 3), (7,), (11, 5), (), (300, 20)]
-    params = [nn.Parameter(torch.randn(shape, dtype=wide_dtype(dtype))) for shape in shapes]
+    params = [nn.Parameter(torch.randn(shape, dtype=wide(dtype))) for shape in shapes]
     names = [f"layer{i}" for i in range(len(params))]
     named = list(zip(names, params, strict=True))
     trajectory = Trajectory(named, capacity=count + 2, dtype=dtype, **options)
@@ -52,7 +52,7 @@ def pair(dtype=torch.float32, **options):
     trajectory, params = recorded(dtype)
     options = options or {"dim": 5}
     implicit = trajectory.subspace(**options, materialize=False)
-    return implicit, trajectory.subspace(**options, dtype=wide_dtype(dtype)), params
+    return implicit, trajectory.subspace(**options, dtype=wide(dtype)), params
 
 
 # Implicit
@@ -209,7 +209,7 @@ def test_what_is_refused(tmp_path):
 # In place
 
 
-@pytest.mark.parametrize("dtype", STORED, ids=str)
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_in_place_is_to_the_bit_what_is_formed_elsewhere(dtype, options, monkeypatch, device):
     monkeypatch.setattr("dldr_ext.pca.gram._CHUNK_BYTES", {"cpu": 1})  # several chunks

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from subspace_kinds import (
-    FLOATS,
-    FORMATS,
-    SHAPES,
-    N,
-    dense,
-    flat,
-    parameters,
-    values,
-)
+from samples import FLOATS
+from subspace_kinds import FORMATS, SHAPES, N, dense, flat, parameters, values
 from torch import nn
 
 from dldr_ext import Subspace
 from dldr_ext.files import artifacts
-from dldr_ext.tensors import formats
 
 
 def test_attributes_and_repr():
@@ -248,7 +239,3 @@ def test_a_loaded_subspace_on_another_model(tmp_path):
     with pytest.raises(ValueError, match=r"params\[0\]: expected shape \(2, 3, 3, 3\)"):
         loaded.reconstruct_(params, torch.ones(6))
     assert torch.equal(flat(params), before)
-
-
-def test_blocks():
-    assert [formats.blocks(n) for n in (1, 256, 257)] == [1, 1, 2]

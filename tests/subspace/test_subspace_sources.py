@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
+from samples import FLOATS, wide
 from sklearn.decomposition import PCA
-from subspace_kinds import FLOATS, flat, wide_dtype
+from subspace_kinds import flat
 from torch import nn
 
 from dldr_ext import Subspace, Trajectory
@@ -23,7 +24,7 @@ def gram_of(basis):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("n", "dim"), [(1, 1), (40, 40), (41, 40), (3000, 40), (9001, 3)])
 def test_random_is_orthonormal_at_the_current_weights(n, dim, dtype):
-    params = [torch.randn(n, dtype=wide_dtype(dtype))]
+    params = [torch.randn(n, dtype=wide(dtype))]
     space = Subspace.random(params, dim, dtype=dtype)
     assert torch.equal(space.origin, params[0]) and space.shapes == [(n,)]
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 2 * torch.finfo(dtype).eps)

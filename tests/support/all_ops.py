@@ -44,8 +44,8 @@ class AllOps:
         self.theta, self.coordinates = torch.randn(2, d, dtype=wide(dtype)).unbind()
         self.origin, self.direction = torch.randn(2, n, dtype=wide(dtype)).unbind()
         self.coefficients = torch.randn(3, d, dtype=torch.float64)
-        self.b, step = torch.eye(d, dtype=torch.float64), torch.randn(d, dtype=torch.float64)
-        self.guess, self.step = torch.ones(d, dtype=torch.float64), step
+        self.H, step = torch.eye(d, dtype=torch.float64), torch.randn(d, dtype=torch.float64)
+        self.initial, self.step = torch.ones(d, dtype=torch.float64), step
         self.change, self.c = 2 * step, torch.randn(d, dtype=torch.float64)
         # rows 0 ... d - 1 are the basis; rows d and d + 1 are stored by `run`
         more, scales = make_rows(2, n, dtype)
@@ -56,8 +56,8 @@ class AllOps:
 
     def outputs(self) -> list[Tensor]:
         """What `run` writes in place."""
-        found = [*self.params, *self.trial, self.gram]
-        return found if self.row_scale is None else [*found, self.row_scale[self.d :]]
+        written = [*self.params, *self.trial, self.gram]
+        return written if self.row_scale is None else [*written, self.row_scale[self.d :]]
 
     def fresh_outputs(self) -> None:
         """NaN wherever `run` has to write."""
@@ -72,35 +72,35 @@ class AllOps:
 
     def run(self) -> dict[str, Tensor]:
         """Calls every op; allocates nothing but results."""
-        b, scale = self.basis, self.scale
+        basis, scale = self.basis, self.scale
         direction, residual = ops.reconstruct_residual(
-            b, self.theta, self.coordinates, self.tensors, scale=scale
+            basis, self.theta, self.coordinates, self.tensors, scale=scale
         )
-        found = {
-            "project": ops.project(b, self.tensors, scale=scale),
-            "project_many": ops.project_many(b, [self.tensors, self.other] * 2, scale=scale),
-            "reconstruct": ops.reconstruct(self.origin, b, self.theta, scale=scale),
+        results = {
+            "project": ops.project(basis, self.tensors, scale=scale),
+            "project_many": ops.project_many(basis, [self.tensors, self.other] * 2, scale=scale),
+            "reconstruct": ops.reconstruct(self.origin, basis, self.theta, scale=scale),
             "direction": direction,
             "residual": residual,
-            "gram": ops.gram(b, scale=scale),
-            "form_basis": ops.form_basis(b, self.coefficients, scale=scale),
+            "gram": ops.gram(basis, scale=scale),
+            "form_basis": ops.form_basis(basis, self.coefficients, scale=scale),
         }
-        ops.reconstruct_(self.params, self.origin, b, self.theta, scale=scale)
+        ops.reconstruct_(self.params, self.origin, basis, self.theta, scale=scale)
         ops.trial_(self.trial, self.origin, self.direction, 0.3)
         store, d = self.rows, self.d
         ops.gram_append_(store, self.gram, d, self.tensors, self.origin, scale=self.row_scale)
         ops.store_snapshot_(store, d + 1, self.other, self.origin, scale=self.row_scale)
         ops.gram_block_(store, self.gram, 0, d + 2, scale=self.row_scale)
-        found["inverse Hessian"] = self.b.clone()
-        found["quasi_newton_"], found["quasi_newton_ info"] = quasi_newton_(
-            found["inverse Hessian"], self.guess, self.c, self.step, self.change, self.step,
+        results["inverse Hessian"] = self.H.clone()
+        results["quasi_newton_"], results["quasi_newton_ info"] = quasi_newton_(
+            results["inverse Hessian"], self.initial, self.c, self.step, self.change, self.step,
             fresh=True, damped=True, published=False,
         )  # fmt: skip
-        return found
+        return results
 
-    def results(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of everything that `run` gave or wrote."""
-        copies = {name: tensor.clone() for name, tensor in found.items()}
+    def results(self, returned: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of everything that `run` returned or wrote."""
+        copies = {name: tensor.clone() for name, tensor in returned.items()}
         copies["reconstruct_"] = reference.flat(self.params)
         copies["trial_"] = reference.flat(self.trial)
         copies["gram_block_"] = self.gram.clone()
@@ -115,11 +115,11 @@ class AllOps:
         return self.results(self.run())
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> None:
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], what: str = "") -> None:
     """Equal to the bit, and without a NaN: every number was written."""
     for name, tensor in expected.items():
         assert not tensor.isnan().any(), f"{what} {name}: numbers that nothing wrote"
-        assert torch.equal(found[name], tensor), f"{what} {name}: other bits"
+        assert torch.equal(actual[name], tensor), f"{what} {name}: other bits"
 
 
 def pieces_of(flat: Tensor, edges: Sequence[int]) -> list[Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import reference
 import torch
+from samples import FLOATS, STORAGE, wide
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -19,17 +20,11 @@ from dldr_ext import (
 )
 from dldr_ext.subspace import AffineSubspace
 
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FORMATS = ["int8", "float8_e4m3fn"]
-STORED = [*FLOATS, torch.int8, torch.float8_e4m3fn]
 SHAPES = [(2, 3, 3, 3), (7,), (11, 5), (), (300,)]
 NAMES = [f"values.{i}" for i in range(len(SHAPES))]
 N = 54 + 7 + 55 + 1 + 300
 D = 6
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -50,7 +45,7 @@ def orthonormal(d: int = D, n: int = N, dtype: torch.dtype = torch.float32) -> T
 
 def dense(dtype: torch.dtype = torch.float32, d: int = D, **known: object) -> Subspace:
     """Random orthonormal rows, rounded to ``dtype``, at a random origin."""
-    origin = torch.randn(N, dtype=wide_dtype(dtype))
+    origin = torch.randn(N, dtype=wide(dtype))
     return Subspace(orthonormal(d, dtype=dtype), origin, **({"shapes": SHAPES} | known))
 
 
@@ -76,7 +71,7 @@ def _named(dtype: torch.dtype = torch.float32) -> Subspace:
 
 
 def _grouped(dtype: torch.dtype) -> GroupedSubspace:
-    params = [p.to(wide_dtype(dtype)) for p in parameters()]
+    params = [p.to(wide(dtype)) for p in parameters()]
     named = list(zip(NAMES, params, strict=True))
     return GroupedSubspace.random(named, 2, [1, 2, 2], dtype=dtype)
 
@@ -87,7 +82,7 @@ def _mixed() -> GroupedSubspace:
 
 
 def _implicit(dtype: torch.dtype) -> ImplicitSubspace:
-    params = parameters(wide_dtype(dtype))
+    params = parameters(wide(dtype))
     trajectory = Trajectory(zip(NAMES, params, strict=True), capacity=9, dtype=dtype)
     for t in range(9):
         trajectory.record()
@@ -104,7 +99,7 @@ KINDS: dict[str, Callable[[], AffineSubspace]] = {
     **{f"grouped-{dtype}": lambda dtype=dtype: _grouped(dtype) for dtype in FLOATS},
     "grouped-int8": lambda: _grouped(torch.float32).quantize("int8"),
     "grouped-mixed": _mixed,
-    **{f"implicit-{dtype}": lambda dtype=dtype: _implicit(dtype) for dtype in STORED},
+    **{f"implicit-{dtype}": lambda dtype=dtype: _implicit(dtype) for dtype in STORAGE},
 }
 OF_RANKS: dict[str, Callable[[], AffineSubspace]] = {
     "sharded-float32": lambda: ShardedSubspace(_named(), "world"),
