@@ -218,17 +218,55 @@ class AffineSubspace(ABC):
 
     @abstractmethod
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Return the coordinates of several lists of tensors, (len(lists), d), in one pass."""
+        """Return the coordinates of several lists of tensors, in one pass over the basis.
+
+        Parameters
+        ----------
+        lists : sequence of sequences of Tensor
+            n elements in each.
+
+        Returns
+        -------
+        Tensor, shape (len(lists), d)
+
+        See Also
+        --------
+        dldr_ext.ops.project_many : The pass.
+        """
 
     def combine_(self, out: Tensor, theta: Tensor, origin: Tensor | None = None) -> None:
-        """Write origin + P theta into a flat vector (n,); None stands for zeros."""
+        """Write origin + P theta into a flat vector.
+
+        Parameters
+        ----------
+        out : Tensor, shape (n,)
+        theta : Tensor, shape (d,)
+        origin : Tensor, shape (n,), optional
+            None stands for zeros.
+        """
         self._write([out], theta, origin)
 
     @abstractmethod
     def combine_residual(
         self, theta: Tensor, coordinates: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return P theta and g - P c, both (n,), in one pass: `ops.reconstruct_residual`."""
+        """Return P theta and g - P c, in one pass over the basis.
+
+        Parameters
+        ----------
+        theta, coordinates : Tensor, shape (d,)
+            Of the direction; c, of what is taken off the gradient.
+        tensors : sequence of Tensor
+            g, n elements in all.
+
+        Returns
+        -------
+        direction, residual : Tensor, shape (n,)
+
+        See Also
+        --------
+        dldr_ext.ops.reconstruct_residual : The pass.
+        """
 
     # For optimizers that step on several ranks together, each with a loss of its own. Here every
     # rank has the whole basis and all parameters.
@@ -238,21 +276,56 @@ class AffineSubspace(ABC):
     def partial_sum(self, lists: Sequence[Sequence[Tensor]], size: int, same: int = 0) -> Tensor:
         """Return this rank's part of the mean's coordinates, which are the sum over all ranks.
 
-        Shape (len(lists), d), float64. The last ``same`` lists are the same on every rank, as
-        weights are.
+        Parameters
+        ----------
+        lists : sequence of sequences of Tensor
+            As in `project_many`, of this rank.
+        size : int
+            The number of ranks.
+        same : int
+            How many of the last lists are the same on every rank, as weights are.
+
+        Returns
+        -------
+        Tensor, shape (len(lists), d), float64
         """
         return self.project_many(lists).to(torch.float64) / size
 
     def digest(self) -> str:
-        """Return a checksum of the basis."""
+        """Return a checksum of the basis.
+
+        Returns
+        -------
+        str
+            Hexadecimal: the same for the same bits, on every device.
+        """
         return digest(*(self.direction(i) for i in range(self.dim)))
 
     def weight(self, size: int) -> float:
-        """Return the weight of this rank's part in a sum over all elements of a mean gradient."""
+        """Return the weight of this rank's part in a sum over all elements of a mean gradient.
+
+        Parameters
+        ----------
+        size : int
+            The number of ranks.
+
+        Returns
+        -------
+        float
+        """
         return 1.0 / size
 
     def dot(self, a: Tensor, b: Tensor) -> float:
-        """Return the inner product of two flat vectors (n,)."""
+        """Return the inner product of two flat vectors.
+
+        Parameters
+        ----------
+        a, b : Tensor, shape (n,)
+
+        Returns
+        -------
+        float
+        """
         return float(torch.dot(a, b))
 
     def with_origin(self, params: Iterable[Any] | Tensor) -> Self:
@@ -277,13 +350,33 @@ class AffineSubspace(ABC):
 
     @abstractmethod
     def quantize(self, format: str) -> AffineSubspace:
-        """Return the same subspace with the basis in 8 bits: see `Subspace.quantize`."""
+        """Return the same subspace with the basis in 8 bits: see `Subspace.quantize`.
+
+        Parameters
+        ----------
+        format : "int8" or "float8_e4m3fn"
+
+        Returns
+        -------
+        subspace
+        """
 
     @abstractmethod
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> AffineSubspace:
-        """Return the same subspace on another device or with another dtype: see `Subspace.to`."""
+        """Return the same subspace on another device or with another dtype: see `Subspace.to`.
+
+        Parameters
+        ----------
+        device : torch.device or str, optional
+        dtype : torch.dtype, optional
+            Of the basis.
+
+        Returns
+        -------
+        subspace
+        """
 
     @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:

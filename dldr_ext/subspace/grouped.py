@@ -108,7 +108,12 @@ class GroupedSubspace(AffineSubspace):
         )
 
     def report(self) -> str:
-        """Return what was kept of each group and why: see `Subspace.report`."""
+        """Return what was kept of each group and why: see `Subspace.report`.
+
+        Returns
+        -------
+        str
+        """
         reports = (space.report() for space in self.subspaces)
         return "\n\n".join(f"group {i}\n{report}" for i, report in enumerate(reports))
 
