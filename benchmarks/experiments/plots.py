@@ -14,8 +14,8 @@ from matplotlib.ticker import NullLocator
 
 from dldr_ext.reporting.figures import COLOURS, STYLE, new_figure
 
-from . import report
 from .methods import NAMES
+from .statistics import groups, mean_and_spread, paired
 
 Run = dict[str, Any]
 _COLOURS = COLOURS | {
@@ -40,7 +40,7 @@ def draw(runs: list[Run], folder: Path) -> list[Path]:
     """
     figures: dict[str, Figure] = {}
     with matplotlib.rc_context(STYLE | {"axes.titleweight": "bold"}):
-        for (experiment, data, network), rows in report.groups(
+        for (experiment, data, network), rows in groups(
             runs, "experiment", "data", "network"
         ).items():
             if experiment in _DRAWN:
@@ -58,13 +58,13 @@ def draw(runs: list[Run], folder: Path) -> list[Path]:
 
 
 def _values(runs: list[Run], key: str = "test_accuracy") -> tuple[float, float]:
-    return report.mean_and_spread([100 * run[key] for run in runs])
+    return mean_and_spread([100 * run[key] for run in runs])
 
 
 def _compare(runs: list[Run], title: str) -> Figure:
     """A row for each method: every seed, and the mean with its spread, on an axis that spreads what
     lies near 100 %."""
-    found = report.groups(runs, "method")
+    found = groups(runs, "method")
     names = [name for name in NAMES if (name,) in found]
     figure, axes = new_figure(
         f"Test accuracy of all methods: {title}", (7.6, 0.42 * len(names) + 1.2)
@@ -103,14 +103,14 @@ def _compare(runs: list[Run], title: str) -> Figure:
 def _dims(runs: list[Run], title: str) -> Figure:
     """Accuracy against dimension, with the band of SGD."""
     figure, axes = new_figure(f"P-BFGS by dimension: {title}")
-    found = report.groups(runs, "method")
+    found = groups(runs, "method")
     mean, spread = _values(found["sgd",])
     axes.axhspan(mean - spread, mean + spread, color=_COLOURS["sgd"], alpha=0.15)
     axes.axhline(mean, color=_COLOURS["sgd"], label="SGD, all parameters")
     for method in ("pbfgs", "pbfgs_last"):
         if (method,) not in found:
             continue
-        by_dim = sorted(report.groups(found[method,], "dim").items())
+        by_dim = sorted(groups(found[method,], "dim").items())
         means, spreads = zip(*(_values(rows) for _, rows in by_dim), strict=True)
         axes.errorbar(
             [dim for (dim,), _ in by_dim],
@@ -142,7 +142,7 @@ def _noise(runs: list[Run], title: str) -> Figure:
     lines += [(m, "test_accuracy", "-", NAMES[m]) for m in ("pbfgs", "pbfgs_last")]
     for method, key, style, label in lines:
         chosen = [run for run in runs if run["method"] == method]
-        rows = report.groups(sorted(chosen, key=lambda run: run["noise"]), "noise")
+        rows = groups(sorted(chosen, key=lambda run: run["noise"]), "noise")
         if not rows:
             continue
         means, spreads = zip(*(_values(found, key) for found in rows.values()), strict=True)
@@ -180,10 +180,10 @@ def _noise(runs: list[Run], title: str) -> Figure:
 
 def _paired(axes: Axes, runs: list[Run], base: str, chosen: tuple[str, ...], row: float) -> None:
     """Differences from a method, seed by seed, a little apart for each other method."""
-    found = report.groups(runs, "method")
+    found = groups(runs, "method")
     for i, method in enumerate(name for name in chosen if (name,) in found):
-        differences = report.paired(found[method,], found[base,])
-        mean, spread = report.mean_and_spread(differences)
+        differences = paired(found[method,], found[base,])
+        mean, spread = mean_and_spread(differences)
         axes.errorbar(
             mean,
             row + 0.18 * (i - (len(chosen) - 1) / 2),
@@ -197,7 +197,7 @@ def _paired(axes: Axes, runs: list[Run], base: str, chosen: tuple[str, ...], row
 
 def _zoo(runs: list[Run]) -> Figure:
     """Differences from the full SGD for each network."""
-    found = report.groups(runs, "data", "network")
+    found = groups(runs, "data", "network")
     figure, axes = new_figure(
         "Test accuracy against the full SGD, by network", (7.6, 0.75 * len(found) + 1.5)
     )

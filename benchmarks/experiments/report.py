@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from . import methods, networks, plots, settings, tune
 from .cells import Store
 from .overhead import FILE
 from .plans import METHODS
+from .statistics import Run, groups, mean_and_spread, paired
 
-Run = dict[str, Any]
 _CURVES = ("compare", "noise")  # experiments whose curves against passes are kept and drawn
 
 
@@ -80,29 +79,6 @@ def _dump(results: dict[str, Any]) -> str:
     head = json.dumps({k: v for k, v in results.items() if k != "runs"}, indent=1)
     lines = ",\n".join("  " + json.dumps(run) for run in results["runs"])
     return f'{head[:-2]},\n "runs": [\n{lines}\n ]\n}}\n'
-
-
-def groups(runs: list[Run], *keys: str) -> dict[tuple, list[Run]]:
-    """Runs by the values of some keys, in the order of their first appearance."""
-    found: dict[tuple, list[Run]] = defaultdict(list)
-    for run in runs:
-        found[tuple(run[key] for key in keys)].append(run)
-    return dict(found)
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation, 0 for a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def paired(runs: list[Run], others: list[Run], key: str = "test_accuracy") -> list[float]:
-    """Differences in percentage points between runs of the same seed and noise."""
-    base = {(run["seed"], run["noise"]): run[key] for run in others}
-    return [
-        100 * (run[key] - base[run["seed"], run["noise"]])
-        for run in runs
-        if (run["seed"], run["noise"]) in base
-    ]
 
 
 def markdown(results: dict[str, Any]) -> str:
