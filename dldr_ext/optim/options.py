@@ -114,9 +114,8 @@ def _meant(word: Any, choices: Iterable[Any]) -> str:
 # Curvature condition of the strong Wolfe search.
 C2 = 0.9
 _CHOICES = {
-    "update": ("bfgs", "lbfgs", "sr1"),
     "line_search_fn": ("armijo", "strong_wolfe", None),
-    "curvature": ("same_batch", "overlap", "consecutive"),
+    "curvature": ("same_batch", "consecutive"),
     "damping": ("powell", None),
 }
 
@@ -126,10 +125,9 @@ def checked(**options: Any) -> dict[str, Any]:
     owner = "PBFGS"
     for name, choices in _CHOICES.items():
         check_choice(owner, name, options[name], choices)
-    for name in ("history_size", "max_ls", "max_iter"):
+    for name in ("max_ls", "max_iter"):
         check_count(owner, name, options[name])
-    for name in ("interpolate", "maximize"):
-        check_flag(owner, name, options[name])
+    check_flag(owner, "maximize", options["maximize"])
     for name in ("tolerance_grad", "weight_decay", "residual_lr"):
         options[name] = check_number(owner, name, options[name], 0.0)
     most = C2 if options["line_search_fn"] == "strong_wolfe" else 1.0
@@ -138,8 +136,5 @@ def checked(**options: Any) -> dict[str, Any]:
     options["backtrack"] = check_number(owner, "backtrack", backtrack, 0.0, 1.0, low_open=True)
     momentum = options["residual_momentum"]
     options["residual_momentum"] = check_number(owner, "residual_momentum", momentum, 0.0, 1.0)
-    if options["first_step"] is not None:
-        first = options["first_step"]
-        options["first_step"] = check_number(owner, "first_step", first, 0.0, low_open=True)
     options["lr"] = check_lr(owner, options["lr"], low_open=True)
     return options

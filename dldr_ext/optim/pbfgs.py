@@ -37,39 +37,22 @@ class PBFGS(QuasiNewton):
     lr : float or Tensor of one element
         First trial step of each search, > 0 (the step itself without a search); in
         ``param_groups``, so that schedulers work.
-    update : "bfgs", "lbfgs" or "sr1"
-        How B is learnt. "bfgs": a positive definite d x d matrix. "lbfgs": the last
-        ``history_size`` pairs instead of a matrix, for d of many hundreds. "sr1": a d x d Hessian
-        that may be indefinite, and the exact minimiser of its model in a trust region; where that
-        is too long the search goes back along it.
-    history_size : int
-        Pairs that ``update="lbfgs"`` keeps.
     line_search_fn : "armijo", "strong_wolfe" or None
         Backtracking; bracketing and interpolation, which also uses gradients of the trials; none.
     c1 : float
         Sufficient decrease, in (0, 1): f(w + alpha u) < f(w) + c1 alpha c.p.
     backtrack : float
-        Factor in (0, 1) from trial to trial (where a search interpolates: after a trial that is
-        not finite).
+        Factor in (0, 1) from trial to trial (of "strong_wolfe": after a trial that is not finite).
     max_ls : int
         Largest number of trials of one search.
-    interpolate : bool
-        Armijo: choose the next trial from the losses of the last ones, not by ``backtrack``.
-    first_step : float or None
-        Longest first trial |alpha p| in theta while nothing is known of the curvature. The first
-        guess then need not be short: before its first update it is scaled down too, if that is
-        what the curvature says. None: no limit but ``lr``.
-    curvature : "same_batch", "overlap" or "consecutive"
+    curvature : "same_batch" or "consecutive"
         Where y comes from. "same_batch": the change of the projected gradient of this step's
         closure from the old to the new point; costs one evaluation with backward, the accepted
         trial itself whenever that kept its graph, and a flat copy of the gradient (n numbers).
-        "overlap": the change of the next step's closure between the same two points, on data that
-        did not choose the step; costs one more evaluation with backward in each step, and the
-        same copy. "consecutive": the change between the gradients of two consecutive steps,
-        whatever their batches; costs nothing, and is the same if the closure always uses all data.
+        "consecutive": the change between the gradients of two consecutive steps, whatever their
+        batches; costs nothing, and is the same if the closure always uses all data.
     damping : "powell" or None
         Powell's damping of y, which keeps B positive definite where the curvature is negative.
-        Not used by "sr1", which has no need of it.
     max_iter : int
         Iterations of one step, all with the same closure, as in torch's LBFGS. From the second on
         the accepted trial is the first evaluation: one evaluation less for each.
@@ -113,7 +96,7 @@ class PBFGS(QuasiNewton):
     -----
     B starts at diag(sigma_i / sigma_1) if the subspace knows its singular values, else at I; it is
     scaled up before its first update where the curvature allows longer steps; updates use a
-    relative curvature test. Only ``curvature="consecutive", damping=None`` with "bfgs" follows the
+    relative curvature test. Only ``curvature="consecutive", damping=None`` follows the
     published rule: B starts at I, is never scaled, and is updated when y.s > 1e-20. Together with
     ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20`` that is the published algorithm,
     except that a failed search does not step.
@@ -125,11 +108,11 @@ class PBFGS(QuasiNewton):
     same in every evaluation of a step, and go on afterwards as after one evaluation. After an
     accepted step the buffers are as the evaluation at the accepted weights leaves them.
 
-    On a GPU, with "bfgs" and "armijo" and without ``weight_decay``, ``grad_scaler``,
-    ``first_step`` and ``max_iter``, all d x d algebra runs there in one kernel and the first trial
-    is made before the host has read any number of the step: it waits once a trial. The first trial
-    is then made even where the gradient turns out to be zero or not finite, and a gradient that is
-    not finite at an accepted point is found by the next step, which goes back (RESTORED).
+    On a GPU, with "armijo" and without ``weight_decay``, ``grad_scaler`` and ``max_iter``, all
+    d x d algebra runs there in one kernel and the first trial is made before the host has read any
+    number of the step: it waits once a trial. The first trial is then made even where the gradient
+    turns out to be zero or not finite, and a gradient that is not finite at an accepted point is
+    found by the next step, which goes back (RESTORED).
 
     The state that `state_dict` saves includes a flat copy of the weights, n numbers.
     """
@@ -141,15 +124,11 @@ class PBFGS(QuasiNewton):
         subspace: AffineSubspace,
         lr: float | Tensor = 1.0,
         *,
-        update: Literal["bfgs", "lbfgs", "sr1"] = "bfgs",
-        history_size: int = 10,
         line_search_fn: Literal["armijo", "strong_wolfe"] | None = "armijo",
         c1: float = 1e-4,
         backtrack: float = 0.5,
         max_ls: int = 20,
-        interpolate: bool = False,
-        first_step: float | None = None,
-        curvature: Literal["same_batch", "overlap", "consecutive"] = "same_batch",
+        curvature: Literal["same_batch", "consecutive"] = "same_batch",
         damping: Literal["powell"] | None = "powell",
         max_iter: int = 1,
         tolerance_grad: float = 0.0,
@@ -167,14 +146,10 @@ class PBFGS(QuasiNewton):
         with nullcontext() if ranks is None else ranks.agreeing():
             defaults = checked(
                 lr=lr,
-                update=update,
-                history_size=history_size,
                 line_search_fn=line_search_fn,
                 c1=c1,
                 backtrack=backtrack,
                 max_ls=max_ls,
-                interpolate=interpolate,
-                first_step=first_step,
                 curvature=curvature,
                 damping=damping,
                 max_iter=max_iter,

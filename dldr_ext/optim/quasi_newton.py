@@ -15,7 +15,7 @@ from ..subspace.base import AffineSubspace
 from ..tensors.parameters import flatten
 from .algebra import bfgs
 from .algebra.line_search import SearchResult
-from .algebra.update_rules import BFGS, LBFGS, SR1, Rule
+from .algebra.update_rules import BFGS
 from .base import SubspaceOptimizer
 from .state_dict import check_point, saved_tensor
 from .status import Curvature, Status
@@ -45,11 +45,11 @@ class _Project:
 class QuasiNewton(SubspaceOptimizer):
     """Binds together what is kept between steps; each part has a module of its own.
 
-    The flat point and the direction (`Walk`), curvature (`Rule`), the last step (`Pairs`), the way
+    The flat point and the direction (`Walk`), curvature (`BFGS`), the last step (`Pairs`), the way
     back (`GoodPoint`), random state and buffers (`Replay`), the scale of gradients (`ScaleKeeper`).
     """
 
-    flat_state = ("point", "residual", "moved_origin", "previous_direction")
+    flat_state = ("point", "residual", "moved_origin")
     _walk: Walk
     _devices_ahead = ("cuda",)  # where numbers take long to reach the host
 
@@ -68,7 +68,7 @@ class QuasiNewton(SubspaceOptimizer):
         self._replay = Replay(self._params[0].device, replayed)
         self._scale = scale
         self._evaluator.scaler = scale.scaler
-        self._rule = self._first_rule()
+        self._rule = BFGS(self._first_guess())
         self._pairs = Pairs()
         self._good = GoodPoint()
         self._learnt: Curvature = "none"  # since the last record
@@ -76,8 +76,7 @@ class QuasiNewton(SubspaceOptimizer):
     @property
     def _vector_device(self) -> torch.device:
         """Where theta and all other d-vectors are: with the weights if a step can run ahead."""
-        far = self._is_far() and self.defaults["update"] == "bfgs"
-        return self._params[0].device if far else super()._vector_device
+        return self._params[0].device if self._is_far() else super()._vector_device
 
     def _is_far(self) -> bool:
         """Whether the host waits long for numbers of the weights' device."""
@@ -88,9 +87,7 @@ class QuasiNewton(SubspaceOptimizer):
         group = self.param_groups[0]
         return (
             self._is_far()
-            and isinstance(self._rule, BFGS)
             and group["line_search_fn"] == "armijo"
-            and group["first_step"] is None
             and group["weight_decay"] == 0.0
             and group["max_iter"] == 1
             and group["lr"] != 0.0
@@ -99,18 +96,9 @@ class QuasiNewton(SubspaceOptimizer):
         )
 
     def _first_evaluation(self, closure: Closure) -> Loss:
-        """Loss and gradients at the weights; with "overlap" at the last ones too, before that."""
-        overlap = self._pairs.overlaps(self.param_groups[0]["curvature"])
-        if overlap:
-            self._walk.trial(-self._pairs.alpha)
+        """Loss and gradients at the weights."""
         loss = self._evaluator.first(closure)
         self._replay.mark()
-        if overlap:
-            self._keep_gradient()
-            self._walk.put_back()
-            self._replay.rewind()
-            loss = self._evaluator.again(closure, graph=True)
-            self._evaluator.backward(loss)
         return loss
 
     def _iterate(
@@ -192,7 +180,6 @@ class QuasiNewton(SubspaceOptimizer):
         )
         first = first if project.loss is None else project.loss
         rule, wanted = self._rule, group["curvature"] == "same_batch"
-        assert isinstance(rule, BFGS)
         damped, published = group["damping"] == "powell", self._published_rule()
         p, info = rule.run_ahead(c, pair, damped=damped, published=published)
         residual = self._aim(p, c, gradient, objective)
@@ -258,7 +245,6 @@ class QuasiNewton(SubspaceOptimizer):
         seen = residual is None and math.isfinite(after)
         self._good.see(self._theta, loss=seen, gradient=seen and wanted and not ahead)
         self._pairs.put(result.alpha, p, c)
-        self._rule.accepted(result.alpha, line.loss - after)
         known["alpha"], known["step_length"] = result.alpha, result.alpha * line.length
         known["loss_after"] = trials.raw_loss
         return status
@@ -321,24 +307,18 @@ class QuasiNewton(SubspaceOptimizer):
     def _learn(self, s: Tensor, y: Tensor, hs: Tensor) -> None:
         group, rule = self.param_groups[0], self._rule
         how = {"damped": group["damping"] == "powell", "published": self._published_rule()}
-        if isinstance(rule, BFGS) and self._is_far() and group["first_step"] is None:
+        if self._is_far():
             # As a step that runs ahead does it, to the bit. The direction is not used: any vector
             # will do that a positive definite B turns into one downhill.
             _, info = rule.run_ahead(torch.ones_like(s), (s, y, hs), **how)
             _, _, learnt, reset, _, condition, _ = info.tolist()
             self._learnt = rule.heed(learnt, reset, condition)
         else:
-            self._learnt = rule.learn(s, y, hs, shrink=group["first_step"] is not None, **how)
+            self._learnt = rule.learn(s, y, hs, **how)
 
     def _published_rule(self) -> bool:
-        wanted = {"update": "bfgs", "curvature": "consecutive", "damping": None}
+        wanted = {"curvature": "consecutive", "damping": None}
         return all(self.param_groups[0][key] == value for key, value in wanted.items())
-
-    def _first_rule(self) -> Rule:
-        group, guess = self.param_groups[0], self._first_guess()
-        if group["update"] == "lbfgs":
-            return LBFGS(guess, group["history_size"])
-        return BFGS(guess) if group["update"] == "bfgs" else SR1(guess)
 
     def _first_guess(self) -> Tensor:
         known = None if self._published_rule() else self._subspace.singular_values
@@ -439,7 +419,7 @@ class QuasiNewton(SubspaceOptimizer):
     def _own_state(self) -> dict[str, Any]:
         return {
             **self._walk.state(),
-            **self._pairs.state(self._walk.direction, self.param_groups[0]["curvature"]),
+            **self._pairs.state(),
             **self._rule.state(),
             **self._good.state(),
             **self._scale.state(),
@@ -449,7 +429,6 @@ class QuasiNewton(SubspaceOptimizer):
         numbers = {
             "since_anchor": int,
             "last_shift": float,
-            "previous_alpha": float,
             "loss_seen": bool,
             "gradient_seen": bool,
             "finite_steps": int,
@@ -472,9 +451,7 @@ class QuasiNewton(SubspaceOptimizer):
 
     def _adopt(self, own: dict[str, Any]) -> None:
         self._walk.load(own)
-        if own["previous_direction"] is not None:
-            self._walk.direction = own["previous_direction"]
-        self._rule = self._first_rule()
+        self._rule = BFGS(self._first_guess())
         self._rule.load(own["rule"])
         for part in (self._pairs, self._good, self._scale):
             part.load(own)

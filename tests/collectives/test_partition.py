@@ -20,7 +20,7 @@ from dldr_ext.collectives.partition import cut
 from dldr_ext.distributed.local import LocalSubspace
 from dldr_ext.distributed.sharded import ShardedSubspace
 
-HOWS = ["default", "wolfe", "sr1", "residual", "psgd", "adam"]
+HOWS = ["default", "wolfe", "decay", "residual", "psgd", "adam"]
 
 
 def sharded(how: str, mode: str) -> dict[str, Any]:

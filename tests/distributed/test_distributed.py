@@ -41,7 +41,7 @@ def train_ahead(how: str) -> dict[str, Any]:
         QuasiNewton._devices_ahead = before
 
 
-@pytest.mark.parametrize("how", ["default", "overlap", "residual"])
+@pytest.mark.parametrize("how", ["default", "consecutive", "residual"])
 def test_steps_that_run_ahead_of_the_host(ranks: RankGroup, how: str) -> None:
     plain, found = ranks.all(train, how, "plain usual"), ranks.all(train_ahead, how)
     assert all(one == found[0] for one in found)

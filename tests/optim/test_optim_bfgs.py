@@ -71,16 +71,6 @@ def test_condition() -> None:
         assert bfgs.condition(torch.diag(torch.tensor(indefinite)).double()) == float("inf")
 
 
-def test_first_update_scales_b_down_if_asked_to() -> None:
-    s = normal(0, 6)
-    guess = bfgs.first_guess(6)
-    for factor in (50.0, 0.02):
-        new = updated(guess, s, factor * s, hs=s, fresh=True, damped=True, shrink=True)
-        torch.testing.assert_close(new, guess / factor)
-    new = updated(guess, s, -s, hs=s, fresh=True, damped=False, shrink=True)
-    assert new is None  # a scale must be positive
-
-
 def test_update_says_whether_y_was_damped() -> None:
     s = normal(0, 4)
     guess = bfgs.first_guess(4)

@@ -24,8 +24,6 @@ from dldr_ext.optim.algebra.transfer import carried, overlap
 CASES: list[tuple[Any, dict[str, Any]]] = [
     (PBFGS, {}),
     (PBFGS, {"curvature": "consecutive"}),
-    (PBFGS, {"update": "lbfgs"}),
-    (PBFGS, {"update": "sr1"}),
     (PSGD, {"lr": 0.1}),
     (InSubspace, {"optimizer": torch.optim.SGD, "lr": 0.1}),
 ]

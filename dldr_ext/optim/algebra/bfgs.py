@@ -125,7 +125,6 @@ def update(
     hs: Tensor | None = None,
     fresh: bool,
     damped: bool,
-    shrink: bool = False,
 ) -> tuple[Tensor, bool] | None:
     """The next B and whether y was damped; None where the pair tells nothing: see `trusted`.
 
@@ -139,13 +138,11 @@ def update(
         B is a first guess: it is first scaled by y.s / y.By (Nocedal & Wright, 6.20, for B = I)
         where that is more than 1. A guess that is too large is left to the line search, which
         shortens steps but does not lengthen them; scaling it down too made training slower.
-    shrink : bool
-        Scale it down too.
     damped : bool
         Use Powell's damping. Without it, a pair with y.s <= 1e-8 |y||s| is skipped.
     """
     if fresh:
-        scale = first_scale(s, y, torch.mv(b, y), shrink)
+        scale = first_scale(s, y, torch.mv(b, y))
         b, hs = b * scale, None if hs is None else hs / scale
     if damped and hs is None:
         hs = torch.linalg.solve(b, s)
@@ -156,14 +153,14 @@ def update(
     return _inverse_bfgs(b, s, y, sy), changed
 
 
-def first_scale(s: Tensor, y: Tensor, by: Tensor, shrink: bool) -> float:
+def first_scale(s: Tensor, y: Tensor, by: Tensor) -> float:
     """y.s / y.By, by which a first guess B explains the first pair, or 1.
 
-    1 where it is no positive number; unless ``shrink`` where it is less than 1.
+    1 where it is no number or less than 1.
     """
     top, bottom = float(torch.dot(s, y)), float(torch.dot(y, by))
     scale = top / bottom if bottom > _TINY else 1.0
-    return scale if math.isfinite(scale) and scale > (0.0 if shrink else 1.0) else 1.0
+    return scale if math.isfinite(scale) and scale > 1.0 else 1.0
 
 
 def published_update(b: Tensor, s: Tensor, y: Tensor) -> Tensor | None:

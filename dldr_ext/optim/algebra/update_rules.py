@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import deque
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..status import Curvature
-from . import bfgs, lbfgs, sr1
+from . import bfgs
 from .transfer import carried
 
 _quasi_newton_ = torch.ops.dldr_ext.quasi_newton_.default
@@ -44,15 +43,12 @@ class Rule(ABC):
 
     @abstractmethod
     def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
+        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool
     ) -> Curvature:
         """Learns from a step s and the change y of c; hs is B^-1 s where p was -B c.
 
-        ``damped`` and ``shrink`` as in `bfgs.update`; ``published``: by `bfgs.published_update`.
+        ``damped`` as in `bfgs.update`; ``published``: by `bfgs.published_update`.
         """
-
-    def accepted(self, alpha: float, decrease: float) -> None:  # noqa: B027  (most need not know)
-        """The step alpha p was taken, and the objective fell by ``decrease`` (NaN: unknown)."""
 
     @abstractmethod
     def carry(self, m: Tensor, guess: Tensor) -> None:
@@ -113,7 +109,7 @@ class BFGS(Rule):
         return bfgs.descent_direction(self.b, c)
 
     def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
+        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool
     ) -> Curvature:
         if published:
             new = bfgs.published_update(self.b, s, y)
@@ -121,7 +117,7 @@ class BFGS(Rule):
                 return "skipped"
             self.b, self.fresh = new, False
             return "updated"
-        result = bfgs.update(self.b, s, y, hs=hs, fresh=self.fresh, damped=damped, shrink=shrink)
+        result = bfgs.update(self.b, s, y, hs=hs, fresh=self.fresh, damped=damped)
         if result is None:
             return "skipped"
         self.condition = bfgs.condition(result[0])
@@ -150,119 +146,6 @@ class BFGS(Rule):
     def checked(cls, state: dict[str, Any], dim: int) -> dict[str, Any]:
         return {
             "inverse_hessian": _matrix(state, "inverse_hessian", (dim, dim)),
-            "fresh": bool(state["fresh"]),
-        }
-
-
-class LBFGS(Rule):
-    """The last pairs (s, y), and no matrix."""
-
-    def __init__(self, guess: Tensor, history_size: int) -> None:
-        self.pairs: deque[lbfgs.Pair] = deque(maxlen=history_size)
-        super().__init__(guess)
-
-    def reset(self) -> None:
-        super().reset()
-        self.pairs.clear()
-
-    def direction(self, c: Tensor) -> tuple[Tensor, float] | None:
-        return bfgs.downhill(lbfgs.apply(self.pairs, self.guess.diagonal(), c).neg_(), c)
-
-    def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
-    ) -> Curvature:
-        pair = bfgs.trusted(s, y, hs=hs, damped=damped)
-        if pair is None:
-            return "skipped"
-        self.pairs.append((s.clone(), pair[0].clone(), pair[1]))
-        self.fresh = False
-        return "damped" if pair[2] else "updated"
-
-    def carry(self, m: Tensor, guess: Tensor) -> None:
-        pairs, self.guess = list(self.pairs), guess
-        self.reset()
-        for s, y, _ in pairs:  # as far as the new directions see both
-            pair = bfgs.trusted(torch.mv(m, s), torch.mv(m, y), damped=False)
-            if pair is not None:
-                self.pairs.append((torch.mv(m, s), pair[0], pair[1]))
-        self.fresh = not self.pairs
-
-    def state(self) -> dict[str, Any]:
-        def rows(vectors: list[Tensor]) -> Tensor:
-            return torch.stack(vectors) if vectors else self.guess.new_empty(0, len(self.guess))
-
-        return {
-            "pair_steps": rows([s for s, _, _ in self.pairs]),
-            "pair_changes": rows([y for _, y, _ in self.pairs]),
-            "pair_curvatures": self.guess.new_tensor([sy for *_, sy in self.pairs]),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        rows = (state[f"pair_{key}"] for key in ("steps", "changes", "curvatures"))
-        self.reset()
-        for s, y, sy in zip(*rows, strict=True):
-            self.pairs.append((s.clone(), y.clone(), float(sy)))
-        self.fresh = not self.pairs
-
-    @classmethod
-    def checked(cls, state: dict[str, Any], dim: int) -> dict[str, Any]:
-        curvatures = state["pair_curvatures"]
-        count = len(curvatures) if isinstance(curvatures, Tensor) and curvatures.ndim == 1 else 0
-        return {
-            "pair_steps": _matrix(state, "pair_steps", (count, dim)),
-            "pair_changes": _matrix(state, "pair_changes", (count, dim)),
-            "pair_curvatures": _matrix(state, "pair_curvatures", (count,)),
-        }
-
-
-class SR1(Rule):
-    """The d x d matrix H, which may be indefinite, and the region where it is believed."""
-
-    def reset(self) -> None:
-        super().reset()
-        self.h = torch.diag(1.0 / self.guess.diagonal())
-        self.radius = math.inf
-        self._step: sr1.ModelStep | None = None
-
-    def direction(self, c: Tensor) -> tuple[Tensor, float] | None:
-        self._step = sr1.model_step(self.h, c, self.radius)
-        if self._step is None:
-            return None
-        self.condition = self._step.condition
-        return bfgs.downhill(self._step.p, c)
-
-    def learn(
-        self, s: Tensor, y: Tensor, hs: Tensor, *, damped: bool, published: bool, shrink: bool
-    ) -> Curvature:
-        if self.fresh:
-            self.h = self.h / bfgs.first_scale(s, y, torch.mv(self.guess, y), shrink)
-        new = sr1.update(self.h, s, y)
-        if new is None:
-            return "skipped"
-        self.h, self.fresh = new, False
-        return "updated"
-
-    def accepted(self, alpha: float, decrease: float) -> None:
-        if self._step is not None:
-            self.radius = sr1.next_radius(self.radius, self._step, alpha, decrease)
-
-    def carry(self, m: Tensor, guess: Tensor) -> None:
-        h, radius, fresh, self.guess = self.h, self.radius, self.fresh, guess
-        self.reset()
-        if not fresh:
-            self.h, self.radius, self.fresh = carried(h, m), radius, False
-
-    def state(self) -> dict[str, Any]:
-        return {"hessian": self.h.clone(), "radius": self.radius, "fresh": self.fresh}
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.h, self.radius, self.fresh = state["hessian"], state["radius"], state["fresh"]
-
-    @classmethod
-    def checked(cls, state: dict[str, Any], dim: int) -> dict[str, Any]:
-        return {
-            "hessian": _matrix(state, "hessian", (dim, dim)),
-            "radius": float(state["radius"]),
             "fresh": bool(state["fresh"]),
         }
 

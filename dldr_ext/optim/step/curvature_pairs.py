@@ -18,26 +18,21 @@ class Pairs:
     """A step s, and y once both of its gradients are there.
 
     With "same_batch" the second is the flat gradient at the accepted point, projected beside the
-    next step's, by when B is needed; with "overlap" the first is, of the next step's closure at
-    the old point; with "consecutive" the next step's own gradient is all there is.
+    next step's, by when B is needed; with "consecutive" the next step's own gradient is all there
+    is.
     """
 
     def __init__(self) -> None:
         self._waiting: Pair | None = None  # s, c before it, B^-1 s
         self._other: Tensor | None = None  # the flat gradient, without its scale
-        self.alpha = 0.0  # of the step along the direction it took
 
     def put(self, alpha: float, p: Tensor, c: Tensor) -> None:
         """A step alpha p = -alpha B c was taken, so that B^-1 s = -alpha c."""
-        self._waiting, self.alpha = (alpha * p, c, -alpha * c), alpha
+        self._waiting = alpha * p, c, -alpha * c
 
     def drop(self) -> None:
         """Forgets the step."""
         self._waiting = None
-
-    def overlaps(self, curvature: str) -> bool:
-        """Whether the next closure is to be evaluated at the old point too."""
-        return curvature == "overlap" and self._waiting is not None
 
     def keep(self, tensors: list[Tensor], like: Tensor, scale: float) -> Tensor:
         """A flat copy of gradients, without their scale: the other gradient of a pair."""
@@ -65,13 +60,7 @@ class Pairs:
             return c, self._with(c)
         factors = [objective.factor, objective.sign]
         c, other = _of_objective(project, [gradient, [kept]], factors, point, objective)
-        if curvature == "same_batch":
-            return c, self._with(other)
-        assert self._waiting is not None
-        s, _, hs = self._waiting
-        # The kept gradient is that of the old weights, whose decay differs by that of s.
-        self._waiting = s, other - objective.decay * s, hs
-        return c, self._with(c)
+        return c, self._with(other)
 
     def early(self, project: Project, point: Tensor, objective: Objective) -> Pair | None:
         """The pair of "same_batch" before the next step; then bitwise what that would get."""
@@ -81,23 +70,21 @@ class Pairs:
             *_of_objective(project, [[self._other]], [objective.sign], point, objective)
         )
 
-    def state(self, direction: Tensor, curvature: str) -> dict[str, Any]:
-        """What the next step depends on, as copies; the direction, n numbers, for "overlap"."""
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on, as copies."""
         s, c, hs = (None, None, None) if self._waiting is None else self._waiting
         state = {
             "previous_step": s,
             "previous_coordinates": c,
             "previous_believed": hs,
-            "previous_direction": direction if self.overlaps(curvature) else None,
         }
-        copies = {key: None if value is None else value.clone() for key, value in state.items()}
-        return {**copies, "previous_alpha": self.alpha}
+        return {key: None if value is None else value.clone() for key, value in state.items()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes over checked entries of `state`."""
         s, c, hs = (state[f"previous_{key}"] for key in ("step", "coordinates", "believed"))
         self._waiting = None if s is None else (s, c, hs)
-        self._other, self.alpha = None, state["previous_alpha"]
+        self._other = None
 
     def _with(self, after: Tensor) -> Pair | None:
         if self._waiting is None:

@@ -131,8 +131,6 @@ def search(
         Nothing is known of the curvature.
     """
     alpha, kind = float(group["lr"]), group["line_search_fn"]
-    if fresh and group["first_step"] is not None:
-        alpha = min(alpha, group["first_step"] / line.length)
     if kind is None or alpha == 0.0:  # a schedule may end at 0: there is nothing to search
         return fixed(alpha)
     options = {name: group[name] for name in ("c1", "backtrack", "max_ls")}
@@ -153,6 +151,5 @@ def search(
         line.loss,
         line.slope,
         alpha,
-        interpolate=group["interpolate"],
         **options,
     )
