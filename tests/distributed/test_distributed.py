@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dldr_ext import PBFGS, PSGD, InSubspace, Subspace
 from dldr_ext.collectives.consistency import difference, digest
-from dldr_ext.optim.quasi_newton import QuasiNewton
 
 
 @pytest.mark.parametrize("how", MAKE)
@@ -34,11 +33,11 @@ def test_as_one_process_on_the_whole_batch(ranks: RankGroup, how: str) -> None:
 
 def train_ahead(how: str) -> dict[str, Any]:
     """As on GPUs, whose numbers the host reads once a trial."""
-    before, QuasiNewton._devices_ahead = QuasiNewton._devices_ahead, ("cpu",)
+    before, PBFGS._devices_ahead = PBFGS._devices_ahead, ("cpu",)
     try:
         return train(how, "plain usual")
     finally:
-        QuasiNewton._devices_ahead = before
+        PBFGS._devices_ahead = before
 
 
 @pytest.mark.parametrize("how", ["default", "consecutive", "residual"])

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dldr_ext import PBFGS, Status
-from dldr_ext.optim import quasi_newton
+from dldr_ext.optim import pbfgs
 from dldr_ext.optim.step import line_trials
 
 OPTIONS: list[dict[str, Any]] = [
@@ -34,7 +34,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def ahead(monkeypatch):
-    monkeypatch.setattr(quasi_newton.QuasiNewton, "_devices_ahead", ("cpu", "cuda"))
+    monkeypatch.setattr(PBFGS, "_devices_ahead", ("cpu", "cuda"))
 
 
 class Reads(TorchDispatchMode):
@@ -49,7 +49,7 @@ class Reads(TorchDispatchMode):
             self.count += 1
             return together(*args)
 
-        monkeypatch.setattr(quasi_newton, "read_together", counted)
+        monkeypatch.setattr(pbfgs, "read_together", counted)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal, torch.ops.aten.nonzero)
@@ -75,7 +75,7 @@ def run(options: dict[str, Any], style: str, steps: int = 25):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_goes_where_an_ordinary_step_goes(options, style, monkeypatch) -> None:
     ordinary_batches, ordinary = run(options, style)
-    monkeypatch.setattr(quasi_newton.QuasiNewton, "_devices_ahead", ("cpu",))
+    monkeypatch.setattr(PBFGS, "_devices_ahead", ("cpu",))
     batches, optimizer = run(options, style)
     assert optimizer._runs_ahead()
     torch.testing.assert_close(optimizer.theta, ordinary.theta, rtol=1e-6, atol=1e-8)
@@ -107,7 +107,7 @@ def test_the_host_waits_once_a_trial(options, style, ahead, monkeypatch) -> None
         assert optimizer.history[-1].status.moved
         assert 1 <= reads.count <= optimizer.history[-1].trials
         monkeypatch.undo()
-        monkeypatch.setattr(quasi_newton.QuasiNewton, "_devices_ahead", ("cpu", "cuda"))
+        monkeypatch.setattr(PBFGS, "_devices_ahead", ("cpu", "cuda"))
 
 
 def test_the_count_sees_an_ordinary_step(monkeypatch) -> None:
@@ -204,8 +204,8 @@ def test_b_that_learnt_before_the_closure_raised_is_no_guess_any_more(ahead) -> 
     batches = Batches(7)
     optimizer = PBFGS(batches.params, random_subspace(batches.params, 6))
     optimizer.step(batches.forward(0))
-    guess, closure, calls = optimizer._rule.b.clone(), batches.forward(1), 0
-    assert optimizer._rule.fresh
+    guess, closure, calls = optimizer._inverse_hessian.matrix.clone(), batches.forward(1), 0
+    assert optimizer._inverse_hessian.fresh
 
     def raising():
         nonlocal calls
@@ -216,15 +216,15 @@ def test_b_that_learnt_before_the_closure_raised_is_no_guess_any_more(ahead) -> 
 
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(raising)
-    assert not torch.equal(optimizer._rule.b, guess)
-    assert not optimizer._rule.fresh
+    assert not torch.equal(optimizer._inverse_hessian.matrix, guess)
+    assert not optimizer._inverse_hessian.fresh
 
 
 def test_a_closure_may_write_every_loss_into_one_tensor(monkeypatch) -> None:
     """As callables that replay a CUDA graph do."""
     ends = []
     for devices in (("cuda",), ("cpu",)):
-        monkeypatch.setattr(quasi_newton.QuasiNewton, "_devices_ahead", devices)
+        monkeypatch.setattr(PBFGS, "_devices_ahead", devices)
         batches, static = Batches(10), torch.zeros((), dtype=torch.float64)
         optimizer = PBFGS(batches.params, random_subspace(batches.params, 6))
         for step in range(8):

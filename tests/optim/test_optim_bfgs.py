@@ -52,11 +52,11 @@ def test_update_is_the_inverse_bfgs_formula(dim: int, seed: int) -> None:
 def test_damping_keeps_b_positive_definite(
     dim: int, seed: int, log_scale: float, alpha: float, fresh: bool
 ) -> None:
-    b = bfgs.first_guess(dim) if fresh else positive_definite(seed, dim)
+    b = bfgs.initial_inverse_hessian(dim) if fresh else positive_definite(seed, dim)
     c = normal(seed + 1, dim)
     s = -alpha * (b @ c)
     y = normal(seed + 2, dim) * 10**log_scale  # any sign of curvature
-    new = updated(b, s, y, hs=-alpha * c, fresh=fresh, damped=True)
+    new = updated(b, s, y, predicted=-alpha * c, fresh=fresh, damped=True)
     if new is not None:
         # Rank-two changes of very different size leave rounding of the larger one behind.
         smallest = torch.linalg.eigvalsh(new)[0]
@@ -73,24 +73,24 @@ def test_condition() -> None:
 
 def test_update_says_whether_y_was_damped() -> None:
     s = normal(0, 4)
-    guess = bfgs.first_guess(4)
+    guess = bfgs.initial_inverse_hessian(4)
     for y, expected in ((s, False), (0.1 * s, True), (-s, True)):
-        result = bfgs.update(guess, s, y, hs=s, fresh=False, damped=True)
+        result = bfgs.update(guess, s, y, predicted=s, fresh=False, damped=True)
         assert result is not None and result[1] is expected
 
 
 def test_updates_that_conflict_are_noticed_before_b_is_indefinite() -> None:
     """Random y have no common Hessian: B grows without bound until rounding decides its signs."""
-    b, fresh, noticed = bfgs.first_guess(8), True, 0
+    b, fresh, noticed = bfgs.initial_inverse_hessian(8), True, 0
     for k in range(200):
         c, alpha = normal(k, 8), 0.5
         y = normal(1000 + k, 8)
-        new = updated(b, -alpha * (b @ c), y, hs=-alpha * c, fresh=fresh, damped=True)
+        new = updated(b, -alpha * (b @ c), y, predicted=-alpha * c, fresh=fresh, damped=True)
         assert new is not None
         if bfgs.condition(new) < bfgs.CONDITION_LIMIT:
             b, fresh = new, False
         else:
-            b, fresh, noticed = bfgs.first_guess(8), True, noticed + 1
+            b, fresh, noticed = bfgs.initial_inverse_hessian(8), True, noticed + 1
         assert torch.linalg.eigvalsh(b)[0] > 0
     assert noticed > 0
 
@@ -115,23 +115,25 @@ def test_hs_is_solved_for_where_it_is_not_given() -> None:
     b, c = positive_definite(3, 5), normal(4, 5)
     s, y = -0.25 * (b @ c), normal(5, 5)
     solved = updated(b, s, y, fresh=False, damped=True)
-    given_ = updated(b, s, y, hs=-0.25 * c, fresh=False, damped=True)
+    given_ = updated(b, s, y, predicted=-0.25 * c, fresh=False, damped=True)
     torch.testing.assert_close(solved, given_, rtol=1e-9, atol=1e-9)
 
 
 def test_first_guess() -> None:
-    assert torch.equal(bfgs.first_guess(3), torch.eye(3, dtype=torch.float64))
+    assert torch.equal(bfgs.initial_inverse_hessian(3), torch.eye(3, dtype=torch.float64))
     sigma = torch.tensor([4.0, 1.0, 1e-9])
     expected = torch.tensor([1.0, 0.25, 1e-3], dtype=torch.float64)
-    torch.testing.assert_close(bfgs.first_guess(3, sigma), torch.diag(expected))
+    torch.testing.assert_close(bfgs.initial_inverse_hessian(3, sigma), torch.diag(expected))
     for useless in (torch.zeros(3), torch.tensor([1.0, float("nan"), 0.0])):
-        assert torch.equal(bfgs.first_guess(3, useless), torch.eye(3, dtype=torch.float64))
+        assert torch.equal(
+            bfgs.initial_inverse_hessian(3, useless), torch.eye(3, dtype=torch.float64)
+        )
 
 
 def test_first_update_scales_b_up_only() -> None:
     s = normal(0, 6)
-    guess = bfgs.first_guess(6)
-    new = updated(guess, s, 0.02 * s, hs=s, fresh=True, damped=True)
+    guess = bfgs.initial_inverse_hessian(6)
+    new = updated(guess, s, 0.02 * s, predicted=s, fresh=True, damped=True)
     torch.testing.assert_close(new, 50.0 * guess)
     for y, fresh in ((0.02 * s, False), (50.0 * s, True)):
         new = updated(guess, s, y, fresh=fresh, damped=False)
@@ -153,18 +155,18 @@ def test_first_update_scales_b_up_only() -> None:
 )
 def test_update_skips_pairs_that_tell_nothing(s: list[float], y: list[float]) -> None:
     s_, y_ = torch.tensor(s, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    assert updated(bfgs.first_guess(2), s_, y_, fresh=False, damped=False) is None
+    assert updated(bfgs.initial_inverse_hessian(2), s_, y_, fresh=False, damped=False) is None
 
 
 def test_curvature_test_is_relative() -> None:
     s = 1e-12 * normal(0, 4)  # y.s is about 1e-24
-    assert updated(bfgs.first_guess(4), s, s, fresh=False, damped=False) is not None
-    assert bfgs.published_update(bfgs.first_guess(4), s, s) is None
+    assert updated(bfgs.initial_inverse_hessian(4), s, s, fresh=False, damped=False) is not None
+    assert bfgs.published_update(bfgs.initial_inverse_hessian(4), s, s) is None
 
 
 def test_published_update_has_the_absolute_threshold() -> None:
     s, y = torch.tensor([1e-10, 0.0]).double(), torch.tensor([1.0, 0.0]).double()
-    b = bfgs.first_guess(2)
+    b = bfgs.initial_inverse_hessian(2)
     assert bfgs.published_update(b, s, 0.9e-10 * y) is None
     assert bfgs.published_update(b, s, 1.1e-10 * y) is not None
     assert bfgs.published_update(b, s, -y) is None
@@ -188,7 +190,7 @@ def test_exact_searches_recover_the_inverse_hessian() -> None:
     """On a quadratic, d exact line searches make B the inverse Hessian (N & W, theorem 6.4)."""
     dim = 7
     h = torch.linalg.inv(positive_definite(0, dim, condition=30.0))
-    x, b = normal(1, dim), bfgs.first_guess(dim)
+    x, b = normal(1, dim), bfgs.initial_inverse_hessian(dim)
     for k in range(dim):
         c = h @ x
         direction = bfgs.descent_direction(b, c)

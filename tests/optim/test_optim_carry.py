@@ -19,7 +19,7 @@ from optim_problems import (  # noqa: F401  (one_thread is a fixture)
 from torch import Tensor
 
 from dldr_ext import PBFGS, PSGD, GroupedSubspace, InSubspace, Subspace, Trajectory
-from dldr_ext.optim.algebra.transfer import carried, overlap
+from dldr_ext.optim.algebra.transfer import overlap, transferred
 
 CASES: list[tuple[Any, dict[str, Any]]] = [
     (PBFGS, {}),
@@ -75,7 +75,7 @@ def test_b_stays_positive_definite(d: int, wide: int, n: int, seed: int) -> None
     p, _ = torch.linalg.qr(torch.randn(n, d, dtype=torch.float64, generator=generator))
     q, _ = torch.linalg.qr(torch.randn(n, wide, dtype=torch.float64, generator=generator))
     b = positive(d, seed)
-    new = carried(b, q.T @ p)
+    new = transferred(b, q.T @ p)
     assert new.shape == (wide, wide) and torch.equal(new, new.T)
     before, after = torch.linalg.eigvalsh(b), torch.linalg.eigvalsh(new)
     assert after[0] >= 0.999 * before[0] and after[-1] <= 1.001 * before[-1]
@@ -83,13 +83,13 @@ def test_b_stays_positive_definite(d: int, wide: int, n: int, seed: int) -> None
 
 def test_b_where_the_answer_is_known() -> None:
     b = positive(4, 0)
-    torch.testing.assert_close(carried(b, torch.eye(4, dtype=torch.float64)), b)
+    torch.testing.assert_close(transferred(b, torch.eye(4, dtype=torch.float64)), b)
     q, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
-    torch.testing.assert_close(carried(b, q), q @ b @ q.T)
+    torch.testing.assert_close(transferred(b, q), q @ b @ q.T)
     # A part of the old subspace: the same part of B.
-    torch.testing.assert_close(carried(b, q[:2]), q[:2] @ b @ q[:2].T)
+    torch.testing.assert_close(transferred(b, q[:2]), q[:2] @ b @ q[:2].T)
     # Nothing in common: the geometric mean of the eigenvalues.
-    apart = carried(b, torch.zeros(3, 4, dtype=torch.float64))
+    apart = transferred(b, torch.zeros(3, 4, dtype=torch.float64))
     typical = torch.linalg.det(b) ** 0.25
     torch.testing.assert_close(apart, typical * torch.eye(3, dtype=torch.float64))
 

@@ -24,7 +24,7 @@ def step_by_step(
     if rule["published"]:
         new = bfgs.published_update(b, s, y)
     else:
-        result = bfgs.update(b, s, y, hs=hs, fresh=rule["fresh"], damped=rule["damped"])
+        result = bfgs.update(b, s, y, predicted=hs, fresh=rule["fresh"], damped=rule["damped"])
         new = None if result is None else result[0]
     singular = new is not None and bfgs.condition(new) >= bfgs.CONDITION_LIMIT
     reset = singular and not rule["published"]

@@ -22,7 +22,7 @@ _MARGIN = 0.1
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Outcome of a line search.
+    """The outcome of a line search.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class SearchResult:
 
 
 def fixed(alpha: float) -> SearchResult:
-    """No search: the step alpha, unseen."""
+    """Return the step alpha without a search."""
     return SearchResult(Status.ACCEPTED, alpha, math.nan, math.nan, 0, math.nan)
 
 
@@ -64,7 +64,7 @@ def armijo(
     backtrack: float,
     max_ls: int,
 ) -> SearchResult:
-    """The first of alpha, alpha * backtrack, alpha * backtrack^2, ... with sufficient decrease.
+    """Return the first alpha * backtrack^m, m = 0, 1, ..., with sufficient decrease.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def strong_wolfe(
     backtrack: float = 0.5,
     max_ls: int,
 ) -> SearchResult:
-    """A step with sufficient decrease and |phi'(alpha)| <= c2 |phi'(0)|.
+    """Find a step with sufficient decrease and |phi'(alpha)| <= c2 |phi'(0)|.
 
     Brackets such a step by growing alpha, then zooms into the bracket with cubic (quadratic, where
     a slope is missing) interpolation, kept off the ends of the bracket.
@@ -166,25 +166,25 @@ def strong_wolfe(
 
 
 def _inside(low: _Point, high: _Point, backtrack: float) -> float:
-    """The next trial inside a bracket."""
+    """Return the next trial inside a bracket."""
     width = high.alpha - low.alpha
     if width == 0.0 or not math.isfinite(high.loss):
         return low.alpha + backtrack * width
-    part = (_minimiser(low, high) - low.alpha) / width
-    if not math.isfinite(part):
-        part = 0.5
-    return low.alpha + min(max(part, _MARGIN), 1.0 - _MARGIN) * width
+    fraction = (_minimiser(low, high) - low.alpha) / width
+    if not math.isfinite(fraction):
+        fraction = 0.5
+    return low.alpha + min(max(fraction, _MARGIN), 1.0 - _MARGIN) * width
 
 
 def _beyond(previous: _Point, point: _Point) -> float:
-    """The next, longer trial while the slope is still steep and negative."""
+    """Return the next, longer trial while the slope is still steep and negative."""
     shortest, longest = (factor * point.alpha for factor in _GROWTH)
-    guess = _minimiser(previous, point)
-    return min(max(guess, shortest), longest) if guess > point.alpha else longest
+    lowest = _minimiser(previous, point)
+    return min(max(lowest, shortest), longest) if lowest > point.alpha else longest
 
 
 def _minimiser(a: _Point, b: _Point) -> float:
-    """Minimiser of the cubic through both losses and slopes (Nocedal & Wright, 3.59).
+    """Return the minimiser of the cubic through both losses and slopes (Nocedal & Wright, 3.59).
 
     Of the parabola through both losses and a's slope where b's slope is unknown. NaN if there is
     none.
