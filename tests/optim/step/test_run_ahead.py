@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_problems import (  # noqa: F401  (one_thread is a fixture)
-    Batches,
-    bits,
-    flat,
-    one_thread,
-    random_subspace,
-)
+from optim_problems import Batches, bits, flat, interrupted, random_subspace
 from published import PUBLISHED
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,7 +76,7 @@ def test_goes_where_an_ordinary_step_goes(options, style, monkeypatch) -> None:
     torch.testing.assert_close(
         flat(batches.params), flat(ordinary_batches.params), rtol=1e-7, atol=1e-8
     )
-    # A trial keeps its graph before it is known that B learns: less often it is made once more.
+    # A trial keeps its graph before it is known that H learns: less often it is made once more.
     assert optimizer.closure_calls <= ordinary.closure_calls
     for mine, right in zip(optimizer.history, ordinary.history, strict=True):
         assert (mine.status, mine.trials, mine.curvature) == (
@@ -183,40 +177,24 @@ def test_a_closure_that_raises_in_the_first_trial_loses_nothing(ahead) -> None:
     for step in range(4):
         optimizer.step(batches.forward(step))
     weights, theta = bits(params), optimizer.theta
-    closure, calls = batches.forward(4), 0
-
-    def raising():
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return closure()
-
+    closure = batches.forward(4)
     with pytest.raises(KeyboardInterrupt):
-        optimizer.step(raising)
+        optimizer.step(interrupted(closure, 2))
     assert bits(params) == weights
     assert torch.equal(optimizer.theta, theta)
     optimizer.step(closure)
     assert optimizer.status.moved
 
 
-def test_b_that_learnt_before_the_closure_raised_is_no_guess_any_more(ahead) -> None:
+def test_an_h_that_learnt_before_the_closure_raised_is_no_initial_one_any_more(ahead) -> None:
     batches = Batches(7)
     optimizer = PBFGS(batches.params, random_subspace(batches.params, 6))
     optimizer.step(batches.forward(0))
-    guess, closure, calls = optimizer._inverse_hessian.matrix.clone(), batches.forward(1), 0
+    initial, closure = optimizer._inverse_hessian.matrix.clone(), batches.forward(1)
     assert optimizer._inverse_hessian.fresh
-
-    def raising():
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            raise KeyboardInterrupt
-        return closure()
-
     with pytest.raises(KeyboardInterrupt):
-        optimizer.step(raising)
-    assert not torch.equal(optimizer._inverse_hessian.matrix, guess)
+        optimizer.step(interrupted(closure, 2))
+    assert not torch.equal(optimizer._inverse_hessian.matrix, initial)
     assert not optimizer._inverse_hessian.fresh
 
 

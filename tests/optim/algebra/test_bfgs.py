@@ -49,7 +49,7 @@ def test_update_is_the_inverse_bfgs_formula(dim: int, seed: int) -> None:
 
 @given(DIMS, SEEDS, st.floats(-6, 6), st.floats(1e-3, 1e3), st.booleans())
 @settings(deadline=None, max_examples=150)
-def test_damping_keeps_b_positive_definite(
+def test_damping_keeps_h_positive_definite(
     dim: int, seed: int, log_scale: float, alpha: float, fresh: bool
 ) -> None:
     b = bfgs.initial_inverse_hessian(dim) if fresh else positive_definite(seed, dim)
@@ -73,14 +73,14 @@ def test_condition() -> None:
 
 def test_update_says_whether_y_was_damped() -> None:
     s = normal(0, 4)
-    guess = bfgs.initial_inverse_hessian(4)
+    initial = bfgs.initial_inverse_hessian(4)
     for y, expected in ((s, False), (0.1 * s, True), (-s, True)):
-        result = bfgs.update(guess, s, y, predicted=s, fresh=False, damped=True)
+        result = bfgs.update(initial, s, y, predicted=s, fresh=False, damped=True)
         assert result is not None and result[1] is expected
 
 
-def test_updates_that_conflict_are_noticed_before_b_is_indefinite() -> None:
-    """Random y have no common Hessian: B grows without bound until rounding decides its signs."""
+def test_updates_that_conflict_are_noticed_before_h_is_indefinite() -> None:
+    """Random y have no common Hessian: H grows without bound until rounding decides its signs."""
     b, fresh, noticed = bfgs.initial_inverse_hessian(8), True, 0
     for k in range(200):
         c, alpha = normal(k, 8), 0.5
@@ -101,11 +101,11 @@ def test_powell_damping(dim: int, seed: int, scale: float) -> None:
     s, y = normal(seed, dim), scale * normal(seed + 1, dim)
     hs = positive_definite(seed + 2, dim) @ s
     r = bfgs.powell_damped(y, s, hs)
-    believed = torch.dot(s, hs)
-    if torch.dot(s, y) >= 0.2 * believed:
+    expected = torch.dot(s, hs)
+    if torch.dot(s, y) >= 0.2 * expected:
         assert r is y
     else:
-        torch.testing.assert_close(torch.dot(s, r), 0.2 * believed, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(torch.dot(s, r), 0.2 * expected, rtol=1e-9, atol=1e-12)
         # On the line between y and hs.
         t = torch.linalg.vector_norm(r - hs) / torch.linalg.vector_norm(y - hs)
         torch.testing.assert_close(r, t * y + (1 - t) * hs, rtol=1e-7, atol=1e-9)
@@ -119,7 +119,7 @@ def test_hs_is_solved_for_where_it_is_not_given() -> None:
     torch.testing.assert_close(solved, given_, rtol=1e-9, atol=1e-9)
 
 
-def test_first_guess() -> None:
+def test_initial_inverse_hessian() -> None:
     assert torch.equal(bfgs.initial_inverse_hessian(3), torch.eye(3, dtype=torch.float64))
     sigma = torch.tensor([4.0, 1.0, 1e-9])
     expected = torch.tensor([1.0, 0.25, 1e-3], dtype=torch.float64)
@@ -132,11 +132,11 @@ def test_first_guess() -> None:
 
 def test_first_update_scales_b_up_only() -> None:
     s = normal(0, 6)
-    guess = bfgs.initial_inverse_hessian(6)
-    new = updated(guess, s, 0.02 * s, predicted=s, fresh=True, damped=True)
-    torch.testing.assert_close(new, 50.0 * guess)
+    initial = bfgs.initial_inverse_hessian(6)
+    new = updated(initial, s, 0.02 * s, predicted=s, fresh=True, damped=True)
+    torch.testing.assert_close(new, 50.0 * initial)
     for y, fresh in ((0.02 * s, False), (50.0 * s, True)):
-        new = updated(guess, s, y, fresh=fresh, damped=False)
+        new = updated(initial, s, y, fresh=fresh, damped=False)
         values = torch.linalg.eigvalsh(new)
         torch.testing.assert_close(values[1:5], torch.ones(4, dtype=torch.float64))
 
@@ -187,7 +187,7 @@ def test_descent_direction() -> None:
 
 
 def test_exact_searches_recover_the_inverse_hessian() -> None:
-    """On a quadratic, d exact line searches make B the inverse Hessian (N & W, theorem 6.4)."""
+    """On a quadratic, d exact line searches make H the inverse Hessian (N & W, theorem 6.4)."""
     dim = 7
     h = torch.linalg.inv(positive_definite(0, dim, condition=30.0))
     x, b = normal(1, dim), bfgs.initial_inverse_hessian(dim)

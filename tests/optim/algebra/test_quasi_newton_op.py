@@ -18,7 +18,7 @@ quasi_newton_ = torch.ops.dldr_ext.quasi_newton_
 def step_by_step(
     b: Tensor, guess: Tensor, c: Tensor, s: Tensor, y: Tensor, hs: Tensor, **rule: bool
 ) -> tuple[Tensor, Tensor, bool, int]:
-    """The same with small tensors: the next B, the direction, whether B was set back, and learnt
+    """The same with small tensors: the next H, the direction, whether H was set back, and learnt
     (2: from a damped y)."""
     result = None
     if rule["published"]:

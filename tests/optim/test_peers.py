@@ -8,11 +8,10 @@ from statistics import median
 import numpy as np
 import pytest
 from more_garbow_hillstrom import PROBLEMS, PUBLISHED_MINIMA, Problem
-from optim_problems import one_thread  # noqa: F401  (a fixture)
 from peers import Result, pbfgs, scipy_bfgs, scipy_trust_exact, torch_lbfgs
 
 NAMED = {problem.name: problem for problem in PROBLEMS}
-# The condition number of the Hessian is 1e12: beyond it PBFGS takes B for singular.
+# The condition number of the Hessian is 1e12: beyond it PBFGS takes H for singular.
 SINGULAR = {"Brown badly scaled"}
 # Everybody finds the same point.
 ONE_MINIMUM = [

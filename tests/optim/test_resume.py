@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 from typing import Any
 
 import pytest
 import torch
-from optim_problems import (  # noqa: F401  (one_thread is a fixture)
-    Batches,
-    bits,
-    one_thread,
-    random_subspace,
-)
+from optim_problems import Batches, bits, check_copies_go_their_own_way, random_subspace
 
 from dldr_ext import PBFGS, PSGD, Status
 
@@ -159,23 +153,9 @@ def test_wrong_states_are_refused_and_change_nothing() -> None:
 
 @pytest.mark.parametrize(("make", "options"), CASES)
 def test_copies_go_their_own_way(make: Any, options: dict[str, Any]) -> None:
-    """deepcopy and pickle of model and optimizer together; the copies take the same steps."""
     batches = Batches(0)
     optimizer = make(batches.params, random_subspace(batches.params, 4), **options)
-    for step in range(3):
-        optimizer.step(batches.forward(step))
-    pairs = [copy.deepcopy((batches, optimizer)), pickle.loads(pickle.dumps((batches, optimizer)))]
-    for other, copied in pairs:
-        assert copied.param_groups[0]["params"][0] is other.params[0]
-        kept = bits(batches.params)
-        for step in range(3, 6):
-            copied.step(other.forward(step))
-        assert bits(batches.params) == kept
-    for step in range(3, 6):
-        optimizer.step(batches.forward(step))
-    for other, copied in pairs:
-        assert bits(other.params) == bits(batches.params)
-        assert torch.equal(copied.theta, optimizer.theta)
+    check_copies_go_their_own_way(batches, optimizer)
 
 
 def test_is_an_optimizer_to_torch() -> None:

@@ -8,13 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_problems import (  # noqa: F401  (one_thread is a fixture)
-    Batches,
-    bits,
-    flat,
-    one_thread,
-    random_subspace,
-)
+from optim_problems import Batches, bits, flat, random_subspace
 from torch import Tensor, nn
 
 from dldr_ext import PBFGS, PSGD, Status, virtual_batch
