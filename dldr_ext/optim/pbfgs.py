@@ -74,6 +74,11 @@ class PBFGS(SubspaceOptimizer):
         Factor in (0, 1) from trial to trial (of "strong_wolfe": after a trial that is not finite).
     max_ls : int
         Largest number of trials of one search.
+    max_iter : int
+        Iterations of one step, all with the same closure, as in torch's LBFGS. From the second on
+        the accepted trial is the first evaluation: one evaluation less for each.
+    tolerance_grad : float
+        A step whose |c| is not larger does not move (CONVERGED).
     curvature : "same_batch" or "consecutive"
         Where y comes from. "same_batch": the change of the projected gradient of this step's
         closure from the old to the new point; costs one evaluation with backward, the accepted
@@ -82,22 +87,11 @@ class PBFGS(SubspaceOptimizer):
         batches; costs nothing, and is the same if the closure always uses all data.
     damping : "powell" or None
         Powell's damping of y, which keeps H positive definite where the curvature is negative.
-    max_iter : int
-        Iterations of one step, all with the same closure, as in torch's LBFGS. From the second on
-        the accepted trial is the first evaluation: one evaluation less for each.
-    tolerance_grad : float
-        A step whose |c| is not larger does not move (CONVERGED).
     weight_decay : float
         >= 0; wd / 2 |w|^2 is added to the objective: gradient, curvature and trials. What
         ``step`` returns and ``history`` holds is the closure's loss alone.
     maximize : bool
         Maximises what the closure returns.
-    grad_scaler : torch.amp.GradScaler or None
-        For float16 gradients: a closure that calls backward itself calls it on
-        ``scaler.scale(loss)`` and returns ``loss``; for the other style the optimizer does so.
-        The optimizer divides by the scale, makes it smaller after a gradient that is not finite
-        and larger after ``growth_interval`` steps without: neither ``scaler.step`` nor
-        ``scaler.unscale_`` nor ``scaler.update`` are called.
     residual_lr : float
         Learning rate, >= 0, of the part g - P P^T g of the gradient outside the subspace, by which
         the weights move too after each accepted step (P+-BFGS). The weights then leave
@@ -107,6 +101,12 @@ class PBFGS(SubspaceOptimizer):
     buffers : module, iterable of Tensor, or None
         Tensors that an evaluation changes (batch-norm statistics): pass the model. Every
         evaluation of a step sees them as before the step.
+    grad_scaler : torch.amp.GradScaler or None
+        For float16 gradients: a closure that calls backward itself calls it on
+        ``scaler.scale(loss)`` and returns ``loss``; for the other style the optimizer does so.
+        The optimizer divides by the scale, makes it smaller after a gradient that is not finite
+        and larger after ``growth_interval`` steps without: neither ``scaler.step`` nor
+        ``scaler.unscale_`` nor ``scaler.update`` are called.
     process_group : ProcessGroup, DeviceMesh, module, "world" or None
         The ranks that step together, each with a closure of its own batch: the objective is the
         mean of their losses, each counting the same. None: this process alone. Every rank calls
@@ -120,6 +120,12 @@ class PBFGS(SubspaceOptimizer):
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what came. Nothing has moved then.
+
+    See Also
+    --------
+    PSGD : SGD with momentum on the coordinates.
+    InSubspace : any optimizer of torch on the coordinates.
+    virtual_batch : a closure of a batch that is evaluated in parts.
 
     Notes
     -----
@@ -144,12 +150,6 @@ class PBFGS(SubspaceOptimizer):
     found by the next step, which goes back (RESTORED).
 
     The state that `state_dict` saves includes a flat copy of the weights, n numbers.
-
-    See Also
-    --------
-    PSGD : SGD with momentum on the coordinates.
-    InSubspace : any optimizer of torch on the coordinates.
-    virtual_batch : a closure of a batch that is evaluated in parts.
 
     References
     ----------
@@ -187,16 +187,16 @@ class PBFGS(SubspaceOptimizer):
         c1: float = 1e-4,
         backtrack: float = 0.5,
         max_ls: int = 20,
-        curvature: Literal["same_batch", "consecutive"] = "same_batch",
-        damping: Literal["powell"] | None = "powell",
         max_iter: int = 1,
         tolerance_grad: float = 0.0,
+        curvature: Literal["same_batch", "consecutive"] = "same_batch",
+        damping: Literal["powell"] | None = "powell",
         weight_decay: float = 0.0,
         maximize: bool = False,
-        grad_scaler: torch.amp.GradScaler | None = None,
         residual_lr: float = 0.0,
         residual_momentum: float = 0.9,
         buffers: nn.Module | Iterable[Tensor] | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
         process_group: Any = None,
         theta0: Tensor | Literal["current"] | None = None,
     ) -> None:
@@ -209,10 +209,10 @@ class PBFGS(SubspaceOptimizer):
                 c1=c1,
                 backtrack=backtrack,
                 max_ls=max_ls,
-                curvature=curvature,
-                damping=damping,
                 max_iter=max_iter,
                 tolerance_grad=tolerance_grad,
+                curvature=curvature,
+                damping=damping,
                 weight_decay=weight_decay,
                 maximize=maximize,
                 residual_lr=residual_lr,
