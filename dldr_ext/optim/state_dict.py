@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .status import Status
-
-if TYPE_CHECKING:
-    from .base import SubspaceOptimizer
 
 # A loaded point further than this from origin + P theta belongs to another subspace.
 _FOREIGN = 1e-2
@@ -54,7 +51,7 @@ def take_in(optimizer: Any, state_dict: dict[str, Any]) -> None:
     optimizer._incoming |= {count: int(state[count]) for count in counts}
 
 
-def wrong(optimizer: SubspaceOptimizer, got: Any) -> str:
+def wrong(optimizer: torch.optim.Optimizer, got: Any) -> str:
     """Return the message about something that is no state dict of this optimizer."""
     name = type(optimizer).__name__
     shown = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else type(got).__name__
@@ -62,7 +59,7 @@ def wrong(optimizer: SubspaceOptimizer, got: Any) -> str:
 
 
 def saved_tensor(
-    optimizer: SubspaceOptimizer, state: dict[str, Any], key: str, like: Tensor
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], key: str, like: Tensor
 ) -> Tensor:
     """Return a copy of a saved tensor, on the device and in the dtype of ``like``."""
     value = state[key]
@@ -75,9 +72,7 @@ def saved_tensor(
     return value.to(device=like.device, dtype=like.dtype, copy=True)
 
 
-def check_point(
-    optimizer: SubspaceOptimizer, point: Tensor, origin: Tensor | None, theta: Tensor
-) -> None:
+def check_point(optimizer: Any, point: Tensor, origin: Tensor | None, theta: Tensor) -> None:
     """Refuse a saved point that is not origin + P theta in this subspace."""
     here = torch.empty_like(point)
     optimizer.subspace.combine_(here, optimizer._to_basis(theta), origin)

@@ -145,6 +145,9 @@ def test_wrong_states_are_refused_and_change_nothing() -> None:
         broken = copy.deepcopy(state)
         broken["subspace"][key] = value
         refused(broken, key)
+    older = copy.deepcopy(state)
+    older["subspace"]["previous_direction"] = None  # of an option that is gone
+    refused(older, "expected the keys .* got .*'previous_direction'")
     grouped = copy.deepcopy(state)
     grouped["param_groups"][0]["params"].pop()
     refused(grouped, "parameter group")
