@@ -1,7 +1,7 @@
 """DLDR with its basis refreshed: leave the first subspace once it has given what it has.
 
-Two further rounds of a few recorded SGD steps each, from where P-BFGS stands; then theta and B are
-carried over into the subspace of the new directions. Against it: as many steps of P-BFGS in the
+Two further rounds of a few recorded SGD steps each, from where P-BFGS stands; then theta and H are
+transferred into the subspace of the new directions. Against it: as many steps of P-BFGS in the
 first subspace alone.
 """
 

@@ -1,4 +1,4 @@
-"""What every optimizer in a subspace does: parameters, theta, closures, saving."""
+"""The base of all optimizers in a subspace: parameters, theta, closures, saving."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from .. import ops
 from ..collectives.consistency import Claims, described, digest, samples
 from ..collectives.process_group import Ranks
 from ..subspace.base import AffineSubspace
-from ..tensors.parameters import check_matches, dtype_name, gradients, local_shard, numel
+from ..tensors.parameters import check_matches, dtype_name, local_shard, numel
 from .algebra.transfer import overlap
 from .options import trainable
 from .state_dict import give_out, take_in, wrong
 from .status import Status, StepRecord
-from .step.closure import Evaluator, Loss
-from .step.write_guard import Guard
+from .step.closure import Evaluator
+from .step.objective import Problem
+from .step.write_guard import WriteGuard
 
 _log = logging.getLogger("dldr_ext")
 # Weights further than this from origin + P theta, relative to their norm, count as moved.
@@ -55,21 +56,20 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._params = [local_shard(p) for p in self._leaves]
         self._ranks = ranks
         self._check_subspace(name, subspace)
-        self._subspace = subspace
         super().__init__(self._leaves, defaults)
         self._status = Status.INITIAL
         self._evaluator = Evaluator(self._leaves)
         if ranks is not None:
             self._evaluator.inside = ranks.evaluation
+        self._enter(subspace)
         self._history: deque[StepRecord] = deque(maxlen=_HISTORY)
         self._steps = 0
-        self._guard = Guard(self._params)
+        self._guard = WriteGuard(self._params)
         self._incoming: dict[str, Any] | None = None  # a state that is being loaded
         if ranks is not None:
             ranks.agree(self._claims(theta0))
         self._theta = self._first_theta(name, theta0)
-        given = "origin + P theta0" if theta0 is not None else None
-        self._place(name, given)
+        self._place(name, "origin + P theta0" if theta0 is not None else None)
 
     @property
     def subspace(self) -> AffineSubspace:
@@ -83,7 +83,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     @property
     def status(self) -> Status:
-        """How the last step ended."""
+        """The `Status` that the last step ended with."""
         return self._status
 
     @property
@@ -93,16 +93,22 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     @property
     def closure_calls(self) -> int:
-        """Calls of closures so far, trials included: the passes over the data, in batches."""
+        """The calls of closures so far, trials included: the passes over the data, in batches."""
         return self._evaluator.calls
 
     @property
     def gradient_calls(self) -> int:
-        """Those of `closure_calls` that went through a backward pass."""
+        """The part of `closure_calls` that went through a backward pass."""
         return self._evaluator.gradient_calls
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused after construction: the subspace was made for one list of parameters."""
+        """Refuse another group: the subspace was made for one list of parameters.
+
+        Raises
+        ------
+        ValueError
+            Always, after construction.
+        """
         if self.param_groups:
             raise ValueError(
                 f"{type(self).__name__}: add_param_group: a subspace belongs to one list of "
@@ -111,13 +117,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, as copies; see `load_state_dict`.
+        """Return everything that the next step depends on, as copies; see `load_state_dict`.
 
         Beside torch's ``state`` (empty) and ``param_groups`` (all options) there is the key
         ``subspace``, which holds tensors, numbers and strings only. Not included, because they
         are not the optimizer's: the model, its buffers, torch's random state, the subspace.
 
         With a process group every rank must call it; one of them may write it to a file.
+
+        Returns
+        -------
+        dict
+            For ``torch.save``; ``torch.load(..., weights_only=True)`` reads it.
         """
         handle = self.register_state_dict_post_hook(give_out, prepend=True)
         try:  # hooks see the whole
@@ -126,7 +137,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resumes from `state_dict`, bit for bit, and puts the model where it was saved.
+        """Resume from `state_dict`, bit for bit, and put the model where it was saved.
+
+        Parameters
+        ----------
+        state_dict : dict
+            Of an optimizer of the same kind, in the same subspace.
 
         Raises
         ------
@@ -155,14 +171,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._steps = new["steps"]
             self._evaluator.calls = new["closure_calls"]
             self._evaluator.gradient_calls = new["gradient_calls"]
-            self._adopt(new["own"])
+            self._adopt(new["method"])
             self._guard.remember()
 
     def resync(self) -> None:
-        """Accepts weights that something else wrote, and goes on from their projection.
+        """Accept weights that something else wrote, and go on from their projection.
 
         Without it a step refuses such weights. They are moved to the nearest point of the subspace
-        (with a warning in the logger ``dldr_ext`` if that is further than rounding); what B has
+        (with a warning in the logger ``dldr_ext`` if that is further than rounding); what has been
         learnt stays.
         """
         name = type(self).__name__
@@ -172,12 +188,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def change_subspace(self, subspace: AffineSubspace) -> None:
-        """Goes on in another subspace of the same parameters: DLDR with its basis refreshed.
+        """Go on in another subspace of the same parameters: DLDR with its basis refreshed.
 
         theta becomes the projection of the model's weights, whoever wrote them, and what was
-        learnt is carried over by M = P'^T P: curvature as M B M^T, with its own typical size where
-        the old subspace knew nothing (`PBFGS`), momentum as M m (`PSGD`); the optimizer in
-        `InSubspace` starts anew. Options, counts and history stay.
+        learnt is transferred by M = P'^T P: the inverse Hessian as M H M^T, with a typical
+        eigenvalue where the old subspace knew nothing (`PBFGS`), momentum as M m (`PSGD`); the
+        optimizer in `InSubspace` starts anew. Options, counts and history stay.
 
         Weights off the new subspace are moved onto it, which is logged as a warning;
         ``subspace.with_origin(params)`` is the same one through the current weights.
@@ -191,18 +207,23 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         ------
         TypeError, ValueError
             As for the constructor's. Nothing has changed then.
+
+        See Also
+        --------
+        Subspace.with_origin : the same directions through other weights.
         """
         name = type(self).__name__
         with self._agreeing():
             self._check_subspace(name, subspace)
             if self._ranks is not None:
                 self._ranks.agree(_claims_of(subspace), "change_subspace")
+        self._learn_early()
         theta = subspace.nearest(self._params)
         m = overlap(subspace, self._subspace)
-        self._subspace = subspace
+        self._enter(subspace)
         self._theta = theta.to(device=self._vector_device, dtype=torch.float64)
         self._compare("change_subspace")
-        self._carry(m)
+        self._transfer(m)
         self._place(name, "their projection on the new subspace")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -212,30 +233,30 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     # What subclasses add.
 
-    def _before_saving(self) -> None:
-        """What the next step would do first anyway."""
+    def _learn_early(self) -> None:
+        """Learn what the next step would learn first anyway, to the bit."""
 
-    def _own_state(self) -> dict[str, Any]:
-        """Further entries of the state dict."""
+    def _method_state(self) -> dict[str, Any]:
+        """Return further entries of the state dict."""
         return {}
 
-    def _checked_own_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
-        """The same entries as loaded, checked and copied; changes nothing."""
+    def _checked_method_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
+        """Return the same entries as loaded, checked and copied; change nothing."""
         return {}
 
-    def _adopt(self, own: dict[str, Any]) -> None:
-        """Takes over checked entries and writes the weights."""
+    def _adopt(self, state: dict[str, Any]) -> None:
+        """Take over checked entries and write the weights."""
         raise NotImplementedError
 
-    def _carry(self, m: Tensor) -> None:
-        """Takes what was learnt into the new subspace, M = P'^T P, (d', d) float64 on the CPU."""
+    def _transfer(self, m: Tensor) -> None:
+        """Take what was learnt into a new subspace, M = P'^T P, (d', d) float64 on the CPU."""
         raise NotImplementedError
 
     def _start_at(self, point: Tensor) -> None:
-        """Takes over the flat point origin + P theta that the model now stands at."""
+        """Take over the flat point origin + P theta that the model now stands at."""
 
     def _expected_weights(self) -> Tensor:
-        """The flat weights as the last step left them."""
+        """Return the flat weights as the last step left them."""
         return self._subspace.reconstruct(self._to_basis(self._theta.detach()))
 
     # What subclasses use.
@@ -245,18 +266,24 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Where theta and other d-vectors are."""
         return torch.device("cpu")
 
+    def _enter(self, subspace: AffineSubspace) -> None:
+        self._subspace = subspace
+        self._problem = Problem(
+            self._evaluator, self._leaves, subspace, self._ranks, self._vector_device
+        )
+
     def _set_theta(self, theta: Tensor) -> None:
         with torch.no_grad():
             self._theta.copy_(theta)
 
-    def _record(self, loss: float, status: Status, **known: Any) -> None:
-        """Notes how an iteration ended."""
+    def _record(self, loss: float, status: Status, **further: Any) -> None:
+        """Note how an iteration ended; ``further`` entries are those of `StepRecord`."""
         self._steps += 1
         self._status = status
-        self._history.append(StepRecord(self._steps, loss, status, **known))
+        self._history.append(StepRecord(self._steps, loss, status, **further))
 
     def _check_first_loss(self, loss: float) -> None:
-        """A first step has no good point to go back to, and a loop might never notice."""
+        """Refuse a loss that is not finite in the first step, which has no restore point yet."""
         if self._steps == 0 and not math.isfinite(loss):
             raise ValueError(
                 f"{type(self).__name__}: closure: expected a finite loss in the first step, got "
@@ -264,7 +291,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             )
 
     def _check_untouched(self) -> None:
-        """Refuses weights that something else wrote since the last step."""
+        """Refuse weights that something else wrote since the last step."""
         if self._ranks is not None:
             # In place: others hold the list. A module may have moved its shards.
             self._params[:] = [local_shard(p) for p in self._leaves]
@@ -273,57 +300,22 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._guard.check(type(self).__name__, self._expected_weights)
 
     def _to_basis(self, vector: Tensor, copy: bool = False) -> Tensor:
-        """A d-vector as the ops take it: on the basis's device, in the ops' precision."""
+        """Return a d-vector as the ops take it: on the basis's device, in the ops' precision."""
         subspace = self._subspace
         return vector.to(device=subspace.device, dtype=subspace.coordinate_dtype, copy=copy)
-
-    def _gradients(self) -> list[Tensor]:
-        """What the last evaluation left, on this rank."""
-        return gradients(self._leaves)
-
-    def _projected(self, *lists: list[Tensor], same: int = 0) -> Tensor:
-        """c = P^T g of each list, (len(lists), d) float64. One pass over the basis.
-
-        Of several ranks the mean's, where the last ``same`` lists are the same on all.
-        """
-        return self._measured(None, *lists, same=same)[0]
-
-    def _measured(
-        self, loss: Loss | None, *lists: list[Tensor], same: int = 0
-    ) -> tuple[Tensor, Loss | None]:
-        """`_projected` and a loss; of several ranks their means, in one sum of d + 1 numbers."""
-        if self._ranks is None:
-            c = self._subspace.project_many(lists)
-        else:
-            c = self._subspace.partial_sum(lists, self._ranks.size, same)
-            parts = [c.reshape(-1)]
-            if loss is not None:
-                own = torch.as_tensor(loss, dtype=torch.float64, device=c.device).detach()
-                parts.append(own.reshape(1) / self._ranks.size)
-            sums = self._ranks.sum_(torch.cat(parts), "coordinates and loss")
-            c = sums[: c.numel()].view(c.shape)
-            loss = loss if loss is None else sums[-1]
-        return c.to(device=self._vector_device, dtype=torch.float64), loss
-
-    def _mean(self, loss: Loss) -> Loss:
-        """The mean of the ranks' losses, as a tensor; alone the loss itself."""
-        if self._ranks is None:
-            return loss
-        own = torch.as_tensor(loss, dtype=torch.float64, device=self._ranks.device).detach()
-        return self._ranks.sum_(own.reshape(1) / self._ranks.size, "the loss")[0]
 
     def _agreeing(self) -> AbstractContextManager[None]:
         return nullcontext() if self._ranks is None else self._ranks.agreeing()
 
     def _compare(self, what: str) -> None:
-        """Refuses to go on where ranks have come apart."""
+        """Refuse to go on where ranks have come apart."""
         if self._ranks is not None:
             claims = {"options": _options(self.param_groups[0]), "steps": self._steps}
             self._ranks.agree(claims | {"theta": digest(self._theta)}, what)
 
     def _claims(self, theta0: Tensor | str | None) -> Claims:
-        """What must be the same on every rank. Reads basis and origin once."""
-        told = theta0 if isinstance(theta0, str) or theta0 is None else "a tensor"
+        """Return what must be the same on every rank; reads basis and origin once."""
+        start = theta0 if isinstance(theta0, str) or theta0 is None else "a tensor"
         claims: Claims = {
             "optimizer": type(self).__name__,
             "torch": torch.__version__,
@@ -331,7 +323,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             "params": described(self._leaves),
             "options": _options(self.defaults),
             **_claims_of(self._subspace),
-            "theta0": told,
+            "theta0": start,
         }
         theta = theta0 if isinstance(theta0, Tensor) else None
         if not self._subspace.spans_ranks:
@@ -385,8 +377,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: theta0: expected finite numbers, got NaN or infinity")
         return theta.to(device=self._vector_device, dtype=torch.float64, copy=True)
 
-    def _place(self, name: str, given: str | None) -> None:
-        """Puts the model at origin + P theta and says so if it was elsewhere."""
+    def _place(self, name: str, where: str | None) -> None:
+        """Put the model at origin + P theta, and say so if it was elsewhere."""
         with torch.no_grad():
             point = self._subspace.reconstruct(self._to_basis(self._theta))
             before = torch.cat([p.detach().reshape(-1).to(point.dtype) for p in self._params])
@@ -401,10 +393,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             _log.warning(
                 "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)%s",
                 name,
-                given or "the origin of the subspace",
+                where or "the origin of the subspace",
                 distance,
                 norm,
-                "" if given else '; pass theta0="current" to start from the weights\' projection',
+                "" if where else '; pass theta0="current" to start from the weights\' projection',
             )
 
 
@@ -421,8 +413,8 @@ def _claims_of(subspace: AffineSubspace) -> Claims:
 
 
 def _options(group: dict[str, Any]) -> list[str]:
-    known = {key: value for key, value in group.items() if key != "params"}
     return [
         f"{key} = {value.tolist() if isinstance(value, Tensor) else value!r}"
-        for key, value in known.items()
+        for key, value in group.items()
+        if key != "params"
     ]

@@ -1,4 +1,4 @@
-"""Watching an optimizer at work: TensorBoard, and a progress bar. Both read its ``history``."""
+"""TensorBoard and a progress bar for an optimizer at work: both read its ``history``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def log_to_tensorboard(
     optimizer: torch.optim.Optimizer, writer: SummaryWriter, prefix: str = "optimizer"
 ) -> RemovableHandle:
-    """Writes every record that a step leaves in ``optimizer.history``.
+    """Write every record that a step leaves in ``optimizer.history``.
 
     Parameters
     ----------
@@ -36,22 +36,27 @@ def log_to_tensorboard(
     -------
     RemovableHandle
         ``handle.remove()`` ends it.
+
+    Raises
+    ------
+    TypeError
+        The optimizer has no history.
     """
     _check_has_history(optimizer)
-    seen = [len(optimizer.history) and optimizer.history[-1].step]  # type: ignore[attr-defined]
-    said: dict[str, str] = {}
+    written = [len(optimizer.history) and optimizer.history[-1].step]  # type: ignore[attr-defined]
+    words: dict[str, str] = {}
 
     def write(optimizer: Any, args: Any, kwargs: Any) -> None:
         for record in optimizer.history:
-            if record.step <= seen[0]:
+            if record.step <= written[0]:
                 continue
-            seen[0] = record.step
+            written[0] = record.step
             for name, value in dataclasses.asdict(record).items():
                 tag = f"{prefix}/{name}"
                 if isinstance(value, (str, enum.Enum)):
                     word = value.name if isinstance(value, enum.Enum) else value
-                    if said.get(tag) != word:
-                        said[tag] = word
+                    if words.get(tag) != word:
+                        words[tag] = word
                         writer.add_text(tag, word, record.step)
                 elif name != "step" and not math.isnan(value):
                     writer.add_scalar(tag, value, record.step)
@@ -63,7 +68,7 @@ def log_to_tensorboard(
 def progress(
     optimizer: torch.optim.Optimizer, total: int, *, console: Console | None = None
 ) -> Iterator[None]:
-    """Shows a bar while steps are taken: ``with progress(optimizer, total=100): ...``.
+    """Show a bar while steps are taken: ``with progress(optimizer, total=100): ...``.
 
     With loss, trials and step length of the last step. Needs the package rich
     (``pip install "dldr_ext[cli]"``).
@@ -75,6 +80,11 @@ def progress(
         Steps to come.
     console : rich.console.Console, optional
         Where to; default: the terminal's.
+
+    Raises
+    ------
+    TypeError
+        The optimizer has no history.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

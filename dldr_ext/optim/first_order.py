@@ -1,24 +1,32 @@
-"""Optimizers that take one gradient, and move without a search of their own."""
+"""The base of optimizers that take one gradient, and move without a search of their own."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from .base import SubspaceOptimizer
 from .status import Status
-from .step.closure import Closure, Loss, number, returned
+from .step.closure import Closure, Loss, LossT, number, returned
 
 
 class FirstOrder(SubspaceOptimizer):
     """The step that `PSGD` and `InSubspace` share."""
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], LossT]) -> LossT: ...
+
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Loss | None:  # type: ignore[override]
-        """One step.
+    def step(self, closure: Closure | None = None) -> Loss | None:
+        """Take one step.
 
         Parameters
         ----------
@@ -29,7 +37,7 @@ class FirstOrder(SubspaceOptimizer):
         Returns
         -------
         Tensor, float or None
-            What the closure returned, detached.
+            What the closure returned, detached; None without a closure.
 
         Raises
         ------
@@ -38,31 +46,33 @@ class FirstOrder(SubspaceOptimizer):
             the last step (see `resync`). Nothing has moved then.
         """
         self._check_untouched()
-        first = loss = None if closure is None else self._evaluator.first(closure)
+        first = mean = None if closure is None else self._evaluator.first(closure)
         c = None
         if self._ranks is not None or self._evaluator.has_gradient():
-            c, first = self._slope(loss)
-        value = math.nan if first is None else number(first)
-        if loss is not None:
-            self._check_first_loss(value)
+            c, mean = self._gradient(first)
+        loss = math.nan if mean is None else number(mean)
+        if first is not None:
+            self._check_first_loss(loss)
         if c is None:
-            self._record(value, Status.NO_GRADIENT)
-        elif loss is not None and not math.isfinite(value):
-            self._record(value, Status.NON_FINITE_LOSS)
+            self._record(loss, Status.NO_GRADIENT)
+        elif first is not None and not math.isfinite(loss):
+            self._record(loss, Status.NON_FINITE_LOSS)
+        elif not math.isfinite(size := float(torch.linalg.vector_norm(c))):
+            self._record(loss, Status.NON_FINITE_GRADIENT, gradient_norm=size)
         else:
-            self._move(closure, loss, value, c)
+            moved = self._move(closure, mean, c)
+            self._record(loss, Status.ACCEPTED, gradient_norm=size, **moved)
         self._guard.remember()
-        return returned(loss, first)
+        return returned(first, mean)
 
-    def _slope(self, loss: Loss | None) -> tuple[Tensor, Loss | None]:
-        """c = P^T g, (d,) float64, of the gradients in place; and the loss, the ranks' mean."""
-        c, loss = self._measured(loss, self._gradients())
+    def _gradient(self, loss: Loss | None) -> tuple[Tensor, Loss | None]:
+        """Project the gradients in place, c = P^T g, (d,) float64, and take the loss's mean."""
+        c, loss = self._problem.project(loss, self._problem.gradients())
         return c[0], loss
 
     @abstractmethod
-    def _move(self, closure: Closure | None, first: Loss | None, loss: float, c: Tensor) -> None:
-        """Moves theta and the weights, and records the step.
+    def _move(self, closure: Closure | None, loss: Loss | None, c: Tensor) -> dict[str, Any]:
+        """Move theta and the weights, and return further entries of the `StepRecord`.
 
-        ``first`` is what the closure returned, ``loss`` its value (NaN without a closure), ``c``
-        what `_slope` found.
+        ``loss`` is what the closure returned (None without one), ``c`` what `_gradient` found.
         """

@@ -1,4 +1,4 @@
-"""Any optimizer of torch in a subspace."""
+"""Optimizers of torch in a subspace: P-Adam and the like."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from ..collectives.consistency import Claims
 from ..collectives.process_group import listed, together
 from ..subspace.base import AffineSubspace
 from .first_order import FirstOrder
-from .status import Status
 from .step.closure import Closure, Loss
 
 
 class InSubspace(FirstOrder):
-    """Lets an optimizer of torch work on the d coordinates: ``torch.optim.Adam`` gives P-Adam.
+    """An optimizer of torch on the d coordinates: ``torch.optim.Adam`` gives P-Adam.
 
     A step projects the gradient, c = P^T g, lets the optimizer step theta with the gradient c and
     writes w = w0 + P theta: two passes over the basis. The state of the optimizer (Adam's moments)
@@ -49,6 +48,22 @@ class InSubspace(FirstOrder):
     TypeError, ValueError
         Naming the argument, what was expected and what came; also what the optimizer raises about
         its options. Nothing has moved then.
+
+    See Also
+    --------
+    PSGD : SGD with momentum, with weight decay of the weights themselves.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import InSubspace, Subspace
+    >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    >>> subspace = Subspace(torch.eye(2, 3), x.detach().clone())
+    >>> optimizer = InSubspace([x], subspace, torch.optim.Adam, lr=0.5)
+    >>> optimizer.step(lambda: x.square().sum())
+    tensor(14.)
+    >>> [round(coordinate, 3) for coordinate in optimizer.theta.tolist()]
+    [-0.5, -0.5]
     """
 
     def __init__(
@@ -69,8 +84,8 @@ class InSubspace(FirstOrder):
                     "InSubspace: optimizer: expected a class such as torch.optim.Adam, got "
                     f"{optimizer!r}"
                 )
-            nothing = torch.zeros(1, device="cpu", requires_grad=True)
-            probe = optimizer([nothing], **options)  # checks the options
+            placeholder = torch.zeros(1, device="cpu", requires_grad=True)
+            probe = optimizer([placeholder], **options)  # checks the options
             self._make, self._options = optimizer, options
             super().__init__(params, subspace, probe.defaults, theta0, ranks)
         self._renew()
@@ -91,43 +106,36 @@ class InSubspace(FirstOrder):
             self._renew()
             self._load_inner(state["_inner"])
 
-    def _move(self, closure: Closure | None, first: Loss | None, loss: float, c: Tensor) -> None:
+    def _move(self, closure: Closure | None, loss: Loss | None, c: Tensor) -> dict[str, Any]:
         self._theta.grad = c
-        size = float(torch.linalg.vector_norm(self._theta.grad))
-        if not math.isfinite(size):
-            self._record(loss, Status.NON_FINITE_GRADIENT, gradient_norm=size)
-            return
         options = {key: value for key, value in self.param_groups[0].items() if key != "params"}
         self._inner.param_groups[0].update(options)
         before, calls = self._theta.detach().clone(), self._evaluator.calls
         try:
-            theirs = None if closure is None else self._closure_of_theta(closure, first)
+            of_theta = None if closure is None else self._closure_of_theta(closure, loss)
             with torch.device("cpu"):  # theta's, whatever the default for the user's tensors
-                self._inner.step() if theirs is None else self._inner.step(theirs)
+                self._inner.step() if of_theta is None else self._inner.step(of_theta)
         finally:
             self._write_weights()
             self._guard.remember()
-        self._record(
-            loss,
-            Status.ACCEPTED,
-            gradient_norm=size,
-            alpha=float(options.get("lr", math.nan)),
-            step_length=float(torch.linalg.vector_norm(self._theta - before)),
-            trials=self._evaluator.calls - calls,
-        )
+        return {
+            "alpha": float(options.get("lr", math.nan)),
+            "step_length": float(torch.linalg.vector_norm(self._theta - before)),
+            "trials": self._evaluator.calls - calls,
+        }
 
     def _closure_of_theta(self, closure: Closure, loss: Any) -> Callable[[], Any]:
-        """The closure as the optimizer of theta calls it; the first evaluation has been made."""
-        known, device = [loss], torch.get_default_device()
+        """Return the closure that theta's optimizer calls; its first evaluation has been made."""
+        evaluated, device = [loss], torch.get_default_device()
 
         @torch.no_grad()
         def evaluate() -> Any:
-            if known:
-                return known.pop()
+            if evaluated:
+                return evaluated.pop()
             self._write_weights()
             with device:
                 again = self._evaluator.first(closure)
-            self._theta.grad, mean = self._slope(again)
+            self._theta.grad, mean = self._gradient(again)
             return mean
 
         return evaluate
@@ -136,7 +144,7 @@ class InSubspace(FirstOrder):
         self._subspace.reconstruct_(self._params, self._to_basis(self._theta))
 
     def _renew(self) -> None:
-        """A new optimizer for theta."""
+        """Make a new optimizer for theta."""
         self._theta.requires_grad_()
         self._inner = self._make([self._theta], **self._options)
 
@@ -144,11 +152,11 @@ class InSubspace(FirstOrder):
         groups = self._inner.state_dict()["param_groups"]
         self._inner.load_state_dict({"state": state, "param_groups": groups})
 
-    def _own_state(self) -> dict[str, Any]:
+    def _method_state(self) -> dict[str, Any]:
         state = copy.deepcopy(self._inner.state_dict()["state"])
         return {"optimizer": self._make.__name__, "optimizer_state": state}
 
-    def _checked_own_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
+    def _checked_method_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
         if state["optimizer"] != self._make.__name__:
             raise ValueError(
                 f"InSubspace: state_dict: optimizer: expected {self._make.__name__}, got "
@@ -156,10 +164,10 @@ class InSubspace(FirstOrder):
             )
         return {"state": copy.deepcopy(state["optimizer_state"])}
 
-    def _adopt(self, own: dict[str, Any]) -> None:
-        self._load_inner(own["state"])
+    def _adopt(self, state: dict[str, Any]) -> None:
+        self._load_inner(state["state"])
         with torch.no_grad():
             self._write_weights()
 
-    def _carry(self, m: Tensor) -> None:
+    def _transfer(self, m: Tensor) -> None:
         self._renew()  # what its state means is the optimizer's business

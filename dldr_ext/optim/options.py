@@ -1,4 +1,4 @@
-"""Arguments of the optimizers: their checks, which name what was probably meant."""
+"""The arguments of the optimizers: their checks, which name what was probably meant."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_number(
     low_open: bool = False,
     high_open: bool = True,
 ) -> float:
-    """A finite number in an interval, or an error that names the argument."""
+    """Return a finite number in an interval, or raise an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{owner}: {name}: expected a number, got {value!r}")
     above = value > low if low_open else value >= low
@@ -38,7 +38,7 @@ def check_number(
 
 
 def check_lr(owner: str, value: Any, *, low_open: bool = False) -> float | Tensor:
-    """A learning rate: a number or, as torch has it, a tensor of one element, which is kept."""
+    """Return a learning rate: a number or, as torch has it, a tensor of one element, kept."""
     if isinstance(value, Tensor) and value.numel() == 1:
         check_number(owner, "lr", value.item(), 0.0, low_open=low_open)
         return value
@@ -46,7 +46,7 @@ def check_lr(owner: str, value: Any, *, low_open: bool = False) -> float | Tenso
 
 
 def check_count(owner: str, name: str, value: Any) -> int:
-    """An int of at least 1."""
+    """Return an int of at least 1, or raise an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{owner}: {name}: expected an int, got {value!r}")
     if value < 1:
@@ -55,14 +55,14 @@ def check_count(owner: str, name: str, value: Any) -> int:
 
 
 def check_flag(owner: str, name: str, value: Any) -> bool:
-    """True or False, not what is merely true or false."""
+    """Return True or False; refuse what is merely true or false."""
     if not isinstance(value, bool):
         raise TypeError(f"{owner}: {name}: expected True or False, got {value!r}")
     return value
 
 
 def check_choice(owner: str, name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """One of a few values, or an error that lists them."""
+    """Check that a value is one of a few; the error lists them."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(
@@ -71,16 +71,16 @@ def check_choice(owner: str, name: str, value: Any, choices: tuple[Any, ...]) ->
 
 
 def names_options(init: Init) -> Init:
-    """Makes a constructor say which option was probably meant by an unknown one."""
-    known = [name for name in inspect.signature(init).parameters if name != "self"]
+    """Make a constructor say which option was probably meant by an unknown one."""
+    names = [name for name in inspect.signature(init).parameters if name != "self"]
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **options: Any) -> None:
         for name in options:
-            if name not in known:
+            if name not in names:
                 raise TypeError(
                     f"{type(self).__name__}: {name}: expected one of the options "
-                    f"{', '.join(known)}, got an unknown one{_meant(name, known)}"
+                    f"{', '.join(names)}, got an unknown one{_meant(name, names)}"
                 )
         init(self, *args, **options)
 
@@ -88,7 +88,7 @@ def names_options(init: Init) -> Init:
 
 
 def trainable(name: str, params: Iterable[Any]) -> list[Tensor]:
-    """The list of parameters; one group only, since theta has one learning rate."""
+    """Return the list of parameters; one group only, since theta has one learning rate."""
     if not isinstance(params, Tensor) and isinstance(params, Iterable):
         params = list(params)
         for group in params:
@@ -114,22 +114,20 @@ def _meant(word: Any, choices: Iterable[Any]) -> str:
 # Curvature condition of the strong Wolfe search.
 C2 = 0.9
 _CHOICES = {
-    "update": ("bfgs", "lbfgs", "sr1"),
     "line_search_fn": ("armijo", "strong_wolfe", None),
-    "curvature": ("same_batch", "overlap", "consecutive"),
+    "curvature": ("same_batch", "consecutive"),
     "damping": ("powell", None),
 }
 
 
-def checked(**options: Any) -> dict[str, Any]:
-    """The options, or an error that names the first that is wrong."""
+def check_pbfgs_options(**options: Any) -> dict[str, Any]:
+    """Return the options of `PBFGS`, or raise an error that names the first that is wrong."""
     owner = "PBFGS"
     for name, choices in _CHOICES.items():
         check_choice(owner, name, options[name], choices)
-    for name in ("history_size", "max_ls", "max_iter"):
+    for name in ("max_ls", "max_iter"):
         check_count(owner, name, options[name])
-    for name in ("interpolate", "maximize"):
-        check_flag(owner, name, options[name])
+    check_flag(owner, "maximize", options["maximize"])
     for name in ("tolerance_grad", "weight_decay", "residual_lr"):
         options[name] = check_number(owner, name, options[name], 0.0)
     most = C2 if options["line_search_fn"] == "strong_wolfe" else 1.0
@@ -138,8 +136,5 @@ def checked(**options: Any) -> dict[str, Any]:
     options["backtrack"] = check_number(owner, "backtrack", backtrack, 0.0, 1.0, low_open=True)
     momentum = options["residual_momentum"]
     options["residual_momentum"] = check_number(owner, "residual_momentum", momentum, 0.0, 1.0)
-    if options["first_step"] is not None:
-        first = options["first_step"]
-        options["first_step"] = check_number(owner, "first_step", first, 0.0, low_open=True)
     options["lr"] = check_lr(owner, options["lr"], low_open=True)
     return options

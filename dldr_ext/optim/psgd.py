@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -15,7 +14,6 @@ from ..subspace.base import AffineSubspace
 from .first_order import FirstOrder
 from .options import check_flag, check_lr, check_number, names_options
 from .state_dict import saved_tensor
-from .status import Status
 from .step.closure import Closure, Loss
 from .step.objective import Objective
 
@@ -51,10 +49,32 @@ class PSGD(FirstOrder):
     TypeError, ValueError
         Naming the argument, what was expected and what came. Nothing has moved then.
 
+    See Also
+    --------
+    PBFGS : quasi-Newton steps, which search for their length.
+    InSubspace : any optimizer of torch on the coordinates.
+
     Notes
     -----
     Gradient scaling works as with torch's optimizers: ``scaler.scale(loss).backward()``,
     ``scaler.step(optimizer)``, ``scaler.update()``.
+
+    References
+    ----------
+    Li, Tan, Huang, Tao, Liu, Huang, "Low Dimensional Trajectory Hypothesis is True: DNNs Can Be
+    Trained in Tiny Subspaces", TPAMI 2022 (arXiv:2103.11154).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import PSGD, Subspace
+    >>> x = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    >>> subspace = Subspace(torch.eye(2, 3), x.detach().clone())
+    >>> optimizer = PSGD([x], subspace, lr=0.25, momentum=0.0)
+    >>> optimizer.step(lambda: x.square().sum())
+    tensor(14.)
+    >>> x.tolist(), optimizer.theta.tolist()
+    ([0.5, 1.0, 3.0], [-0.5, -1.0])
     """
 
     @names_options
@@ -82,38 +102,34 @@ class PSGD(FirstOrder):
             super().__init__(params, subspace, defaults, theta0, ranks)
         self._momentum = torch.zeros_like(self._theta)
 
-    def _slope(self, loss: Loss | None) -> tuple[Tensor, Loss | None]:
+    def _gradient(self, loss: Loss | None) -> tuple[Tensor, Loss | None]:
         group = self.param_groups[0]
         objective = Objective(-1.0 if group["maximize"] else 1.0, float(group["weight_decay"]))
         weights = [self._params] if objective.decay else []
-        rows, loss = self._measured(loss, self._gradients(), *weights, same=len(weights))
+        gradients = self._problem.gradients()
+        rows, loss = self._problem.project(loss, gradients, *weights, same=len(weights))
         c = objective.factor * rows[0]
         if objective.decay:
             c.add_(rows[1], alpha=objective.decay)
         return c, loss
 
-    def _move(self, closure: Closure | None, first: Loss | None, loss: float, c: Tensor) -> None:
+    def _move(self, closure: Closure | None, loss: Loss | None, c: Tensor) -> dict[str, Any]:
         group = self.param_groups[0]
-        size = float(torch.linalg.vector_norm(c))
-        if not math.isfinite(size):
-            self._record(loss, Status.NON_FINITE_GRADIENT, gradient_norm=size)
-            return
         lr = float(group["lr"])
         self._momentum.mul_(group["momentum"]).add_(c)
         self._theta.add_(self._momentum, alpha=-lr)
         self._subspace.reconstruct_(self._params, self._to_basis(self._theta))
-        length = lr * float(torch.linalg.vector_norm(self._momentum))
-        self._record(loss, Status.ACCEPTED, gradient_norm=size, alpha=lr, step_length=length)
+        return {"alpha": lr, "step_length": lr * float(torch.linalg.vector_norm(self._momentum))}
 
-    def _own_state(self) -> dict[str, Any]:
+    def _method_state(self) -> dict[str, Any]:
         return {"momentum": self._momentum.clone()}
 
-    def _checked_own_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
+    def _checked_method_state(self, state: dict[str, Any], theta: Tensor) -> dict[str, Any]:
         return {"momentum": saved_tensor(self, state, "momentum", theta)}
 
-    def _carry(self, m: Tensor) -> None:
+    def _transfer(self, m: Tensor) -> None:
         self._momentum = torch.mv(m, self._momentum)
 
-    def _adopt(self, own: dict[str, Any]) -> None:
-        self._momentum = own["momentum"]
+    def _adopt(self, state: dict[str, Any]) -> None:
+        self._momentum = state["momentum"]
         self._subspace.reconstruct_(self._params, self._to_basis(self._theta))

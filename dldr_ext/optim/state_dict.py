@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .status import Status
 
-if TYPE_CHECKING:
-    from .base import SubspaceOptimizer
-
 # A loaded point further than this from origin + P theta belongs to another subspace.
 _FOREIGN = 1e-2
 
 
 def give_out(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Adds what is saved."""
-    optimizer._before_saving()
+    """Add the optimizer's entries to what torch saves."""
+    optimizer._learn_early()
     state_dict["subspace"] = {
         "theta": optimizer._theta.detach().clone(),
         "status": optimizer._status.name,
         "steps": optimizer._steps,
         "closure_calls": optimizer._evaluator.calls,
         "gradient_calls": optimizer._evaluator.gradient_calls,
-        **optimizer._own_state(),
+        **optimizer._method_state(),
     }
 
 
 def take_in(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    """Checks a state; what is to be used of it then waits in the optimizer."""
+    """Check a state; what is to be used of it then waits in the optimizer."""
     name = type(optimizer).__name__
     if not (isinstance(state_dict, dict) and isinstance(state_dict.get("subspace"), dict)):
         raise ValueError(wrong(optimizer, state_dict))
     state = state_dict["subspace"]
     counts = ("steps", "closure_calls", "gradient_calls")
-    expected = {"theta", "status", *counts, *optimizer._own_state()}
+    expected = {"theta", "status", *counts, *optimizer._method_state()}
     if set(state) != expected:
         raise ValueError(
             f"{name}: state_dict: expected the keys {sorted(expected)} in 'subspace', got "
@@ -49,22 +46,22 @@ def take_in(optimizer: Any, state_dict: dict[str, Any]) -> None:
         raise ValueError(
             f"{name}: state_dict: status: expected a Status, got {state['status']!r}"
         ) from None
-    own = optimizer._checked_own_state(state, theta)
-    optimizer._incoming = {"theta": theta, "status": status, "own": own}
+    method = optimizer._checked_method_state(state, theta)
+    optimizer._incoming = {"theta": theta, "status": status, "method": method}
     optimizer._incoming |= {count: int(state[count]) for count in counts}
 
 
-def wrong(optimizer: SubspaceOptimizer, got: Any) -> str:
-    """What is said of something that is no state dict of this optimizer."""
+def wrong(optimizer: torch.optim.Optimizer, got: Any) -> str:
+    """Return the message about something that is no state dict of this optimizer."""
     name = type(optimizer).__name__
-    found = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else type(got).__name__
-    return f"{name}: state_dict: expected what {name}.state_dict() returns, got {found}"
+    shown = f"the keys {sorted(map(str, got))}" if isinstance(got, dict) else type(got).__name__
+    return f"{name}: state_dict: expected what {name}.state_dict() returns, got {shown}"
 
 
 def saved_tensor(
-    optimizer: SubspaceOptimizer, state: dict[str, Any], key: str, like: Tensor
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], key: str, like: Tensor
 ) -> Tensor:
-    """A copy of a saved tensor, on the device and in the dtype of ``like``."""
+    """Return a copy of a saved tensor, on the device and in the dtype of ``like``."""
     value = state[key]
     if not isinstance(value, Tensor) or value.shape != like.shape:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
@@ -75,10 +72,8 @@ def saved_tensor(
     return value.to(device=like.device, dtype=like.dtype, copy=True)
 
 
-def check_point(
-    optimizer: SubspaceOptimizer, point: Tensor, origin: Tensor | None, theta: Tensor
-) -> None:
-    """Refuses a saved point that is not origin + P theta in this subspace."""
+def check_point(optimizer: Any, point: Tensor, origin: Tensor | None, theta: Tensor) -> None:
+    """Refuse a saved point that is not origin + P theta in this subspace."""
     here = torch.empty_like(point)
     optimizer.subspace.combine_(here, optimizer._to_basis(theta), origin)
     distance = float(torch.linalg.vector_norm(here - point))

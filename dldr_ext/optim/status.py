@@ -1,4 +1,4 @@
-"""How a step of an optimizer ended."""
+"""The ways in which a step of an optimizer ends, and the record of it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from typing import Literal
 
 
 class Status(enum.Enum):
-    """How the last ``step`` ended; read it as ``optimizer.status``.
+    """The way in which the last ``step`` ended; read it as ``optimizer.status``.
 
     Whatever is not `moved` left the weights bitwise as they were. Of a step of several iterations
     (``max_iter``) it is how the last of them ended.
+
+    Examples
+    --------
+    >>> from dldr_ext import Status
+    >>> Status.CONVERGED.moved, Status.ACCEPTED.moved
+    (False, True)
+    >>> print(Status.LINE_SEARCH_FAILED.value)
+    no trial decreased the loss enough: weights kept, H reset
     """
 
     INITIAL = "no step has been taken yet"
@@ -23,13 +31,13 @@ class Status(enum.Enum):
     )
     RESTORED = (
         "the loss or a gradient at the current weights is NaN or infinite: weights put back to the "
-        "last point where both were finite, B reset"
+        "last point where both were finite, H reset"
     )
     CONVERGED = "the gradient in the subspace is zero, or within tolerance_grad: nothing to do"
-    LINE_SEARCH_FAILED = "no trial decreased the loss enough: weights kept, B reset"
-    NON_FINITE_LOSS = "the loss at the current weights is NaN or infinite: weights kept, B reset"
+    LINE_SEARCH_FAILED = "no trial decreased the loss enough: weights kept, H reset"
+    NON_FINITE_LOSS = "the loss at the current weights is NaN or infinite: weights kept, H reset"
     NON_FINITE_GRADIENT = (
-        "a gradient is NaN or infinite: weights kept, B reset (with a gradient scaler: B kept, the "
+        "a gradient is NaN or infinite: weights kept, H reset (with a gradient scaler: H kept, the "
         "scale made smaller)"
     )
     NO_GRADIENT = "no parameter has a gradient: weights kept"
@@ -45,7 +53,7 @@ Curvature = Literal["none", "updated", "damped", "skipped", "reset"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One entry of ``optimizer.history``. Its ``str`` is a line for a progress bar.
+    """An entry of ``optimizer.history``; its ``str`` is a line for a progress bar.
 
     Attributes
     ----------
@@ -54,6 +62,7 @@ class StepRecord:
     loss : float
         What the closure returned, before the step. NaN for a step without a closure.
     status : Status
+        How the iteration ended.
     gradient_norm : float
         |c|, the gradient of the objective in the subspace. NaN where it was not computed.
     alpha : float
@@ -64,12 +73,19 @@ class StepRecord:
         Evaluations of the line search.
     curvature : str
         What became of the last step's pair (s, y) before this step: "updated", "damped" (updated
-        with Powell's damping), "skipped" (nothing in it could be trusted), "reset" (B became
+        with Powell's damping), "skipped" (nothing in it could be trusted), "reset" (H became
         singular and was set back), "none" (there was no pair).
     condition : float
-        Estimate of the condition number of B, from below; NaN where the rule has none to offer.
+        Estimate of the condition number of H, from below; NaN where there is none.
     loss_after : float
         What the closure returned at the accepted point; NaN where nothing was evaluated there.
+
+    Examples
+    --------
+    >>> from dldr_ext import Status, StepRecord
+    >>> record = StepRecord(7, 0.25, Status.ACCEPTED, step_length=1.5, trials=1)
+    >>> print(record)
+    step 7: loss 0.25, 1 trial, step length 1.5, accepted
     """
 
     step: int

@@ -22,7 +22,7 @@ from dldr_ext.collectives.partition import ColumnShard, cut, runs_of
 from dldr_ext.distributed.local import LocalSubspace
 from dldr_ext.distributed.sharded import ShardedSubspace
 
-HOWS = ["default", "wolfe", "sr1", "residual", "psgd", "adam"]
+HOWS = ["default", "wolfe", "decay", "residual", "psgd", "adam"]
 
 
 def sharded(how: str, mode: str) -> dict[str, Any]:

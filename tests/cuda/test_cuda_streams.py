@@ -108,7 +108,7 @@ def test_no_call_waits_for_the_device(dtype, kind):
     assert_same(case.results(found), expected)
 
 
-@pytest.mark.parametrize("options", [{}, PUBLISHED, {"curvature": "overlap"}], ids=str)
+@pytest.mark.parametrize("options", [{}, PUBLISHED], ids=str)
 def test_a_step_of_pbfgs_waits_once_a_trial(options):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))

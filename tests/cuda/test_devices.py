@@ -70,8 +70,7 @@ def subspace_of(problem, format):
         {},
         PUBLISHED,
         {"line_search_fn": "strong_wolfe"},
-        {"update": "sr1", "curvature": "overlap"},
-        {"update": "lbfgs", "weight_decay": 1e-3, "max_iter": 2},
+        {"weight_decay": 1e-3, "max_iter": 2},
     ],
 )
 def test_pbfgs(format, options, device):
@@ -242,8 +241,7 @@ def test_new_tensors_do_not_follow_torchs_default_device(format):
             {},
             PUBLISHED,
             {"residual_lr": 0.1},
-            {"update": "sr1", "curvature": "overlap", "weight_decay": 1e-3},
-            {"update": "lbfgs", "residual_lr": 0.1, "weight_decay": 1e-3},
+            {"residual_lr": 0.1, "weight_decay": 1e-3},
         ):
             optimizer = PBFGS(problem.params, subspace, buffers=problem.model, **options)
             first = optimizer.step(problem.loss).item()

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dldr_ext import PBFGS, PSGD, InSubspace, Subspace
 from dldr_ext.collectives.consistency import difference, digest
-from dldr_ext.optim.quasi_newton import QuasiNewton
 
 
 @pytest.mark.parametrize("how", MAKE)
@@ -34,14 +33,14 @@ def test_as_one_process_on_the_whole_batch(ranks: RankGroup, how: str) -> None:
 
 def train_ahead(how: str) -> dict[str, Any]:
     """As on GPUs, whose numbers the host reads once a trial."""
-    before, QuasiNewton._devices_ahead = QuasiNewton._devices_ahead, ("cpu",)
+    before, PBFGS._devices_ahead = PBFGS._devices_ahead, ("cpu",)
     try:
         return train(how, "plain usual")
     finally:
-        QuasiNewton._devices_ahead = before
+        PBFGS._devices_ahead = before
 
 
-@pytest.mark.parametrize("how", ["default", "overlap", "residual"])
+@pytest.mark.parametrize("how", ["default", "consecutive", "residual"])
 def test_steps_that_run_ahead_of_the_host(ranks: RankGroup, how: str) -> None:
     plain, found = ranks.all(train, how, "plain usual"), ranks.all(train_ahead, how)
     assert all(one == found[0] for one in found)

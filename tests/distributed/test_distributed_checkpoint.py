@@ -24,8 +24,7 @@ D = 5
 
 MAKE = {
     "pbfgs": lambda p, s, **k: PBFGS(p, s, **k),
-    "residual": lambda p, s, **k: PBFGS(p, s, curvature="overlap", residual_lr=1e-2, **k),
-    "lbfgs": lambda p, s, **k: PBFGS(p, s, update="lbfgs", **k),
+    "residual": lambda p, s, **k: PBFGS(p, s, residual_lr=1e-2, **k),
     "psgd": lambda p, s, **k: PSGD(p, s, lr=0.3, **k),
 }
 

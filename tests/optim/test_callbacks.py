@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_problems import (  # noqa: F401  (one_thread is a fixture)
-    Batches,
-    one_thread,
-    random_subspace,
-)
+from optim_problems import Batches, random_subspace
 
 from dldr_ext import PBFGS, PSGD, InSubspace
 from dldr_ext.optim.callbacks import log_to_tensorboard, progress

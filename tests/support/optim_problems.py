@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +34,13 @@ def random_subspace(
     q, _ = torch.linalg.qr(torch.randn(len(origin), dim, dtype=torch.float64, generator=generator))
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     return Subspace(q.T.contiguous().to(dtype), origin.to(accumulate))
+
+
+def two_tensors() -> tuple[list[nn.Parameter], Subspace]:
+    """Ten float32 weights and a subspace of three directions elsewhere."""
+    params = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(4))]
+    subspace = random_subspace(params, 3, dtype=torch.float32)
+    return params, Subspace(subspace.basis, subspace.origin + 1.0)
 
 
 def whole_space(params: Iterable[Tensor]) -> Subspace:
@@ -85,11 +95,56 @@ def published(batches: Batches, subspace: Subspace, **options: float) -> Publish
     return PublishedPBFGS(batches.params, subspace.basis.T, **options)
 
 
+def closure_of(forward: Callable[[], Tensor], params: list[nn.Parameter], style: str) -> Any:
+    """The forward-only closure itself, or one that zeroes gradients and calls backward."""
+
+    def usual() -> Tensor:
+        for p in params:
+            p.grad = None
+        loss = forward()
+        loss.backward()
+        return loss
+
+    return forward if style == "forward" else usual
+
+
+def interrupted(closure: Callable[[], Any], call: int) -> Callable[[], Any]:
+    """The closure, stopped in its ``call``-th call."""
+    calls = 0
+
+    def interrupting() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+        return closure()
+
+    return interrupting
+
+
+def check_copies_go_their_own_way(batches: Batches, optimizer: Any) -> None:
+    """deepcopy and pickle of model and optimizer together; the copies take the same steps."""
+    for step in range(3):
+        optimizer.step(batches.forward(step))
+    pairs = [copy.deepcopy((batches, optimizer)), pickle.loads(pickle.dumps((batches, optimizer)))]
+    for other, copied in pairs:
+        assert copied.param_groups[0]["params"][0] is other.params[0]
+        kept = bits(batches.params)
+        for step in range(3, 6):
+            copied.step(other.forward(step))
+        assert bits(batches.params) == kept
+    for step in range(3, 6):
+        optimizer.step(batches.forward(step))
+    for other, copied in pairs:
+        assert bits(other.params) == bits(batches.params)
+        assert torch.equal(copied.theta, optimizer.theta)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """These problems are too small for threads, which only wait for each other on a busy machine.
 
-    For the modules that import it.
+    For the modules and folders (in conftest.py) that import it.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

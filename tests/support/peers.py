@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -18,14 +17,6 @@ from dldr_ext import PBFGS
 TOLERANCE = 1e-6  # of |gradient|, the Euclidean norm
 MOST = 3000  # iterations
 
-OURS: dict[str, dict[str, Any]] = {
-    "BFGS": {"line_search_fn": "strong_wolfe", "first_step": 1.0},
-    "BFGS, Armijo": {"interpolate": True, "first_step": 1.0},
-    "SR1": {"update": "sr1", "line_search_fn": "strong_wolfe", "first_step": 1.0},
-    "L-BFGS": {"update": "lbfgs", "line_search_fn": "strong_wolfe", "first_step": 1.0},
-}
-"""Options of PBFGS for one deterministic function."""
-
 
 @dataclass(frozen=True)
 class Result:
@@ -37,13 +28,25 @@ class Result:
     x: np.ndarray
 
 
-def pbfgs(problem: Problem, **options: Any) -> Result:
+def pbfgs(problem: Problem) -> Result:
+    """The first trial is of length 1 at most, as SciPy's; from the second step on lr is 1."""
     x = nn.Parameter(problem.start.clone())
-    optimizer = PBFGS([x], whole_space([x]), max_iter=MOST, tolerance_grad=TOLERANCE, **options)
+    (gradient,) = torch.autograd.grad(problem(x), x)
+    optimizer = PBFGS(
+        [x],
+        whole_space([x]),
+        lr=min(1.0, 1.0 / float(gradient.norm())),
+        line_search_fn="strong_wolfe",
+        tolerance_grad=TOLERANCE,
+    )
+    optimizer.step(lambda: problem(x))
+    optimizer.param_groups[0].update(lr=1.0, max_iter=MOST)
     optimizer.step(lambda: problem(x))
     last = optimizer.history[-1]
     converged = last.gradient_norm <= TOLERANCE
-    return Result(last.loss, optimizer.closure_calls, converged, x.detach().numpy().copy())
+    # The second step evaluates the point that the first ended at once more.
+    evaluations = optimizer.closure_calls - 1
+    return Result(last.loss, evaluations, converged, x.detach().numpy().copy())
 
 
 class Counted:

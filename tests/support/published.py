@@ -52,7 +52,7 @@ class PublishedPBFGS:
         self.kept: list[Tensor] = []
         self.p = p
         self.alpha, self.gamma = residual_lr, residual_momentum
-        self.b = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
+        self.h = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
         self.last_gradient: Tensor | None = None
         self.s = torch.zeros(p.shape[1], 1, dtype=p.dtype, device=p.device)
         self.momentum: Tensor | float = 0.0
@@ -77,9 +77,9 @@ class PublishedPBFGS:
             if ys > 1e-20:
                 rho = 1.0 / ys
                 left = torch.eye(len(g), dtype=g.dtype, device=g.device) - rho * y @ self.s.T
-                self.b = left.T @ self.b @ left + rho * self.s @ self.s.T
+                self.h = left.T @ self.h @ left + rho * self.s @ self.s.T
         self.last_gradient = g
-        direction = -torch.mm(self.b, g)
+        direction = -torch.mm(self.h, g)
 
         descent = torch.mm(g.T, direction)[0, 0]
         self._keep()

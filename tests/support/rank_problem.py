@@ -43,10 +43,8 @@ def closure_of(model: nn.Module, data: Any, usual: bool = False) -> Any:
 MAKE = {
     "default": lambda p, s, **k: PBFGS(p, s, **k),
     "consecutive": lambda p, s, **k: PBFGS(p, s, curvature="consecutive", damping=None, **k),
-    "overlap": lambda p, s, **k: PBFGS(p, s, curvature="overlap", **k),
     "wolfe": lambda p, s, **k: PBFGS(p, s, line_search_fn="strong_wolfe", max_iter=3, **k),
-    "sr1": lambda p, s, **k: PBFGS(p, s, update="sr1", weight_decay=1e-2, **k),
-    "lbfgs": lambda p, s, **k: PBFGS(p, s, update="lbfgs", interpolate=True, **k),
+    "decay": lambda p, s, **k: PBFGS(p, s, weight_decay=1e-2, **k),
     "no search": lambda p, s, **k: PBFGS(p, s, lr=0.1, line_search_fn=None, **k),
     "residual": lambda p, s, **k: PBFGS(p, s, residual_lr=0.01, **k),
     "maximize": lambda p, s, **k: PBFGS(p, s, lr=0.01, maximize=True, **k),

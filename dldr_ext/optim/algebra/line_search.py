@@ -22,7 +22,7 @@ _MARGIN = 0.1
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Outcome of a line search.
+    """The outcome of a line search.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class SearchResult:
 
 
 def fixed(alpha: float) -> SearchResult:
-    """No search: the step alpha, unseen."""
+    """Return the step alpha without a search."""
     return SearchResult(Status.ACCEPTED, alpha, math.nan, math.nan, 0, math.nan)
 
 
@@ -63,9 +63,8 @@ def armijo(
     c1: float,
     backtrack: float,
     max_ls: int,
-    interpolate: bool = False,
 ) -> SearchResult:
-    """The first of alpha, alpha * backtrack, alpha * backtrack^2, ... with sufficient decrease.
+    """Return the first alpha * backtrack^m, m = 0, 1, ..., with sufficient decrease.
 
     Parameters
     ----------
@@ -81,23 +80,13 @@ def armijo(
         Factor in (0, 1).
     max_ls : int
         Largest number of trials.
-    interpolate : bool
-        The next trial is the minimiser of the parabola through phi(0), phi'(0) and the last trial,
-        from the second on of the cubic through the last two (Nocedal & Wright, section 3.5), kept
-        between a tenth and half of the last trial; after one that is not finite it is
-        ``backtrack`` times that.
     """
-    trial, previous = alpha, None
+    trial = alpha
     for m in range(max_ls):
-        if not interpolate:
-            trial = alpha * backtrack**m
+        trial = alpha * backtrack**m
         value = phi(trial)
         if math.isfinite(value) and value < loss + c1 * trial * slope:
             return SearchResult(Status.ACCEPTED, trial, value, math.nan, m + 1, trial)
-        if interpolate and m + 1 < max_ls:
-            point = _Point(trial, value, math.nan)
-            trial = _shorter(_Point(0.0, loss, slope), previous, point, backtrack)
-            previous = point
     return SearchResult(Status.LINE_SEARCH_FAILED, 0.0, math.nan, math.nan, max_ls, trial)
 
 
@@ -120,7 +109,7 @@ def strong_wolfe(
     backtrack: float = 0.5,
     max_ls: int,
 ) -> SearchResult:
-    """A step with sufficient decrease and |phi'(alpha)| <= c2 |phi'(0)|.
+    """Find a step with sufficient decrease and |phi'(alpha)| <= c2 |phi'(0)|.
 
     Brackets such a step by growing alpha, then zooms into the bracket with cubic (quadratic, where
     a slope is missing) interpolation, kept off the ends of the bracket.
@@ -177,56 +166,25 @@ def strong_wolfe(
 
 
 def _inside(low: _Point, high: _Point, backtrack: float) -> float:
-    """The next trial inside a bracket."""
+    """Return the next trial inside a bracket."""
     width = high.alpha - low.alpha
     if width == 0.0 or not math.isfinite(high.loss):
         return low.alpha + backtrack * width
-    part = (_minimiser(low, high) - low.alpha) / width
-    if not math.isfinite(part):
-        part = 0.5
-    return low.alpha + min(max(part, _MARGIN), 1.0 - _MARGIN) * width
-
-
-def _shorter(start: _Point, before: _Point | None, last: _Point, backtrack: float) -> float:
-    """The next trial of a search that goes back, from the losses of the last trials."""
-    if not math.isfinite(last.loss):
-        return backtrack * last.alpha
-    guess = math.nan
-    if before is not None and math.isfinite(before.loss):
-        guess = _cubic_minimiser(start, before, last)
-    if not math.isfinite(guess):
-        guess = _minimiser(start, last)
-    if not math.isfinite(guess):
-        guess = backtrack * last.alpha
-    return min(max(guess, _MARGIN * last.alpha), 0.5 * last.alpha)
-
-
-def _cubic_minimiser(start: _Point, before: _Point, last: _Point) -> float:
-    """Minimiser of the cubic through three losses and the slope at 0 (Nocedal & Wright,
-    section 3.5). NaN if there is none.
-    """
-
-    def beyond_the_tangent(point: _Point) -> float:  # a alpha + b, the cubic's two last terms
-        return (point.loss - start.loss - start.slope * point.alpha) / point.alpha**2
-
-    a = (beyond_the_tangent(last) - beyond_the_tangent(before)) / (last.alpha - before.alpha)
-    b = beyond_the_tangent(last) - a * last.alpha
-    square = b * b - 3.0 * a * start.slope
-    if not square >= 0.0:
-        return math.nan
-    bottom = b + math.sqrt(square)
-    return -start.slope / bottom if bottom > 0.0 else math.nan
+    fraction = (_minimiser(low, high) - low.alpha) / width
+    if not math.isfinite(fraction):
+        fraction = 0.5
+    return low.alpha + min(max(fraction, _MARGIN), 1.0 - _MARGIN) * width
 
 
 def _beyond(previous: _Point, point: _Point) -> float:
-    """The next, longer trial while the slope is still steep and negative."""
+    """Return the next, longer trial while the slope is still steep and negative."""
     shortest, longest = (factor * point.alpha for factor in _GROWTH)
-    guess = _minimiser(previous, point)
-    return min(max(guess, shortest), longest) if guess > point.alpha else longest
+    lowest = _minimiser(previous, point)
+    return min(max(lowest, shortest), longest) if lowest > point.alpha else longest
 
 
 def _minimiser(a: _Point, b: _Point) -> float:
-    """Minimiser of the cubic through both losses and slopes (Nocedal & Wright, 3.59).
+    """Return the minimiser of the cubic through both losses and slopes (Nocedal & Wright, 3.59).
 
     Of the parabola through both losses and a's slope where b's slope is unknown. NaN if there is
     none.

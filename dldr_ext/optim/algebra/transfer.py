@@ -1,4 +1,4 @@
-"""What an optimizer knows, in the coordinates of another subspace: pure functions."""
+"""The curvature learnt in one subspace, in the coordinates of another: pure functions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _TOGETHER = 8
 
 
 def overlap(new: AffineSubspace, old: AffineSubspace) -> Tensor:
-    """M = P'^T P, shape (d', d), float64 on the CPU: how the old directions lie in the new ones."""
+    """Return M = P'^T P, (d', d) float64 on the CPU: how the old directions lie in the new ones."""
     columns = []
     for begin in range(0, old.dim, _TOGETHER):
-        some = range(begin, min(begin + _TOGETHER, old.dim))
-        columns.append(new.project_many([[old.direction(i)] for i in some]))
+        end = min(begin + _TOGETHER, old.dim)
+        columns.append(new.project_many([[old.direction(i)] for i in range(begin, end)]))
     return torch.cat(columns).T.to(device="cpu", dtype=torch.float64)
 
 
-def carried(matrix: Tensor, m: Tensor) -> Tensor:
-    """M A M^T + tau (I - M M^T), symmetric to the bit, for A either B or its inverse.
+def transferred(matrix: Tensor, m: Tensor) -> Tensor:
+    """Return M A M^T + tau (I - M M^T), symmetric to the bit.
 
     The first term is A as the new directions see it; the second, which is zero where the new
     subspace lies in the old one, stands for what the old one knew nothing about, with the
@@ -31,7 +31,7 @@ def carried(matrix: Tensor, m: Tensor) -> Tensor:
     Parameters
     ----------
     matrix : Tensor, shape (d, d), float64
-        A, symmetric and not singular.
+        A, symmetric and not singular, such as an inverse Hessian.
     m : Tensor, shape (d', d), float64
         `overlap` of the two subspaces.
 
@@ -41,7 +41,7 @@ def carried(matrix: Tensor, m: Tensor) -> Tensor:
     """
     typical = torch.linalg.eigvalsh(matrix).abs().log().mean().exp()
     identity = torch.eye(len(m), dtype=torch.float64, device="cpu")
-    shares, directions = torch.linalg.eigh(identity - m @ m.T)
-    shares.clamp_(0.0, 1.0)  # rounding of the bases
-    result = m @ matrix @ m.T + typical * (directions * shares) @ directions.T
+    unknown, directions = torch.linalg.eigh(identity - m @ m.T)
+    unknown.clamp_(0.0, 1.0)  # rounding of the bases
+    result = m @ matrix @ m.T + typical * (directions * unknown) @ directions.T
     return (result + result.T) / 2

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Loss = Tensor | float
 Closure = Callable[[], Loss]
+# A step returns what the closure does, a tensor or a number.
+LossT = TypeVar("LossT", bound=Tensor | float)
 
 
 def number(loss: Loss) -> float:
-    """The value of a loss, which may have a graph."""
+    """Return the value of a loss, which may have a graph."""
     return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
 
 
-def returned(own: Loss | None, mean: Loss | None) -> Loss | None:
-    """What a step returns: the loss, detached; of several ranks their mean, in its dtype."""
-    if not isinstance(own, Tensor):
+def returned(local: Loss | None, mean: Loss | None) -> Loss | None:
+    """Return what a step does: the loss, detached; of several ranks the mean, in its dtype."""
+    if not isinstance(local, Tensor):
         return mean if mean is None else number(mean)
     assert isinstance(mean, Tensor)
-    return own.detach() if mean is own else mean.to(device=own.device, dtype=own.dtype)
+    return local.detach() if mean is local else mean.to(device=local.device, dtype=local.dtype)
 
 
 class Evaluator:
-    """Calls closures of both styles.
+    """The calls of closures of both styles.
 
     The usual style calls backward itself; the forward-only style returns a loss with a graph, and
     gradients are still None after it. Which one a closure has is found out in `first`. A virtual
@@ -59,7 +61,7 @@ class Evaluator:
         self.cheap_without_gradient = False
 
     def first(self, closure: Closure) -> Loss:
-        """Loss and gradients.
+        """Evaluate the loss and the gradients.
 
         Raises
         ------
@@ -82,7 +84,7 @@ class Evaluator:
         return loss
 
     def again(self, closure: Closure, graph: bool) -> Loss:
-        """The loss; a graph (forward-only style) or the gradients (the others) if asked for.
+        """Evaluate the loss; with a graph (forward-only style) or the gradients if asked for.
 
         The usual style gives gradients whether asked or not.
         """
@@ -93,14 +95,14 @@ class Evaluator:
         return loss
 
     def backward(self, loss: Loss) -> None:
-        """Gradients of a loss that came with a graph, in the forward-only style."""
+        """Make the gradients of a loss that came with a graph, in the forward-only style."""
         if self.forward_only and isinstance(loss, Tensor) and loss.requires_grad:
             self.gradient_calls += 1
             with torch.enable_grad():
                 self._scaled_backward(loss)
 
     def has_gradient(self) -> bool:
-        """Whether any parameter has a gradient."""
+        """Return whether any parameter has a gradient."""
         return any(p.grad is not None for p in self._params)
 
     def _scaled_backward(self, loss: Tensor) -> None:
@@ -143,7 +145,7 @@ class VirtualBatch:
         self._weights = [weight / sum(weights) for weight in weights]
 
     def __call__(self, backward: Callable[[Tensor], Any] = Tensor.backward) -> Tensor:
-        """The mean loss; gradients are added to those of the parameters if grad mode is on."""
+        """Return the mean loss; gradients are added to the parameters' if grad mode is on."""
         total: Tensor | None = None
         for batch, weight in zip(self._batches, self._weights, strict=True):
             loss = self._loss_fn(batch)
@@ -153,11 +155,11 @@ class VirtualBatch:
                     "virtual_batch: loss_fn: expected it to return the mean loss of a micro-batch, "
                     f"a real scalar, got {got}"
                 )
-            part = loss * weight
-            if torch.is_grad_enabled() and part.requires_grad:
-                backward(part)  # frees the graph: no two micro-batches are held at once
+            term = loss * weight
+            if torch.is_grad_enabled() and term.requires_grad:
+                backward(term)  # frees the graph: no two micro-batches are held at once
             # In float32 at least: a sum of many parts in half precision would be rough.
-            detached = part.detach().to(torch.promote_types(part.dtype, torch.float32))
+            detached = term.detach().to(torch.promote_types(term.dtype, torch.float32))
             total = detached if total is None else total + detached
         assert total is not None
         return total
@@ -169,7 +171,7 @@ def virtual_batch(
     *,
     weights: Sequence[float] | None = None,
 ) -> VirtualBatch:
-    """A closure of a batch that is evaluated in parts, with one objective for all of a step.
+    """Make a closure of a batch that is evaluated in parts, with one objective for all of a step.
 
     Gradient, curvature and every trial see the mean loss over the same micro-batches. With
     gradients, each part goes through backward at once, so that the memory is that of one part;
@@ -181,9 +183,9 @@ def virtual_batch(
         ``loss_fn(batch)`` returns the mean loss of one micro-batch. It does not call backward.
     batches : iterable
         The micro-batches; gone through once for each evaluation, and once at the start where no
-        weights are given. A list, or anything that can be
-        iterated over again, such as a ``DataLoader``; the entries of a plain iterator (say
-        ``itertools.islice(loader, 8)``) are kept.
+        weights are given. A list, or anything that can be iterated over again, such as a
+        ``DataLoader``; the entries of a plain iterator (say ``itertools.islice(loader, 8)``) are
+        kept.
     weights : sequence of float, optional
         Relative weight of each micro-batch, > 0. By default the number of rows of its first
         tensor: then the result is the mean over all samples, however they are cut.
@@ -197,6 +199,25 @@ def virtual_batch(
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what came.
+
+    See Also
+    --------
+    PBFGS.step : what a closure is.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dldr_ext import PBFGS, Subspace, virtual_batch
+    >>> model = torch.nn.Linear(3, 1)
+    >>> inputs, targets = torch.ones(8, 3), torch.zeros(8, 1)
+    >>> closure = virtual_batch(
+    ...     lambda batch: torch.nn.functional.mse_loss(model(batch[0]), batch[1]),
+    ...     list(zip(inputs.split(3), targets.split(3))),
+    ... )
+    >>> optimizer = PBFGS(model.parameters(), Subspace.random(model.parameters(), dim=2))
+    >>> before = optimizer.step(closure)
+    >>> bool(closure() < before)
+    True
     """
     if not callable(loss_fn):
         raise TypeError(f"virtual_batch: loss_fn: expected a callable, got {loss_fn!r}")
@@ -217,7 +238,7 @@ def virtual_batch(
 
 
 def _rows(batch: Any) -> int:
-    """Rows of the first tensor in a micro-batch; 1 if there is none."""
+    """Return the rows of the first tensor in a micro-batch; 1 if there is none."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 1
     if isinstance(batch, dict):

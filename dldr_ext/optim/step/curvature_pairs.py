@@ -1,126 +1,115 @@
-"""The last step and the change of the gradient along it, from which B learns."""
+"""The last step and the change of the gradient along it, from which H learns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .objective import Objective
+from ..algebra.bfgs import Pair
+from .closure import Loss
+from .objective import Objective, Problem
 
-Pair = tuple[Tensor, Tensor, Tensor]  # s, y, B^-1 s
-Project = Callable[..., Tensor]  # lists of tensors -> (len(lists), d) float64; see `_projected`
 
-
-class Pairs:
+class CurvaturePairs:
     """A step s, and y once both of its gradients are there.
 
     With "same_batch" the second is the flat gradient at the accepted point, projected beside the
-    next step's, by when B is needed; with "overlap" the first is, of the next step's closure at
-    the old point; with "consecutive" the next step's own gradient is all there is.
+    next step's, by when H is needed; with "consecutive" the next step's own gradient is all there
+    is.
     """
 
     def __init__(self) -> None:
-        self._waiting: Pair | None = None  # s, c before it, B^-1 s
-        self._other: Tensor | None = None  # the flat gradient, without its scale
-        self.alpha = 0.0  # of the step along the direction it took
+        self._waiting: tuple[Tensor, Tensor, Tensor] | None = None  # s, c before it, H^-1 s
+        self._after: Tensor | None = None  # the flat gradient at the accepted point, unscaled
 
     def put(self, alpha: float, p: Tensor, c: Tensor) -> None:
-        """A step alpha p = -alpha B c was taken, so that B^-1 s = -alpha c."""
-        self._waiting, self.alpha = (alpha * p, c, -alpha * c), alpha
+        """Remember a step alpha p = -alpha H c, for which H^-1 s = -alpha c."""
+        self._waiting = alpha * p, c, -alpha * c
 
     def drop(self) -> None:
-        """Forgets the step."""
+        """Forget the step."""
         self._waiting = None
 
-    def overlaps(self, curvature: str) -> bool:
-        """Whether the next closure is to be evaluated at the old point too."""
-        return curvature == "overlap" and self._waiting is not None
-
     def keep(self, tensors: list[Tensor], like: Tensor, scale: float) -> Tensor:
-        """A flat copy of gradients, without their scale: the other gradient of a pair."""
-        if self._other is None:
-            self._other = torch.empty_like(like)
-        torch.cat([g.reshape(-1) for g in tensors], out=self._other)
-        return self._other if scale == 1.0 else self._other.div_(scale)
+        """Keep a flat copy of the gradients at the accepted point, without their scale."""
+        if self._after is None:
+            self._after = torch.empty_like(like)
+        torch.cat([g.reshape(-1) for g in tensors], out=self._after)
+        return self._after if scale == 1.0 else self._after.div_(scale)
 
     def coordinates(
         self,
-        project: Project,
+        problem: Problem,
+        loss: Loss,
         gradient: list[Tensor],
         point: Tensor,
         objective: Objective,
-        curvature: str,
+        *,
+        same_batch: bool,
         inner: bool,
-    ) -> tuple[Tensor, Pair | None]:
-        """c at the weights, and the last step's pair if there is one. One pass over the basis.
+    ) -> tuple[Tensor, Pair | None, Loss]:
+        """Return c at the weights, the last step's pair if there is one, and the ranks' mean loss.
 
-        ``inner``: the gradient is that of the accepted point already, of the same closure.
+        One pass over the basis. ``inner``: loss and gradient are those of the accepted point
+        already, of the same closure.
         """
-        kept = self._other if self._waiting is not None and not inner else None
-        if kept is None or curvature == "consecutive":
-            (c,) = _of_objective(project, [gradient], [objective.factor], point, objective)
-            return c, self._with(c)
-        factors = [objective.factor, objective.sign]
-        c, other = _of_objective(project, [gradient, [kept]], factors, point, objective)
-        if curvature == "same_batch":
-            return c, self._with(other)
-        assert self._waiting is not None
-        s, _, hs = self._waiting
-        # The kept gradient is that of the old weights, whose decay differs by that of s.
-        self._waiting = s, other - objective.decay * s, hs
-        return c, self._with(c)
-
-    def early(self, project: Project, point: Tensor, objective: Objective) -> Pair | None:
-        """The pair of "same_batch" before the next step; then bitwise what that would get."""
-        if self._waiting is None or self._other is None:
-            return None
-        return self._with(
-            *_of_objective(project, [[self._other]], [objective.sign], point, objective)
+        lists, factors = [gradient], [objective.factor]
+        if same_batch and not inner and self._waiting is not None and self._after is not None:
+            lists, factors = [gradient, [self._after]], [objective.factor, objective.sign]
+        rows, mean = _of_objective(
+            problem, None if inner else loss, lists, factors, point, objective
         )
+        return rows[0], self._pair(rows[-1]), loss if mean is None else mean
 
-    def state(self, direction: Tensor, curvature: str) -> dict[str, Any]:
-        """What the next step depends on, as copies; the direction, n numbers, for "overlap"."""
-        s, c, hs = (None, None, None) if self._waiting is None else self._waiting
-        state = {
-            "previous_step": s,
-            "previous_coordinates": c,
-            "previous_believed": hs,
-            "previous_direction": direction if self.overlaps(curvature) else None,
+    def early(self, problem: Problem, point: Tensor, objective: Objective) -> Pair | None:
+        """Return the pair of "same_batch" before the next step; bitwise what that would get."""
+        if self._waiting is None or self._after is None:
+            return None
+        rows, _ = _of_objective(problem, None, [[self._after]], [objective.sign], point, objective)
+        return self._pair(rows[0])
+
+    def state(self) -> dict[str, Any]:
+        """Return what the next step depends on, as copies."""
+        names = ("previous_step", "previous_coordinates", "previous_predicted")
+        values = (None, None, None) if self._waiting is None else self._waiting
+        return {
+            name: None if value is None else value.clone()
+            for name, value in zip(names, values, strict=True)
         }
-        copies = {key: None if value is None else value.clone() for key, value in state.items()}
-        return {**copies, "previous_alpha": self.alpha}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes over checked entries of `state`."""
-        s, c, hs = (state[f"previous_{key}"] for key in ("step", "coordinates", "believed"))
-        self._waiting = None if s is None else (s, c, hs)
-        self._other, self.alpha = None, state["previous_alpha"]
+        """Take over checked entries of `state`."""
+        s, c, predicted = (state[f"previous_{key}"] for key in ("step", "coordinates", "predicted"))
+        self._waiting = None if s is None else (s, c, predicted)
+        self._after = None
 
-    def _with(self, after: Tensor) -> Pair | None:
+    def _pair(self, after: Tensor) -> Pair | None:
         if self._waiting is None:
             return None
-        (s, before, hs), self._waiting = self._waiting, None
-        return s, after - before, hs
+        (s, before, predicted), self._waiting = self._waiting, None
+        return Pair(s, after - before, predicted)
 
 
 def _of_objective(
-    project: Project,
+    problem: Problem,
+    loss: Loss | None,
     lists: list[list[Tensor]],
     factors: list[float],
     point: Tensor,
     objective: Objective,
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Loss | None]:
     """Coordinates of gradients of the objective; the weights are projected in the same pass."""
     if objective.decay == 0.0:
-        rows = list(project(*lists))
+        coordinates, loss = problem.project(loss, *lists)
+        rows = list(coordinates)
     else:
-        *rows, weights = project(*lists, [point], same=1)
-    for f, row in zip(factors, rows, strict=True):
-        if f != 1.0:
-            row.mul_(f)
+        coordinates, loss = problem.project(loss, *lists, [point], same=1)
+        *rows, weights = coordinates
+    for factor, row in zip(factors, rows, strict=True):
+        if factor != 1.0:
+            row.mul_(factor)
         if objective.decay != 0.0:
             row.add_(objective.decay * weights)
-    return rows
+    return rows, loss

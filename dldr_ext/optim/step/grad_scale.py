@@ -10,7 +10,7 @@ from ..status import Status
 
 
 class ScaleKeeper:
-    """Reads a gradient scaler once a step and changes its scale as ``GradScaler.update`` would.
+    """A gradient scaler, read once a step, its scale changed as ``GradScaler.update`` would.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class ScaleKeeper:
         self.finite_steps = 0
 
     def begin(self) -> None:
-        """Reads the scale of this step."""
+        """Read the scale of this step."""
         if self.scaler is not None:
             self.value = self.scaler.get_scale()
 
@@ -43,7 +43,7 @@ class ScaleKeeper:
         return bad and self.scaler is not None and self.value > 1.0
 
     def end(self, status: Status) -> None:
-        """Sets the scale of the next step."""
+        """Set the scale of the next step."""
         if self.scaler is None:
             return
         if self.overflowed(status):
@@ -54,11 +54,11 @@ class ScaleKeeper:
                 self._set(self.scaler.get_growth_factor())
 
     def state(self) -> dict[str, Any]:
-        """What `GradScaler.state_dict` does not hold."""
+        """Return what `GradScaler.state_dict` does not hold."""
         return {"finite_steps": self.finite_steps}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes over checked entries of `state`."""
+        """Take over checked entries of `state`."""
         self.finite_steps = state["finite_steps"]
 
     def _set(self, factor: float) -> None:

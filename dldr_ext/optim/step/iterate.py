@@ -1,4 +1,4 @@
-"""The flat point that the weights stand at, and the line that they move along."""
+"""The iterate: the flat point that the weights stand at, and the line that they move along."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...subspace.base import AffineSubspace
 _ANCHOR_EVERY = 32
 
 
-class Walk:
+class Iterate:
     """Moves weights along u = P p, and outside the subspace too if asked for (P+-BFGS).
 
     Attributes
@@ -39,63 +39,59 @@ class Walk:
 
     @property
     def origin(self) -> Tensor:
-        """What theta = 0 stands for now."""
+        """The point that theta = 0 stands for now."""
         return self._subspace.origin if self._moved_origin is None else self._moved_origin
 
-    def dot(self, a: Tensor, b: Tensor) -> float:
-        """The product of two flat vectors."""
-        return self._subspace.dot(a, b)
-
     def aim(self, p: Tensor) -> None:
-        """u = P p. One pass over the basis."""
+        """Set u = P p: one pass over the basis."""
         self._subspace.combine_(self.direction, p)
 
     def aim_outside(self, p: Tensor, c: Tensor, gradient: list[Tensor], momentum: float) -> Tensor:
-        """The same, and the momentum of g - P c as it is if the step is taken."""
+        """Set u = P p, and return the momentum of g - P c as it is if the step is taken."""
         self.direction, residual = self._subspace.combine_residual(p, c, gradient)
         return residual if self._residual is None else residual.add_(self._residual, alpha=momentum)
 
     def trial(self, alpha: float) -> None:
-        """Writes point + alpha u into the weights."""
+        """Write point + alpha u into the weights."""
         _trial(self._params, self.point, self.direction, alpha)
 
     def put_back(self) -> None:
-        """Writes the point into the weights."""
+        """Write the point into the weights."""
         # The point times zero adds nothing; the direction may hold an infinity, which would.
         _trial(self._params, self.point, self.point, 0.0)
 
     def advance(self, alpha: float, theta: Tensor) -> None:
-        """Carries the point along with weights that a trial at alpha left; theta is there too."""
+        """Move the point to the weights that a trial at alpha left; theta has moved already."""
         _trial([self.point], self.point, self.direction, alpha)
         self._since_anchor += 1
         if self._since_anchor >= _ANCHOR_EVERY:
             self._anchor(theta)
 
     def leave_subspace(self, residual: Tensor, lr: float) -> None:
-        """Moves point, origin and weights by -lr * residual."""
+        """Move point, origin and weights by -lr * residual."""
         self._residual, self._last_shift = residual, lr
         self._shift(-lr)
         self.put_back()
 
     def forget_residual(self) -> None:
-        """Without momentum from here on."""
+        """Go on without momentum."""
         self._residual = None
 
     def retreat(self, theta: Tensor) -> None:
-        """Takes the last step back: to origin + P theta with the origin as it was before."""
+        """Take the last step back: to origin + P theta with the origin as it was before."""
         if self._residual is not None and self._last_shift:
             self._shift(self._last_shift)
         self._anchor(theta)
 
     def stay_outside(self, theta: Tensor, weights: Tensor) -> None:
-        """Takes over weights that are not origin + P theta, by moving the origin."""
+        """Take over weights that are not origin + P theta, by moving the origin."""
         self.point = weights
         self._moved_origin = torch.empty_like(weights)
         self._subspace.combine_(self._moved_origin, -theta, weights)
         self._residual = None
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on, as copies."""
+        """Return what the next step depends on, as copies."""
 
         def copy(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.clone()
@@ -109,7 +105,7 @@ class Walk:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes over checked entries of `state` and writes the weights."""
+        """Take over checked entries of `state` and write the weights."""
         self.point, self._since_anchor = state["point"], state["since_anchor"]
         self._residual, self._moved_origin = state["residual"], state["moved_origin"]
         self._last_shift = state["last_shift"]
@@ -129,6 +125,6 @@ class Walk:
 
 
 def _trial(params: list[Tensor], point: Tensor, direction: Tensor, alpha: float) -> None:
-    """`ops.trial_`; of several ranks one may have no weights."""
+    """Call `ops.trial_`; of several ranks one may have no weights."""
     if point.numel():
         ops.trial_(params, point, direction, alpha)

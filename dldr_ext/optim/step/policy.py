@@ -1,4 +1,4 @@
-"""What a step does with what it finds: pure functions of numbers and `Status`."""
+"""How a step goes on from what it has found: pure functions of numbers and `Status`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ..status import Status
 
 
 def at_start(gradient_norm: float, tolerance: float) -> Status | None:
-    """What |c| says before anything has moved; None: go on."""
+    """Return how |c| ends a step before anything has moved; None: go on."""
     if not math.isfinite(gradient_norm):
         return Status.NON_FINITE_GRADIENT
     return Status.CONVERGED if gradient_norm <= tolerance else None
 
 
 def after_search(loss: float, slope: float) -> Status | None:
-    """What the accepted point says once the search is over; None: take it.
+    """Return how the accepted point ends a step after its search; None: take the point.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ def after_search(loss: float, slope: float) -> Status | None:
 
 
 def forgets(status: Status) -> bool:
-    """Whether the curvature is set back: what B believed led nowhere."""
+    """Whether the curvature is reset: what H predicted led nowhere."""
     return status in (
         Status.LINE_SEARCH_FAILED,
         Status.NON_FINITE_LOSS,
@@ -40,11 +40,11 @@ def forgets(status: Status) -> bool:
 
 
 def goes_back(status: Status, loss_seen: bool, gradient_seen: bool) -> bool:
-    """Whether to return to the last good point.
+    """Whether to return to the restore point.
 
-    That is where loss and gradient were finite. Losses of different batches do not compare, so
-    the last such point is the best one known. A value that is not finite at a point where it has
-    been seen finite is the batch's fault: the weights stay.
+    That is the last iterate with finite loss and gradient. Losses of different batches do not
+    compare, so it is the best one known. A value that is not finite at a point where it has been
+    seen finite is the batch's fault: the weights stay.
     """
     if status is Status.NON_FINITE_LOSS:
         return not loss_seen

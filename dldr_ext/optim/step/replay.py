@@ -1,4 +1,4 @@
-"""What a closure reads and changes besides the weights: random state and buffers."""
+"""Random state and buffers: what a closure reads and changes besides the weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Replay:
-    """Makes every evaluation of one step see the same random numbers and the same buffers.
+    """The random numbers and buffers that every evaluation of one step is to see.
 
     Covers torch's random state on the CPU and on the parameters' CUDA device. Buffers are
     tensors that a forward pass changes, such as the running statistics of batch norm.
@@ -24,33 +24,33 @@ class Replay:
         self._after: list[Tensor] = []
 
     def begin(self) -> None:
-        """Remembers where the step starts; to be called before its first evaluation."""
+        """Remember where the step starts; to be called before its first evaluation."""
         self._before = self._random_state()
         self._kept = self._saved
         for saved, buffer in zip(self._saved, self._buffers, strict=True):
             saved.copy_(buffer)
 
     def mark(self) -> None:
-        """Remembers the random state as the first evaluation leaves it."""
+        """Remember the random state as the first evaluation leaves it."""
         self._after = self._random_state()
 
     def rewind(self) -> None:
-        """Back to the start of the step; to be called before every further evaluation."""
+        """Go back to the start of the step; to be called before every further evaluation."""
         self._set_random_state(self._before)
         for saved, buffer in zip(self._saved, self._buffers, strict=True):
             buffer.copy_(saved)
 
     def keep(self) -> None:
-        """Remembers the buffers as the weights accepted so far leave them."""
+        """Remember the buffers as the weights accepted so far leave them."""
         self._kept = [b.detach().clone() for b in self._buffers]
 
     def restore_buffers(self) -> None:
-        """Buffers as before the step, or as at the last `keep` since."""
+        """Put back the buffers as before the step, or as at the last `keep` since."""
         for kept, buffer in zip(self._kept, self._buffers, strict=True):
             buffer.copy_(kept)
 
     def finish(self) -> None:
-        """The random state as one evaluation leaves it, however many there were."""
+        """Set the random state as one evaluation leaves it, however many there were."""
         self._set_random_state(self._after)
 
     def _random_state(self) -> list[Tensor]:
@@ -64,7 +64,7 @@ class Replay:
 
 
 def buffer_list(buffers: nn.Module | Iterable[Tensor] | None) -> list[Tensor]:
-    """The tensors meant by the argument ``buffers`` of an optimizer."""
+    """Return the tensors meant by the argument ``buffers`` of an optimizer."""
     if buffers is None:
         return []
     if isinstance(buffers, nn.Module):

@@ -1,4 +1,4 @@
-"""The last point that was fine."""
+"""The last iterate with finite loss and gradient."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from ..status import Status
 from . import policy
 
 
-class GoodPoint:
-    """theta where loss and gradient were last finite, and what was seen finite since."""
+class RestorePoint:
+    """The theta where loss and gradient were last finite, and what was seen finite since."""
 
     def __init__(self) -> None:
         self._theta: Tensor | None = None
         self._loss = self._gradient = False
 
     def see(self, theta: Tensor, loss: bool, gradient: bool) -> None:
-        """Loss or gradient, or both, were looked at and are finite at the current theta."""
+        """Note which of loss and gradient have been seen finite at the current theta."""
         self._loss, self._gradient = loss, gradient
         if loss and gradient:
             self._theta = theta.clone()
 
     def see_gradient(self, theta: Tensor) -> None:
-        """The gradient at the current theta was looked at later than the loss, and is finite."""
+        """Note that the gradient at the current theta, seen later than the loss, is finite."""
         self.see(theta, self._loss, True)
 
     def instead(self, status: Status) -> Tensor | None:
-        """Where to return to from a point that ended a step so; None: stay."""
+        """Return the theta to go back to from a point that ended a step so; None: stay."""
         back = policy.goes_back(status, self._loss, self._gradient)
         return self._theta if back else None
 
     def forget(self) -> None:
-        """There is no way back from here on."""
+        """Forget the way back."""
         self._theta, self._loss, self._gradient = None, False, False
 
     def state(self) -> dict[str, Any]:
-        """All of it, as copies."""
+        """Return all of it, as copies."""
         return {
             "good": None if self._theta is None else self._theta.clone(),
             "loss_seen": self._loss,
@@ -45,6 +45,6 @@ class GoodPoint:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Takes over checked entries of `state`."""
+        """Take over checked entries of `state`."""
         self._theta = state["good"]
         self._loss, self._gradient = state["loss_seen"], state["gradient_seen"]

@@ -1,4 +1,4 @@
-"""Weights that something else wrote."""
+"""Detection of weights that something else wrote."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 
-class Guard:
-    """Notices writes to the parameters between two steps.
+class WriteGuard:
+    """A guard that notices writes to the parameters between two steps.
 
-    By autograd's version counters and by addresses, so that looking costs nothing. Writes that
+    It looks at autograd's version counters and at addresses, which costs nothing. Writes that
     neither shows, ``p.data.add_()`` for one, go unnoticed.
     """
 
@@ -20,11 +20,11 @@ class Guard:
         self._seen: list[int] = []
 
     def remember(self) -> None:
-        """The weights are now as they should be."""
+        """Take the weights as they are for those that should be there."""
         self._seen = self._now()
 
     def check(self, owner: str, expected: Callable[[], Tensor]) -> None:
-        """Refuses weights that are no longer those of the last `remember`.
+        """Refuse weights that are no longer those of the last `remember`.
 
         Parameters
         ----------
@@ -48,9 +48,9 @@ class Guard:
                     f"{owner}: params[{i}]: expected the shape it had at construction, got "
                     f"{tuple(p.shape)}: {flat.numel()} elements in all do not fit"
                 )
-            part = flat[start : start + p.numel()]
+            values = flat[start : start + p.numel()]
             start += p.numel()
-            if not torch.equal(p.detach().reshape(-1).to(part.device), part.to(p.dtype)):
+            if not torch.equal(p.detach().reshape(-1).to(values.device), values.to(p.dtype)):
                 raise ValueError(
                     f"{owner}: params[{i}]: expected the weights that the last step left, got "
                     f"others (shape {tuple(p.shape)}): something else wrote to them, and the "

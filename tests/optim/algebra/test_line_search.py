@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 
 from dldr_ext import Status
-from dldr_ext.optim.algebra.line_search import _cubic_minimiser, _Point, armijo, fixed, strong_wolfe
+from dldr_ext.optim.algebra.line_search import armijo, fixed, strong_wolfe
 
 Function = Callable[[float], float]
 
@@ -181,49 +180,3 @@ def test_armijo_fails_after_max_ls_trials() -> None:
 def test_fixed() -> None:
     result = fixed(0.3)
     assert (result.status, result.alpha, result.evaluations) == (Status.ACCEPTED, 0.3, 0)
-
-
-def interpolated(f: Function, slope: float, alpha: float, **options: float) -> object:
-    seen: list[float] = []
-    line = {"c1": 1e-4, "backtrack": 0.5, "max_ls": 20} | options
-    result = armijo(
-        lambda a: seen.append(a) or f(a), f(0.0), slope, alpha, interpolate=True, **line
-    )
-    return result, seen
-
-
-def test_armijo_interpolation_finds_the_minimum_of_a_parabola() -> None:
-    result, seen = interpolated(lambda a: (a - 0.3) ** 2, -0.6, 1.0)
-    assert result.status is Status.ACCEPTED and result.evaluations == len(seen) == 2
-    assert result.alpha == result.last == pytest.approx(0.3, rel=1e-12)
-
-
-def test_armijo_interpolation_takes_the_cubic_through_the_last_two_trials() -> None:
-    f = lambda a: -(a**3) + 2.2 * a**2 - a if a > 0.3 else -a  # noqa: E731
-    result, seen = interpolated(f, -1.0, 1.0, c1=0.4)
-    assert seen[1] == pytest.approx(1 / 2.4)  # of the parabola through f(0), f'(0), f(1)
-    assert result.alpha == seen[2] == pytest.approx(0.5 * seen[1])  # the cubic's is 0.281: too near
-    steep = lambda a: 8 * a**3 - 3 * a**2 - a if a > 0.05 else -a  # noqa: E731
-    start, first, second = (_Point(a, steep(a), -1.0) for a in (0.0, 1.0, 0.5))
-    assert _cubic_minimiser(start, first, second) == pytest.approx((6 + math.sqrt(132)) / 48)
-    down = [_Point(a, -(a**3) - a, -1.0) for a in (0.0, 1.0, 0.5)]
-    assert math.isnan(_cubic_minimiser(*down))
-
-
-@pytest.mark.parametrize(
-    "f",
-    [
-        lambda a: 1e9 if a > 1e-3 else -a,  # the parabola's minimiser is far too short
-        lambda a: 0.0 if a > 1e-3 else -a,  # flat: too long
-        lambda a: math.nan if a > 1e-3 else -a,
-        lambda a: math.sin(50 * a) + 0.5 if a > 1e-3 else -a,
-    ],
-)
-def test_armijo_interpolation_is_safeguarded(f: Function) -> None:
-    result, seen = interpolated(f, -1.0, 1.0)
-    assert result.status is Status.ACCEPTED and result.alpha == seen[-1]
-    for before, after in pairwise(seen):
-        assert 0.0999 * before <= after <= 0.5001 * before
-    failed, seen = interpolated(lambda a: 1.0 + a, -1.0, 1.0, max_ls=4)
-    assert failed.status is Status.LINE_SEARCH_FAILED and failed.evaluations == len(seen) == 4
-    assert failed.last == seen[-1] and failed.alpha == 0.0

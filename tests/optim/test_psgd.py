@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from optim_problems import (  # noqa: F401  (one_thread is a fixture)
-    Batches,
-    bits,
-    flat,
-    one_thread,
-    random_subspace,
-)
+from optim_problems import Batches, flat, random_subspace
 from torch import nn
 
 from dldr_ext import PSGD, Status
@@ -72,24 +64,6 @@ def test_random_numbers_are_drawn_once() -> None:
     torch.set_rng_state(state)
     nn.functional.dropout(torch.ones(4, 8))
     assert torch.equal(after, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_moves_nothing(bad: float) -> None:
-    batches = Batches(0)
-    optimizer = PSGD(batches.params, random_subspace(batches.params, 4), lr=0.1)
-    optimizer.step(batches.forward(0))
-    before, state = bits(batches.params), optimizer.state_dict()["subspace"]
-    optimizer.step(lambda: batches.forward(0)() + bad)
-    assert optimizer.status is Status.NON_FINITE_LOSS and bits(batches.params) == before
-    batches.usual(0)()
-    batches.params[0].grad[2, 2] = bad
-    optimizer.step()
-    assert optimizer.status is Status.NON_FINITE_GRADIENT and bits(batches.params) == before
-    assert torch.equal(optimizer.state_dict()["subspace"]["momentum"], state["momentum"])
-    optimizer.zero_grad()
-    optimizer.step()
-    assert optimizer.status is Status.NO_GRADIENT and bits(batches.params) == before
 
 
 @pytest.mark.parametrize(

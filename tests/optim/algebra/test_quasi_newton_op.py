@@ -18,13 +18,13 @@ quasi_newton_ = torch.ops.dldr_ext.quasi_newton_
 def step_by_step(
     b: Tensor, guess: Tensor, c: Tensor, s: Tensor, y: Tensor, hs: Tensor, **rule: bool
 ) -> tuple[Tensor, Tensor, bool, int]:
-    """The same with small tensors: the next B, the direction, whether B was set back, and learnt
+    """The same with small tensors: the next H, the direction, whether H was set back, and learnt
     (2: from a damped y)."""
     result = None
     if rule["published"]:
         new = bfgs.published_update(b, s, y)
     else:
-        result = bfgs.update(b, s, y, hs=hs, fresh=rule["fresh"], damped=rule["damped"])
+        result = bfgs.update(b, s, y, predicted=hs, fresh=rule["fresh"], damped=rule["damped"])
         new = None if result is None else result[0]
     singular = new is not None and bfgs.condition(new) >= bfgs.CONDITION_LIMIT
     reset = singular and not rule["published"]

@@ -1,4 +1,4 @@
-"""Going on in another subspace: what is carried over, and how."""
+"""Going on in another subspace: what is transferred, and how."""
 
 from __future__ import annotations
 
@@ -7,25 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from optim_problems import (  # noqa: F401  (one_thread is a fixture)
-    Batches,
-    bits,
-    flat,
-    one_thread,
-    random_subspace,
-)
+from optim_problems import Batches, bits, flat, random_subspace
 from torch import Tensor
 
 from dldr_ext import PBFGS, PSGD, GroupedSubspace, InSubspace, Subspace, Trajectory
-from dldr_ext.optim.algebra.transfer import carried, overlap
 
 CASES: list[tuple[Any, dict[str, Any]]] = [
     (PBFGS, {}),
     (PBFGS, {"curvature": "consecutive"}),
-    (PBFGS, {"update": "lbfgs"}),
-    (PBFGS, {"update": "sr1"}),
     (PSGD, {"lr": 0.1}),
     (InSubspace, {"optimizer": torch.optim.SGD, "lr": 0.1}),
 ]
@@ -37,63 +26,9 @@ def rotated(subspace: Subspace, origin: Tensor | None = None) -> Subspace:
     return Subspace(q @ subspace.basis, subspace.origin if origin is None else origin)
 
 
-def positive(dim: int, seed: int) -> Tensor:
-    factor = torch.randn(
-        dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-    )
-    return factor @ factor.T + 0.01 * torch.eye(dim, dtype=torch.float64)
-
-
 def steps(optimizer: Any, batches: Batches, first: int, last: int) -> None:
     for step in range(first, last):
         optimizer.step(batches.forward(step))
-
-
-@pytest.mark.parametrize("kind", ["float64", "bfloat16", "int8", "grouped"])
-def test_overlap(kind: str) -> None:
-    params = Batches(0).params
-    old, new = random_subspace(params, 11), random_subspace(params, 5, seed=1)
-    known: Any = old
-    if kind == "grouped":
-        known = GroupedSubspace.random(params, 4, [1, 2, 1], dtype=torch.float64)
-        old = Subspace(torch.block_diag(*[one.basis for one in known.subspaces]), known.origin)
-    elif kind != "float64":
-        wide = old.to(dtype=torch.float32)
-        known = wide.quantize(kind) if kind == "int8" else wide.to(dtype=torch.bfloat16)
-        new = new.to(dtype=torch.float32)
-    m = overlap(new, known)
-    expected = new.basis.double() @ old.basis.T
-    eps = 1e-12 if old is known or kind == "grouped" else 1e-2
-    assert m.dtype == torch.float64
-    torch.testing.assert_close(m, expected, rtol=eps, atol=eps)
-    if kind == "grouped":
-        torch.testing.assert_close(overlap(known, new), expected.T)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(12, 30), st.integers(0, 2**31))
-def test_b_stays_positive_definite(d: int, wide: int, n: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    p, _ = torch.linalg.qr(torch.randn(n, d, dtype=torch.float64, generator=generator))
-    q, _ = torch.linalg.qr(torch.randn(n, wide, dtype=torch.float64, generator=generator))
-    b = positive(d, seed)
-    new = carried(b, q.T @ p)
-    assert new.shape == (wide, wide) and torch.equal(new, new.T)
-    before, after = torch.linalg.eigvalsh(b), torch.linalg.eigvalsh(new)
-    assert after[0] >= 0.999 * before[0] and after[-1] <= 1.001 * before[-1]
-
-
-def test_b_where_the_answer_is_known() -> None:
-    b = positive(4, 0)
-    torch.testing.assert_close(carried(b, torch.eye(4, dtype=torch.float64)), b)
-    q, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))
-    torch.testing.assert_close(carried(b, q), q @ b @ q.T)
-    # A part of the old subspace: the same part of B.
-    torch.testing.assert_close(carried(b, q[:2]), q[:2] @ b @ q[:2].T)
-    # Nothing in common: the geometric mean of the eigenvalues.
-    apart = carried(b, torch.zeros(3, 4, dtype=torch.float64))
-    typical = torch.linalg.det(b) ** 0.25
-    torch.testing.assert_close(apart, typical * torch.eye(3, dtype=torch.float64))
 
 
 # Not "consecutive" curvature: the gradient before the change is unknown in new directions, so that
@@ -118,7 +53,7 @@ def test_the_same_subspace_in_other_directions_changes_nothing(
     assert optimizer.closure_calls == twin.closure_calls > calls
 
 
-def test_carried_curvature_saves_evaluations() -> None:
+def test_transferred_curvature_saves_evaluations() -> None:
     """An ill-conditioned quadratic: the new subspace shares most directions with the old one."""
     scales = torch.logspace(0, 4, 30, dtype=torch.float64)
     x = torch.nn.Parameter(torch.zeros(30, dtype=torch.float64))
@@ -139,11 +74,11 @@ def test_carried_curvature_saves_evaluations() -> None:
                 return
         raise AssertionError("not converged")
 
-    def evaluations(carry: bool) -> int:
+    def evaluations(transfer: bool) -> int:
         x.data.zero_()
         optimizer = PBFGS([x], old)
         converge(optimizer)
-        if carry:
+        if transfer:
             optimizer.change_subspace(new.with_origin([x]))
         else:
             optimizer = PBFGS([x], new.with_origin([x]))
@@ -151,7 +86,7 @@ def test_carried_curvature_saves_evaluations() -> None:
         converge(optimizer)
         return optimizer.closure_calls - before
 
-    assert evaluations(carry=True) < 0.7 * evaluations(carry=False)
+    assert evaluations(transfer=True) < 0.7 * evaluations(transfer=False)
 
 
 @pytest.mark.parametrize(("make", "options"), CASES)

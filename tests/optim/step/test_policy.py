@@ -33,7 +33,7 @@ def test_every_failure_forgets_and_nothing_else_does() -> None:
     }
     for status in Status:
         assert policy.forgets(status) is (status not in keeps)
-        assert "B reset" in status.value or not policy.forgets(status)
+        assert "H reset" in status.value or not policy.forgets(status)
 
 
 def test_goes_back_only_from_what_was_never_seen_finite() -> None:

@@ -8,13 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from optim_problems import (  # noqa: F401  (one_thread is a fixture)
-    Batches,
-    bits,
-    flat,
-    one_thread,
-    random_subspace,
-)
+from optim_problems import Batches, bits, flat, random_subspace
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import (
@@ -281,30 +275,10 @@ def test_unknown_options_name_the_nearest(make: Any) -> None:
         for name, value, meant in (
             ("line_search_fn", "strong_wolf", "strong_wolfe"),
             ("curvature", "same-batch", "same_batch"),
-            ("update", "l-bfgs", "lbfgs"),
         ):
             with pytest.raises(ValueError, match=f"{name}: expected .* did you mean '{meant}'"):
                 make(batches.params, subspace, **{name: value})
     assert bits(batches.params) == before
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"update": "newton"}, ValueError, "update: expected one of 'bfgs'"),
-        ({"history_size": 0}, ValueError, "history_size: expected at least 1"),
-        ({"max_iter": 1.5}, TypeError, "max_iter: expected an int"),
-        ({"interpolate": 1}, TypeError, "interpolate: expected True or False, got 1"),
-        ({"maximize": None}, TypeError, "maximize: expected True or False"),
-        ({"first_step": 0.0}, ValueError, "first_step: expected a number"),
-        ({"tolerance_grad": -1.0}, ValueError, "tolerance_grad"),
-        ({"weight_decay": -1.0}, ValueError, "weight_decay"),
-    ],
-)
-def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    batches = Batches(0)
-    with pytest.raises(error, match=f"PBFGS: {message}"):
-        PBFGS(batches.params, random_subspace(batches.params, 4), **options)
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-import math
-import pickle
 from typing import Any
 
 import pytest
 import torch
-from optim_problems import (  # noqa: F401  (one_thread is a fixture)
-    Batches,
-    bits,
-    one_thread,
-    random_subspace,
-)
+from optim_problems import Batches, bits, check_copies_go_their_own_way, random_subspace
 
 from dldr_ext import GroupedSubspace, InSubspace, Status, ops
 
@@ -111,19 +104,7 @@ def test_copies_go_their_own_way(
 ) -> None:
     batches = Batches(0)
     optimizer = InSubspace(batches.params, random_subspace(batches.params, 4), make, **options)
-    for step in range(3):
-        optimizer.step(batches.forward(step))
-    pairs = [copy.deepcopy((batches, optimizer)), pickle.loads(pickle.dumps((batches, optimizer)))]
-    kept = bits(batches.params)
-    for other, copied in pairs:
-        for step in range(3, 6):
-            copied.step(other.forward(step))
-        assert bits(batches.params) == kept
-    for step in range(3, 6):
-        optimizer.step(batches.forward(step))
-    for other, copied in pairs:
-        assert bits(other.params) == bits(batches.params)
-        assert torch.equal(copied.theta, optimizer.theta)
+    check_copies_go_their_own_way(batches, optimizer)
 
 
 def test_the_state_is_a_copy() -> None:
@@ -166,24 +147,6 @@ def test_without_a_closure_and_with_layers() -> None:
         lbfgs.step()
     here = optimizer.subspace.reconstruct(lbfgs.theta)
     assert torch.equal(here, torch.nn.utils.parameters_to_vector(batches.params).detach())
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_moves_nothing(bad: float) -> None:
-    batches = Batches(0)
-    optimizer = InSubspace(batches.params, random_subspace(batches.params, 4), torch.optim.Adam)
-    optimizer.step(batches.forward(0))
-    before, state = bits(batches.params), str(optimizer.state_dict()["subspace"]["optimizer_state"])
-    optimizer.step(lambda: batches.forward(0)() + bad)
-    assert optimizer.status is Status.NON_FINITE_LOSS and bits(batches.params) == before
-    batches.usual(0)()
-    batches.params[0].grad[2, 2] = bad
-    optimizer.step()
-    assert optimizer.status is Status.NON_FINITE_GRADIENT and bits(batches.params) == before
-    assert str(optimizer.state_dict()["subspace"]["optimizer_state"]) == state
-    optimizer.zero_grad()
-    optimizer.step()
-    assert optimizer.status is Status.NO_GRADIENT and bits(batches.params) == before
 
 
 def test_bad_arguments_move_nothing() -> None:
