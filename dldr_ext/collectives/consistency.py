@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..tensors.parameters import dtype_name
 
-Claims = dict[str, Any]  # of what json can carry
+Facts = dict[str, Any]  # of what json can carry
 # Elements of a tensor that are looked at one by one.
 _SAMPLES = 64
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,18 +48,18 @@ def samples(params: Sequence[Tensor]) -> list[str]:
     ]
 
 
-def difference(claims: Sequence[Claims]) -> str | None:
+def difference(facts: Sequence[Facts]) -> str | None:
     """Return the first difference from rank 0 in words, or None.
 
     An ``error`` of a rank comes first. Lists are compared entry by entry. ``samples`` need not be
     equal, but must not be those of rank 0 in another order.
     """
-    for rank, other in enumerate(claims):
+    for rank, other in enumerate(facts):
         if "error" in other:
             return f"rank {rank} failed: {other['error']}"
-    first = claims[0]
+    first = facts[0]
     for key, value in first.items():
-        for rank, other in enumerate(claims[1:], 1):
+        for rank, other in enumerate(facts[1:], 1):
             if key not in other:
                 return f"expected every rank to make the same calls, got another one on rank {rank}"
             if other[key] != value:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..tensors.parameters import is_dtensor, type_name
-from .consistency import Claims, difference
+from .consistency import Facts, difference
 
 _log = logging.getLogger("dldr_ext")
 # Seconds in which ranks that saw a collective fail report so, that the others can be named.
@@ -36,6 +36,11 @@ class Ranks:
         Of the parameters; what goes over the wire is there.
     module : nn.Module, optional
         Wrapped in `DistributedDataParallel`, or given to `fully_shard`.
+
+    Attributes
+    ----------
+    checked : bool
+        Whether the ranks have compared facts since `failing_together` began.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class Ranks:
                 f"{device}, got one of backend {dist.get_backend(group)}"
             ) from None
         self._module = module
-        self._agreed = False
+        self.checked = False
 
     def __deepcopy__(self, memo: Any) -> Ranks:
         return self  # a group is a connection
@@ -80,7 +85,7 @@ class Ranks:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def most(self, number: int) -> int:
+    def maximum(self, number: int) -> int:
         """Return the largest of the ranks' numbers."""
         largest = torch.tensor([number], dtype=torch.int64, device=self.device)
         with self._explained("the largest of numbers"):
@@ -106,7 +111,7 @@ class Ranks:
             out.copy_(first)
         return result
 
-    def from_first(self, tensor: Tensor, what: str) -> Tensor:
+    def broadcast_(self, tensor: Tensor, what: str) -> Tensor:
         """Broadcast from rank 0, in place."""
         with self._explained(f"the exchange of {what}"):
             dist.broadcast(tensor, group=self.group, group_src=0)
@@ -136,7 +141,7 @@ class Ranks:
             _all_gather(full, piece, group=self.group)
         return full
 
-    def agree(self, claims: Claims, what: str = "construction") -> None:
+    def check_consistent(self, facts: Facts, what: str = "construction") -> None:
         """Check that the facts of all ranks are the same.
 
         Raises
@@ -144,25 +149,14 @@ class Ranks:
         ValueError
             On every rank: the first fact that differs from rank 0's, with both ranks.
         """
-        self._agreed = True
-        problem = difference(self.exchange(claims, what))
+        self.checked = True
+        problem = difference(self.exchange(facts, what))
         if problem is not None:
             raise ValueError(f"{self.owner}: process_group: {problem}")
 
-    @contextmanager
-    def agreeing(self) -> Iterator[None]:
-        """Raise an error before the next `agree` on every rank, not on this one alone."""
-        self._agreed = False
-        try:
-            yield
-        except Exception as error:
-            if not self._agreed:
-                self.exchange({"error": f"{type(error).__name__}: {error}"}, "an error")
-            raise
-
-    def exchange(self, claims: Claims, what: str) -> list[Claims]:
+    def exchange(self, facts: Facts, what: str) -> list[Facts]:
         """Return the facts of every rank, in the order of the ranks."""
-        text = json.dumps(claims).encode()
+        text = json.dumps(facts).encode()
         length = torch.tensor([len(text)], dtype=torch.int64, device=self.device)
         with self._explained(f"the facts of each rank, for {what}"):
             dist.all_reduce(length, op=dist.ReduceOp.MAX, group=self.group)
@@ -203,7 +197,22 @@ class Ranks:
         )
 
 
-def members(owner: str, process_group: Any) -> tuple[Any, nn.Module | None]:
+@contextmanager
+def failing_together(ranks: Ranks | None) -> Iterator[None]:
+    """Raise an error before the next consistency check on every rank, not on this one alone."""
+    if ranks is None:
+        yield
+        return
+    ranks.checked = False
+    try:
+        yield
+    except Exception as error:
+        if not ranks.checked:
+            ranks.exchange({"error": f"{type(error).__name__}: {error}"}, "an error")
+        raise
+
+
+def resolve_group(owner: str, process_group: Any) -> tuple[Any, nn.Module | None]:
     """Return the group that the argument ``process_group`` means, and the module if it was one.
 
     Raises
@@ -247,7 +256,7 @@ def members(owner: str, process_group: Any) -> tuple[Any, nn.Module | None]:
     return group, module
 
 
-def together(owner: str, process_group: Any, params: Any) -> Ranks | None:
+def ranks_for(owner: str, process_group: Any, params: Any) -> Ranks | None:
     """Return the ranks that an optimizer steps with; None: it steps alone."""
     sharded = _first(params)
     if process_group is None:
@@ -258,12 +267,12 @@ def together(owner: str, process_group: Any, params: Any) -> Ranks | None:
             )
         _note_lonely(owner)
         return None
-    group, module = members(owner, process_group)
+    group, module = resolve_group(owner, process_group)
     device = torch.device("cpu") if sharded is None else sharded.device
     return Ranks(owner, group, device, module)
 
 
-def listed(params: Any) -> Any:
+def as_list(params: Any) -> Any:
     """Return an iterator as a list: it is looked at twice."""
     return (
         list(params) if isinstance(params, Iterable) and not isinstance(params, Tensor) else params

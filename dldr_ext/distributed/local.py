@@ -13,7 +13,7 @@ from typing_extensions import override
 from .. import ops
 from ..collectives.dtensors import entries, local_columns, local_shards, replicas_of
 from ..collectives.partition import Layout, Run, layout_of
-from ..collectives.process_group import Ranks, members
+from ..collectives.process_group import Ranks, resolve_group
 from ..subspace.dense import Subspace
 from ..tensors.parameters import flatten, local_shard
 from .partitioned import PartitionedSubspace, read_partition
@@ -58,7 +58,7 @@ class LocalSubspace(PartitionedSubspace):
         replicas: int = 1,
         **arguments: Any,
     ) -> None:
-        group, _ = members("LocalSubspace", process_group)
+        group, _ = resolve_group("LocalSubspace", process_group)
         local = Subspace(basis, origin, **arguments) if basis.shape[1] else None
         ranks = Ranks("LocalSubspace", group, origin.device)
         if local is not None:  # as the Subspace has converted them
@@ -134,7 +134,7 @@ class LocalSubspace(PartitionedSubspace):
         generator = torch.Generator(origin.device).manual_seed(seed * 1_000_003 + first)
         basis = torch.randn(dim, len(origin), generator=generator, device=origin.device)
         mesh = tensors[0].device_mesh
-        group, _ = members("LocalSubspace", mesh)
+        group, _ = resolve_group("LocalSubspace", mesh)
         ranks = Ranks("LocalSubspace", group, origin.device)
         for _ in range(2):  # Cholesky QR, twice for its digits
             gram = ops.gram(basis) if len(origin) else basis.new_zeros(dim, dim).double()
@@ -173,7 +173,7 @@ class LocalSubspace(PartitionedSubspace):
         tensors, names = entries(params)
         replicas, shards = replicas_of(tensors), local_shards(tensors)
         mesh = tensors[0].device_mesh
-        group, _ = members("LocalSubspace", mesh)
+        group, _ = resolve_group("LocalSubspace", mesh)
         layout = layout_of(tensors)
 
         def runs_here(total: int) -> list[Run]:

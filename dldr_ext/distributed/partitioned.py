@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..collectives.partition import Run, block_runs
-from ..collectives.process_group import Ranks
+from ..collectives.process_group import Ranks, failing_together
 from ..files.artifacts import Reader, read_columns
 from ..files.column_checkpoint import is_dcp, read_subspace, saved_shape
 from ..pca.report import report
@@ -186,12 +186,12 @@ def read_partition(
         n.
     """
     if is_dcp(path):
-        with ranks.agreeing():
+        with failing_together(ranks):
             dim, total = saved_shape(path, "subspace")
             runs = runs_of(total)
-            ranks.agree({"dim": dim, "numel": total}, "load")
+            ranks.check_consistent({"dim": dim, "numel": total}, "load")
         return read_subspace(path, runs, ranks.device, process_group=ranks.group), total
-    with ranks.agreeing():
+    with failing_together(ranks):
         with Reader(path, KIND, VERSION, check=ranks.rank == 0) as file:
             total = file.part("origin").get_shape()[0]
             runs = runs_of(total)
@@ -202,5 +202,5 @@ def read_partition(
                     arguments[name] = read_columns(file, name, columns[name], ranks.device)
                 else:
                     arguments[name] = file.read(name)
-        ranks.agree({"numel": total}, "load")
+        ranks.check_consistent({"numel": total}, "load")
     return arguments, total

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ..collectives.consistency import Claims
+from ..collectives.consistency import Facts
 from ..collectives.partition import Run, cut
-from ..collectives.process_group import Ranks, members
+from ..collectives.process_group import Ranks, failing_together, resolve_group
 from ..subspace.dense import Subspace
 from ..tensors.alignment import empty_rows
 from ..tensors.formats import scale_of
@@ -57,7 +57,7 @@ class ShardedSubspace(PartitionedSubspace):
         self, subspace: Subspace, process_group: Any, *, device: torch.device | str | None = None
     ) -> None:
         subspace = checked_whole("ShardedSubspace", subspace)
-        group, _ = members("ShardedSubspace", process_group)
+        group, _ = resolve_group("ShardedSubspace", process_group)
         origin = subspace.origin.to(subspace.device if device is None else device)
         ranks = Ranks("ShardedSubspace", group, origin.device)
         begin, end = cut(subspace.numel, ranks.rank, ranks.size)
@@ -140,7 +140,7 @@ class ShardedSubspace(PartitionedSubspace):
         ValueError
             On every rank: the file is not whole, or something else.
         """
-        group, _ = members("ShardedSubspace", process_group)
+        group, _ = resolve_group("ShardedSubspace", process_group)
         ranks = Ranks("ShardedSubspace", group, torch.device(device))
 
         def runs_here(total: int) -> list[Run]:
@@ -166,7 +166,7 @@ class ShardedSubspace(PartitionedSubspace):
             The basis has 8 bits.
         """
         scale = None if self.local is None else self.local.scale
-        if self.ranks.most(scale is not None):
+        if self.ranks.maximum(scale is not None):
             raise ValueError("whole: expected a basis that is not quantised, got one of 8 bits")
         dtype = self.origin.dtype if self.local is None else self.local.basis.dtype
         # A rank without columns goes by the first.
@@ -293,16 +293,16 @@ def shard_if_needed(
         On every rank: an argument on one of them is not as expected, or subspaces differ.
     """
     name = "shard_if_needed"
-    group, _ = members(name, process_group)
+    group, _ = resolve_group(name, process_group)
     wanted = getattr(subspace, "device", "cpu") if device is None else device
     target = torch.empty(0, device=wanted).device  # with its index
     ranks = Ranks(name, group, target)
-    with ranks.agreeing():
+    with failing_together(ranks):
         subspace = checked_whole(name, subspace)
         room = _checked_memory(name, memory)
         kind = dtype_name(subspace.dtype)
-        ranks.agree({"dim": subspace.dim, "numel": subspace.numel, "dtype": kind}, name)
-    needs: Claims = {"need": _needed(subspace, target), "room": room, "device": None}
+        ranks.check_consistent({"dim": subspace.dim, "numel": subspace.numel, "dtype": kind}, name)
+    needs: Facts = {"need": _needed(subspace, target), "room": room, "device": None}
     if room is None:
         needs |= {"room": free_memory(target), "device": _name_of(target)}
     of_ranks = ranks.exchange(needs, name)

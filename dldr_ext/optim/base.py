@@ -6,15 +6,14 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..collectives.consistency import Claims, described, digest, samples
-from ..collectives.process_group import Ranks
+from ..collectives.consistency import Facts, described, digest, samples
+from ..collectives.process_group import Ranks, failing_together
 from ..subspace.base import AffineSubspace
 from ..tensors.parameters import check_matches, dtype_name, local_shard, numel
 from .algebra.transfer import overlap
@@ -67,7 +66,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._guard = WriteGuard(self._params)
         self._incoming: dict[str, Any] | None = None  # a state that is being loaded
         if ranks is not None:
-            ranks.agree(self._claims(theta0))
+            ranks.check_consistent(self._facts(theta0))
         self._theta = self._first_theta(name, theta0)
         self._place(name, "origin + P theta0" if theta0 is not None else None)
 
@@ -155,7 +154,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         # After hooks of the user's, which may change it; what torch checks comes next.
         handle = self.register_load_state_dict_pre_hook(take_in)
         try:
-            with self._agreeing():
+            with failing_together(self._ranks):
                 super().load_state_dict(state_dict)
                 self._compare("load_state_dict")
         finally:
@@ -213,10 +212,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Subspace.with_origin : the same directions through other weights.
         """
         name = type(self).__name__
-        with self._agreeing():
+        with failing_together(self._ranks):
             self._check_subspace(name, subspace)
             if self._ranks is not None:
-                self._ranks.agree(_claims_of(subspace), "change_subspace")
+                self._ranks.check_consistent(_facts_of(subspace), "change_subspace")
         self._learn_early()
         theta = subspace.nearest(self._params)
         m = overlap(subspace, self._subspace)
@@ -304,32 +303,29 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         subspace = self._subspace
         return vector.to(device=subspace.device, dtype=subspace.coordinate_dtype, copy=copy)
 
-    def _agreeing(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._ranks is None else self._ranks.agreeing()
-
     def _compare(self, what: str) -> None:
         """Refuse to go on where ranks have come apart."""
         if self._ranks is not None:
-            claims = {"options": _options(self.param_groups[0]), "steps": self._steps}
-            self._ranks.agree(claims | {"theta": digest(self._theta)}, what)
+            facts = {"options": _options(self.param_groups[0]), "steps": self._steps}
+            self._ranks.check_consistent(facts | {"theta": digest(self._theta)}, what)
 
-    def _claims(self, theta0: Tensor | str | None) -> Claims:
+    def _facts(self, theta0: Tensor | str | None) -> Facts:
         """Return what must be the same on every rank; reads basis and origin once."""
         start = theta0 if isinstance(theta0, str) or theta0 is None else "a tensor"
-        claims: Claims = {
+        facts: Facts = {
             "optimizer": type(self).__name__,
             "torch": torch.__version__,
             "cpu_capability": torch.ops.dldr_ext._cpu_capability(),
             "params": described(self._leaves),
             "options": _options(self.defaults),
-            **_claims_of(self._subspace),
+            **_facts_of(self._subspace),
             "theta0": start,
         }
         theta = theta0 if isinstance(theta0, Tensor) else None
         if not self._subspace.spans_ranks:
-            claims["samples"] = samples(self._params)
-            theta = self._first_theta(claims["optimizer"], theta0)
-        return claims | {"theta": digest(theta)}
+            facts["samples"] = samples(self._params)
+            theta = self._first_theta(facts["optimizer"], theta0)
+        return facts | {"theta": digest(theta)}
 
     def _check_subspace(self, name: str, subspace: AffineSubspace) -> None:
         params = self._params
@@ -400,16 +396,16 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             )
 
 
-def _claims_of(subspace: AffineSubspace) -> Claims:
-    claims: Claims = {
+def _facts_of(subspace: AffineSubspace) -> Facts:
+    facts: Facts = {
         "subspace": type(subspace).__name__,
         "dim": subspace.dim,
         "names": subspace.names,
         "coordinate_dtype": dtype_name(subspace.coordinate_dtype),
     }
     if not subspace.spans_ranks:
-        claims |= {"basis": subspace.digest(), "origin": digest(subspace.origin)}
-    return claims
+        facts |= {"basis": subspace.digest(), "origin": digest(subspace.origin)}
+    return facts
 
 
 def _options(group: dict[str, Any]) -> list[str]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..collectives.consistency import Claims
-from ..collectives.process_group import listed, together
+from ..collectives.consistency import Facts
+from ..collectives.process_group import as_list, failing_together, ranks_for
 from ..subspace.base import AffineSubspace
 from .first_order import FirstOrder
 from .step.closure import Closure, Loss
@@ -76,9 +75,9 @@ class InSubspace(FirstOrder):
         process_group: Any = None,
         **options: Any,
     ) -> None:
-        params = listed(params)
-        ranks = together("InSubspace", process_group, params)
-        with nullcontext() if ranks is None else ranks.agreeing():
+        params = as_list(params)
+        ranks = ranks_for("InSubspace", process_group, params)
+        with failing_together(ranks):
             if not isinstance(optimizer, type) or not issubclass(optimizer, torch.optim.Optimizer):
                 raise TypeError(
                     "InSubspace: optimizer: expected a class such as torch.optim.Adam, got "
@@ -90,9 +89,9 @@ class InSubspace(FirstOrder):
             super().__init__(params, subspace, probe.defaults, theta0, ranks)
         self._renew()
 
-    def _claims(self, theta0: Tensor | str | None) -> Claims:
-        claims = super()._claims(theta0)
-        return claims | {"optimizer": f"{claims['optimizer']} of {self._make.__name__}"}
+    def _facts(self, theta0: Tensor | str | None) -> Facts:
+        facts = super()._facts(theta0)
+        return facts | {"optimizer": f"{facts['optimizer']} of {self._make.__name__}"}
 
     def __getstate__(self) -> dict[str, Any]:
         # torch's LBFGS, for one, cannot be copied or pickled: it is made anew from its state.

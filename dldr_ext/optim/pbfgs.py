@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..collectives.process_group import listed, together
+from ..collectives.process_group import as_list, failing_together, ranks_for
 from ..subspace.base import AffineSubspace
 from ..tensors.parameters import flatten
 from .algebra.bfgs import Direction, InverseHessian, Pair, Rule, initial_inverse_hessian
@@ -200,9 +199,9 @@ class PBFGS(SubspaceOptimizer):
         process_group: Any = None,
         theta0: Tensor | Literal["current"] | None = None,
     ) -> None:
-        params = listed(params)
-        ranks = together("PBFGS", process_group, params)
-        with nullcontext() if ranks is None else ranks.agreeing():
+        params = as_list(params)
+        ranks = ranks_for("PBFGS", process_group, params)
+        with failing_together(ranks):
             defaults = check_pbfgs_options(
                 lr=lr,
                 line_search_fn=line_search_fn,

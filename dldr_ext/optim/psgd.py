@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..collectives.process_group import listed, together
+from ..collectives.process_group import as_list, failing_together, ranks_for
 from ..subspace.base import AffineSubspace
 from .first_order import FirstOrder
 from .options import check_flag, check_lr, check_number, names_options
@@ -90,9 +89,9 @@ class PSGD(FirstOrder):
         process_group: Any = None,
         theta0: Tensor | Literal["current"] | None = None,
     ) -> None:
-        params = listed(params)
-        ranks = together("PSGD", process_group, params)
-        with nullcontext() if ranks is None else ranks.agreeing():
+        params = as_list(params)
+        ranks = ranks_for("PSGD", process_group, params)
+        with failing_together(ranks):
             defaults = {
                 "lr": check_lr("PSGD", lr),
                 "momentum": check_number("PSGD", "momentum", momentum, 0.0, 1.0),

@@ -14,7 +14,7 @@ from .. import ops
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.series import Series, model_parameters
-from ..collectives.process_group import Ranks, members
+from ..collectives.process_group import Ranks, resolve_group
 from ..collectives.transaction import RankErrors
 from ..tensors.formats import empty_scale, wide_dtype
 from ..tensors.matrices import scaled
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 def ranks_of_model(process_group: Any, model: nn.Module) -> Ranks:
     """Return the ranks that record the checkpoints of a model together."""
-    group, _ = members("Trajectory", process_group)
+    group, _ = resolve_group("Trajectory", process_group)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return Ranks("Trajectory", group, torch.device("cpu") if device.type == "meta" else device)
 
@@ -38,7 +38,7 @@ def was_recorded_to(path: str | os.PathLike[str], ranks: Ranks | None) -> bool:
     """Return whether a folder has a trajectory, on any rank, to go on with."""
     if ranks is None:
         return (Path(path) / HEADER).exists()
-    return bool(ranks.most(any(Path(path).glob(f"{RANK_FOLDERS}/{HEADER}"))))
+    return bool(ranks.maximum(any(Path(path).glob(f"{RANK_FOLDERS}/{HEADER}"))))
 
 
 def placeholder(p: Tensor) -> Tensor:

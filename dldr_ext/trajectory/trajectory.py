@@ -6,7 +6,6 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, overload
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.reader import CheckpointReader
 from ..collectives.partition import ColumnShard
-from ..collectives.process_group import Ranks, listed, together
+from ..collectives.process_group import Ranks, as_list, failing_together, ranks_for
 from ..distributed.local import LocalSubspace
 from ..distributed.sharded import ShardedSubspace
 from ..pca.decomposition import decompose
@@ -134,9 +133,9 @@ class Trajectory:
         anchor: Tensor | Sequence[Tensor] | None = None,
         process_group: Any = None,
     ) -> None:
-        params = listed(params)
+        params = as_list(params)
         ranks = _ranks(params, process_group)
-        with nullcontext() if ranks is None else ranks.agreeing():
+        with failing_together(ranks):
             self._set_parameters(params)
             self.capacity = checked_capacity(capacity)
             self.dtype = checked_dtype(dtype)
@@ -147,7 +146,7 @@ class Trajectory:
                 shard = ColumnShard(self.params, self.names, ranks.rank, ranks.size)
             flat = None if anchor is None else flat_anchor(self, anchor, shard)
             if ranks is not None and shard is not None:
-                ranks.agree({**self._facts(shard), "anchor": anchor is not None})
+                ranks.check_consistent({**self._facts(shard), "anchor": anchor is not None})
         spec = StoreSpec(self.numel, self.capacity, dtype, self.device)
         self._kept: Store | None = new_store(
             storage, path, spec, self._metadata(), flat, ranks, shard
@@ -532,18 +531,18 @@ class Trajectory:
         UserWarning
             A snapshot in the folder is not whole: it is left out.
         """
-        params = listed(params)
+        params = as_list(params)
         ranks = _ranks(params, process_group)
         result = cls.__new__(cls)
         if ranks is None:
             result._set_parameters(params)
             saved = files.load(path, result.params, result.names)
         else:
-            with ranks.agreeing():
+            with failing_together(ranks):
                 result._set_parameters(params)
                 shard = ColumnShard(result.params, result.names, ranks.rank, ranks.size)
                 shapes = [str(shape) for shape in result.shapes]
-                ranks.agree({"params": shapes, "names": result.names}, "load")
+                ranks.check_consistent({"params": shapes, "names": result.names}, "load")
             saved = files.load_on_ranks(path, result.params, result.names, ranks, shard)
         result.names, result.storage, result._kept = saved
         result.capacity, result.dtype = saved.store.capacity, saved.store.dtype
@@ -608,7 +607,7 @@ class Trajectory:
             index of the checkpoint, its path and the tensor.
         """
         ranks = None if process_group is None else ranks_of_model(process_group, model)
-        with nullcontext() if ranks is None else ranks.agreeing():
+        with failing_together(ranks):
             params, series = open_series(paths, model, include, exclude, key, skip_bad)
             capacity = len(series) if capacity is None else capacity
             if capacity < len(series):
@@ -621,7 +620,8 @@ class Trajectory:
                     f"resume: expected storage='disk' and a path, got {storage!r}, {path!r}"
                 )
             if ranks is not None:
-                ranks.agree({"checkpoints": series.indices, "capacity": capacity, "resume": resume})
+                facts = {"checkpoints": series.indices, "capacity": capacity, "resume": resume}
+                ranks.check_consistent(facts)
         named = [(name, placeholder(p)) for name, p in params.items()]
         if resume and path is not None and was_recorded_to(path, ranks):
             result = cls.load(path, named, process_group=process_group)
@@ -671,4 +671,4 @@ class Trajectory:
 
 
 def _ranks(params: Any, process_group: Any) -> Ranks | None:
-    return None if process_group is None else together("Trajectory", process_group, params)
+    return None if process_group is None else ranks_for("Trajectory", process_group, params)

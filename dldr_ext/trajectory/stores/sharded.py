@@ -154,7 +154,7 @@ class ShardedStore(Store):
 
     @override
     def check_consistent(self, facts: Mapping[str, Any], what: str) -> None:
-        self.ranks.agree(dict(facts), what)
+        self.ranks.check_consistent(dict(facts), what)
 
     @override
     def column_runs(self, begin: int, end: int) -> Iterator[tuple[slice, Run]]:
@@ -174,7 +174,7 @@ class ShardedStore(Store):
                 solved = solve()
                 rank = torch.tensor([solved.rank], dtype=torch.float64)
                 flat.copy_(torch.cat([solved.values, solved.vectors.reshape(-1), rank]))
-        self.ranks.from_first(flat, "the eigenvectors")
+        self.ranks.broadcast_(flat, "the eigenvectors")
         values, vectors, rank = flat.cpu().split([count, count * count, 1])
         return Spectrum(values, vectors.view(count, count), int(rank))
 
