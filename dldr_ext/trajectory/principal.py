@@ -75,8 +75,8 @@ def dense_subspace(
     """Return the subspace with the basis C X, formed chunk by chunk."""
     coefficients = components.coefficients.to(snapshots.device)
     basis, scale = formed(snapshots, coefficients, dtype, column_step(snapshots))
-    metadata = components.metadata()
-    return Subspace(basis, origin, scale=scale, shapes=shapes, names=names, **metadata)
+    described = {"shapes": shapes, "names": names, **components.metadata()}
+    return Subspace(basis, origin, scale=scale, **described)
 
 
 def subspace_in_place(

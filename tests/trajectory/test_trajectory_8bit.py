@@ -82,6 +82,13 @@ def test_a_row_is_the_delta_rounded_block_by_block(n, dtype, size, seed):
     assert same(rows.codes, rounded.basis) and same(rows.scale, rounded.scale)
 
 
+def assert_same_bits(found, expected):
+    assert same(found.snapshots.codes[:], expected.snapshots.codes)
+    assert same(found.snapshots.scale[:], expected.snapshots.scale)
+    assert torch.equal(found.gram, expected.gram)
+    assert same(found.subspace(3).basis, expected.subspace(3).basis)
+
+
 @eight_bits
 @pytest.mark.parametrize("n", [257, 20_011])
 def test_gram_and_spectrum_are_those_of_the_stored_rows(dtype, n, tmp_path):
@@ -205,10 +212,7 @@ def test_loaded_it_goes_on_bit_for_bit(dtype, form, tmp_path):
     again = Trajectory.load(path, near.params)
     assert again.dtype == dtype and len(again) == 7 and torch.equal(again.gram, near.gram)
     assert near.record() == again.record() == 7
-    assert same(again.snapshots.codes[:], near.snapshots.codes)
-    assert same(again.snapshots.scale[:], near.snapshots.scale)
-    assert torch.equal(again.gram, near.gram)
-    assert same(again.subspace(3).basis, near.subspace(3).basis)
+    assert_same_bits(again, near)
 
 
 @eight_bits
@@ -324,10 +328,7 @@ def test_checkpoints_are_recorded_like_weights(storage, dtype, tmp_path, monkeyp
         with pytest.raises(ValueError, match="path: expected the folder of a trajectory of"):
             Trajectory.from_checkpoints(folder, model, **(options | {"dtype": torch.bfloat16}))
     found = Trajectory.from_checkpoints(folder, model, **options)
-    assert same(found.snapshots.codes[:], expected.snapshots.codes)
-    assert same(found.snapshots.scale[:], expected.snapshots.scale)
-    assert torch.equal(found.gram, expected.gram)
-    assert same(found.subspace(3).basis, expected.subspace(3).basis)
+    assert_same_bits(found, expected)
 
 
 @eight_bits
