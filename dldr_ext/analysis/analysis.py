@@ -83,7 +83,7 @@ class Analysis:
         explained: float | None = None,
         dtype: torch.dtype = torch.bfloat16,
         keep_basis: bool = True,
-        chunk_bytes: int = 1 << 27,
+        chunk_bytes: int = 112 << 20,
         skip_bad: bool = False,
         progress: Progress | None = None,
     ) -> None:
