@@ -73,7 +73,7 @@ def analyze(
     subspace: Annotated[
         bool, typer.Option(help="Whether to write subspace.safetensors: dim n numbers.")
     ] = True,
-    chunk_mb: Annotated[int, typer.Option(min=1, help="Megabytes in memory at a time.")] = 128,
+    chunk_mb: Annotated[int, typer.Option(min=1, help="Megabytes in memory at a time.")] = 112,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
