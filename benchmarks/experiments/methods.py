@@ -104,7 +104,7 @@ def psgd(task: Task, lead: Lead) -> Outcome:
     s = task.settings
     subspace = principal(lead.weights(s.sampled_epochs), s.dim)
     run = Run(task, subspace, s.passes, s.sampled_epochs, s.subspace_decay)
-    optimizer = PSGD(run.model.parameters(), subspace, s.psgd_lr, s.momentum)
+    optimizer = PSGD(run.model.parameters(), subspace, s.psgd_lr, s.momentum, metric=None)
     schedule = replace(s, lr=s.psgd_lr)
     for inputs, labels in task.batches(s.batch, 1):
         if run.left < len(labels):

@@ -150,7 +150,7 @@ def psgd(task: Task, subspace: Subspace) -> Outcome:
     """Run P-SGD from the initial weights: the recipe of `sgd`, in half the passes."""
     recipe = task.recipe
     run = _SubspaceRun(task, "psgd", subspace)
-    optimizer = PSGD(run.model.parameters(), subspace, recipe.lr, recipe.momentum)
+    optimizer = PSGD(run.model.parameters(), subspace, recipe.lr, recipe.momentum, metric=None)
     for images, labels in run.batches(recipe.batch_size, 1):
         if run.images_left < len(labels):
             return run.outcome()

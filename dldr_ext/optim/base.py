@@ -17,6 +17,7 @@ from ..collectives.process_group import Ranks, failing_together
 from ..subspace.base import AffineSubspace
 from ..tensors.parameters import check_matches, dtype_name, local_shard, numel
 from .algebra.transfer import overlap
+from .metric import check_metric
 from .options import trainable
 from .state_dict import give_out, take_in, wrong
 from .status import Status, StepRecord
@@ -60,7 +61,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._evaluator = Evaluator(self._leaves)
         if ranks is not None:
             self._evaluator.inside = ranks.evaluation
-        self._enter(subspace)
+        self._enter(subspace, check_metric(name, defaults["metric"], subspace))
         self._history: deque[StepRecord] = deque(maxlen=_HISTORY)
         self._steps = 0
         self._guard = WriteGuard(self._params)
@@ -214,12 +215,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         with failing_together(self._ranks):
             self._check_subspace(name, subspace)
+            spread = check_metric(name, self.param_groups[0]["metric"], subspace)
             if self._ranks is not None:
                 self._ranks.check_consistent(_facts_of(subspace), "change_subspace")
         self._learn_early()
         theta = subspace.nearest(self._params)
         m = overlap(subspace, self._subspace)
-        self._enter(subspace)
+        self._enter(subspace, spread)
         self._theta = theta.to(device=self._vector_device, dtype=torch.float64)
         self._compare("change_subspace")
         self._transfer(m)
@@ -265,11 +267,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Where theta and other d-vectors are."""
         return torch.device("cpu")
 
-    def _enter(self, subspace: AffineSubspace) -> None:
-        self._subspace = subspace
+    def _enter(self, subspace: AffineSubspace, spread: Tensor | None) -> None:
+        self._subspace, self._spread = subspace, spread
         self._problem = Problem(
             self._evaluator, self._leaves, subspace, self._ranks, self._vector_device
         )
+
+    def _units(self) -> Tensor:
+        """Return the length (d,) that a step of 1 has along each direction: the metric."""
+        known = None if self.param_groups[0]["metric"] is None else self._spread
+        if known is None:
+            return torch.ones(self._subspace.dim, dtype=torch.float64, device=self._vector_device)
+        return known.to(self._vector_device)
 
     def _set_theta(self, theta: Tensor) -> None:
         with torch.no_grad():

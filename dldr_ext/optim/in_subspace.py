@@ -14,16 +14,18 @@ from ..collectives.consistency import Facts
 from ..collectives.process_group import as_list, failing_together, ranks_for
 from ..subspace.base import AffineSubspace
 from .first_order import FirstOrder
+from .metric import Metric
 from .step.closure import Closure, Loss
 
 
 class InSubspace(FirstOrder):
     """An optimizer of torch on the d coordinates: ``torch.optim.Adam`` gives P-Adam.
 
-    A step projects the gradient, c = P^T g, lets the optimizer step theta with the gradient c and
-    writes w = w0 + P theta: two passes over the basis. The state of the optimizer (Adam's moments)
-    takes d numbers each instead of n. Constructing it puts the model at origin + P theta0 and logs
-    a warning (logger ``dldr_ext``) if that moved the weights.
+    A step projects the gradient, c = P^T g, lets the optimizer step theta / s with the gradient
+    s c, s being the metric's units, and writes w = w0 + P theta: two passes over the basis. The
+    state of the optimizer (Adam's moments) takes d numbers each instead of n. Constructing it puts
+    the model at origin + P theta0 and logs a warning (logger ``dldr_ext``) if that moved the
+    weights.
 
     Parameters
     ----------
@@ -33,6 +35,8 @@ class InSubspace(FirstOrder):
     optimizer : type
         A subclass of ``torch.optim.Optimizer``. One that evaluates the closure several times a
         step (``torch.optim.LBFGS``) costs two passes for each evaluation.
+    metric : "auto", "trajectory" or None
+        What theta is measured in: see `PBFGS`.
     theta0 : Tensor of shape (d,), "current" or None
         Where to start; None is 0, "current" the projection of the current weights.
     process_group : ProcessGroup, DeviceMesh, module, "world" or None
@@ -40,7 +44,7 @@ class InSubspace(FirstOrder):
         optimizer must do the same everywhere (one that draws random numbers needs the same seed).
     **options
         Of the optimizer, such as ``lr``; in ``param_groups``, so that schedulers work. They act on
-        theta: weight decay pulls towards the origin of the subspace.
+        theta / s: weight decay pulls towards the origin of the subspace.
 
     Raises
     ------
@@ -71,6 +75,7 @@ class InSubspace(FirstOrder):
         subspace: AffineSubspace,
         optimizer: type[torch.optim.Optimizer],
         *,
+        metric: Metric = "auto",
         theta0: Tensor | Literal["current"] | None = None,
         process_group: Any = None,
         **options: Any,
@@ -86,7 +91,8 @@ class InSubspace(FirstOrder):
             placeholder = torch.zeros(1, device="cpu", requires_grad=True)
             probe = optimizer([placeholder], **options)  # checks the options
             self._make, self._options = optimizer, options
-            super().__init__(params, subspace, probe.defaults, theta0, ranks)
+            defaults = probe.defaults | {"metric": metric}
+            super().__init__(params, subspace, defaults, theta0, ranks)
         self._renew()
 
     def _facts(self, theta0: Tensor | str | None) -> Facts:
@@ -106,16 +112,18 @@ class InSubspace(FirstOrder):
             self._load_inner(state["_inner"])
 
     def _move(self, closure: Closure | None, loss: Loss | None, c: Tensor) -> dict[str, Any]:
-        self._theta.grad = c
-        options = {key: value for key, value in self.param_groups[0].items() if key != "params"}
+        units, group = self._units(), self.param_groups[0]
+        self._variable.copy_(self._theta / units)
+        self._variable.grad = c * units
+        options = {key: group[key] for key in group.keys() - {"params", "metric"}}
         self._inner.param_groups[0].update(options)
-        before, calls = self._theta.detach().clone(), self._evaluator.calls
+        before, calls = self._theta.clone(), self._evaluator.calls
         try:
-            of_theta = None if closure is None else self._closure_of_theta(closure, loss)
+            inner = None if closure is None else self._inner_closure(closure, loss)
             with torch.device("cpu"):  # theta's, whatever the default for the user's tensors
-                self._inner.step() if of_theta is None else self._inner.step(of_theta)
+                self._inner.step() if inner is None else self._inner.step(inner)
         finally:
-            self._write_weights()
+            self._follow()
             self._guard.remember()
         return {
             "alpha": float(options.get("lr", math.nan)),
@@ -123,29 +131,35 @@ class InSubspace(FirstOrder):
             "trials": self._evaluator.calls - calls,
         }
 
-    def _closure_of_theta(self, closure: Closure, loss: Any) -> Callable[[], Any]:
-        """Return the closure that theta's optimizer calls; its first evaluation has been made."""
+    def _inner_closure(self, closure: Closure, loss: Any) -> Callable[[], Any]:
+        """Return the closure that the inner optimizer calls; its first evaluation has been made."""
         evaluated, device = [loss], torch.get_default_device()
 
         @torch.no_grad()
         def evaluate() -> Any:
             if evaluated:
                 return evaluated.pop()
-            self._write_weights()
+            self._follow()
             with device:
                 again = self._evaluator.first(closure)
-            self._theta.grad, mean = self._gradient(again)
+            c, mean = self._gradient(again)
+            self._variable.grad = c * self._units()
             return mean
 
         return evaluate
+
+    def _follow(self) -> None:
+        """Put theta and the weights where the inner optimizer has moved theta / s."""
+        self._theta.copy_(self._variable.detach() * self._units())
+        self._write_weights()
 
     def _write_weights(self) -> None:
         self._subspace.reconstruct_(self._params, self._to_basis(self._theta))
 
     def _renew(self) -> None:
-        """Make a new optimizer for theta."""
-        self._theta.requires_grad_()
-        self._inner = self._make([self._theta], **self._options)
+        """Make a new optimizer for theta / s, which each step computes from theta."""
+        self._variable = torch.zeros_like(self._theta).requires_grad_()
+        self._inner = self._make([self._variable], **self._options)
 
     def _load_inner(self, state: dict[Any, Any]) -> None:
         groups = self._inner.state_dict()["param_groups"]

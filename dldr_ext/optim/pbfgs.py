@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..collectives.process_group import as_list, failing_together, ranks_for
 from ..subspace.base import AffineSubspace
 from ..tensors.parameters import flatten
-from .algebra.bfgs import Direction, InverseHessian, Pair, Rule, initial_inverse_hessian
+from .algebra.bfgs import Direction, InverseHessian, Pair, Rule
 from .algebra.line_search import SearchResult
 from .base import SubspaceOptimizer
+from .metric import Metric
 from .options import check_pbfgs_options, names_options
 from .state_dict import check_point, saved_tensor
 from .status import Curvature, Status
@@ -86,6 +87,12 @@ class PBFGS(SubspaceOptimizer):
         batches; costs nothing, and is the same if the closure always uses all data.
     damping : "powell" or None
         Powell's damping of y, which keeps H positive definite where the curvature is negative.
+    metric : "auto", "trajectory" or None
+        What theta is measured in. "trajectory": in the spread s_i = sigma_i / sqrt(T) of the T
+        recorded snapshots along each direction (`Subspace.spread`), so that a step of length 1 is
+        one standard deviation of the recorded weights whatever the network; H starts at diag(s^2).
+        None: plain coordinates, H starts at I. "auto": "trajectory" where the subspace knows its
+        singular values. `theta` is the coordinates of the basis with either.
     weight_decay : float
         >= 0; wd / 2 |w|^2 is added to the objective: gradient, curvature and trials. What
         ``step`` returns and ``history`` holds is the closure's loss alone.
@@ -128,12 +135,12 @@ class PBFGS(SubspaceOptimizer):
 
     Notes
     -----
-    H starts at diag(sigma_i / sigma_1) if the subspace knows its singular values, else at I; it is
-    scaled up before its first update where the curvature allows longer steps; updates use a
-    relative curvature test. Only ``curvature="consecutive", damping=None`` follows the
-    published rule: H starts at I, is never scaled, and is updated when y.s > 1e-20. Together with
-    ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20`` that is the published algorithm,
-    except that a failed search does not step.
+    As long as H has learnt nothing, "armijo" doubles a first trial that it accepts for as long as
+    that pays, and H is scaled up before its first update where the curvature allows longer steps;
+    updates use a relative curvature test. Only ``curvature="consecutive", damping=None`` follows
+    the published rule: steps are not lengthened, H is never scaled, and is updated when y.s >
+    1e-20. Together with ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20, metric=None``
+    that is the published algorithm, except that a failed search does not step.
 
     A step that ends without moving (`Status`) leaves weights and buffers bitwise as they were; if
     it failed, H is back at its start. Where the loss or a gradient is not finite at weights whose
@@ -190,6 +197,7 @@ class PBFGS(SubspaceOptimizer):
         tolerance_grad: float = 0.0,
         curvature: Literal["same_batch", "consecutive"] = "same_batch",
         damping: Literal["powell"] | None = "powell",
+        metric: Metric = "auto",
         weight_decay: float = 0.0,
         maximize: bool = False,
         residual_lr: float = 0.0,
@@ -216,7 +224,7 @@ class PBFGS(SubspaceOptimizer):
                 maximize=maximize,
                 residual_lr=residual_lr,
                 residual_momentum=residual_momentum,
-            )
+            ) | {"metric": metric}
             replayed, self._scale = buffer_list(buffers), ScaleKeeper(grad_scaler)
             super().__init__(params, subspace, defaults, theta0, ranks)
         self._replay = Replay(self._params[0].device, replayed)
@@ -333,7 +341,10 @@ class PBFGS(SubspaceOptimizer):
             return iteration
         # Search.
         start = objective.sign * iteration.loss
-        result = search(trials, group, start, direction.slope, wanted=wanted, fresh=hessian.fresh)
+        result = search(
+            trials, group, start, direction.slope,
+            wanted=wanted, fresh=hessian.fresh, published=self._rule().published,
+        )  # fmt: skip
         # To look at the gradient would take a wait more, or a sum: the next step has it anyway.
         look = not ahead and self._ranks is None
         iteration.status, after = self._settle(trials, result, wanted, look)
@@ -493,8 +504,7 @@ class PBFGS(SubspaceOptimizer):
 
     def _initial(self) -> Tensor:
         """Return the H to start from."""
-        sigma = None if self._rule().published else self._subspace.singular_values
-        return initial_inverse_hessian(self._subspace.dim, sigma).to(self._vector_device)
+        return torch.diag(self._units().square())
 
     def _reset(self) -> None:
         """Forget all curvature."""

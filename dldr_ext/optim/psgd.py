@@ -11,6 +11,7 @@ from torch import Tensor
 from ..collectives.process_group import as_list, failing_together, ranks_for
 from ..subspace.base import AffineSubspace
 from .first_order import FirstOrder
+from .metric import Metric
 from .options import check_flag, check_lr, check_number, names_options
 from .state_dict import saved_tensor
 from .step.closure import Closure, Loss
@@ -20,10 +21,11 @@ from .step.objective import Objective
 class PSGD(FirstOrder):
     """P-SGD: SGD with momentum on the d coordinates of a subspace (Li et al., section 3).
 
-    With c = P^T g a step is m <- momentum * m + c, theta <- theta - lr * m, w = w0 + P theta: two
-    passes over the basis, and d numbers of memory. In exact arithmetic it is ``torch.optim.SGD``
-    on the projected gradient P c. Constructing it puts the model at origin + P theta0 and logs a
-    warning (logger ``dldr_ext``) if that moved the weights.
+    With c = P^T g and the metric's units s a step is m <- momentum * m + c, theta <- theta - lr *
+    s^2 m, w = w0 + P theta: two passes over the basis, and d numbers of memory. It is
+    ``torch.optim.SGD`` on theta / s; without a metric, in exact arithmetic, ``torch.optim.SGD`` on
+    the weights with the projected gradient P c. Constructing it puts the model at origin + P
+    theta0 and logs a warning (logger ``dldr_ext``) if that moved the weights.
 
     Parameters
     ----------
@@ -38,6 +40,8 @@ class PSGD(FirstOrder):
         >= 0; wd / 2 |w|^2 is added to the objective. The gradient is as in ``torch.optim.SGD``.
     maximize : bool
         Maximises what the closure returns.
+    metric : "auto", "trajectory" or None
+        What theta is measured in: see `PBFGS`.
     process_group : ProcessGroup, DeviceMesh, module, "world" or None
         Steps together with other ranks: see `PBFGS`.
     theta0 : Tensor of shape (d,), "current" or None
@@ -86,6 +90,7 @@ class PSGD(FirstOrder):
         *,
         weight_decay: float = 0.0,
         maximize: bool = False,
+        metric: Metric = "auto",
         process_group: Any = None,
         theta0: Tensor | Literal["current"] | None = None,
     ) -> None:
@@ -97,6 +102,7 @@ class PSGD(FirstOrder):
                 "momentum": check_number("PSGD", "momentum", momentum, 0.0, 1.0),
                 "weight_decay": check_number("PSGD", "weight_decay", weight_decay, 0.0),
                 "maximize": check_flag("PSGD", "maximize", maximize),
+                "metric": metric,
             }
             super().__init__(params, subspace, defaults, theta0, ranks)
         self._momentum = torch.zeros_like(self._theta)
@@ -116,9 +122,10 @@ class PSGD(FirstOrder):
         group = self.param_groups[0]
         lr = float(group["lr"])
         self._momentum.mul_(group["momentum"]).add_(c)
-        self._theta.add_(self._momentum, alpha=-lr)
+        step = self._units().square() * self._momentum
+        self._theta.add_(step, alpha=-lr)
         self._subspace.reconstruct_(self._params, self._to_basis(self._theta))
-        return {"alpha": lr, "step_length": lr * float(torch.linalg.vector_norm(self._momentum))}
+        return {"alpha": lr, "step_length": lr * float(torch.linalg.vector_norm(step))}
 
     def _method_state(self) -> dict[str, Any]:
         return {"momentum": self._momentum.clone()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,8 @@ class AffineSubspace(ABC):
         w0, float32 (float64 with a float64 basis).
     explained_variance_ratio, singular_values : Tensor, shape (d,), or None
         What is known of the directions; float64 on the CPU.
+    choice : dict or None
+        How the directions were chosen, where known: what `Subspace.report` says.
     shapes, names : list or None
         Of the parameters, in order, where known.
     """
@@ -34,6 +37,7 @@ class AffineSubspace(ABC):
     origin: Tensor
     explained_variance_ratio: Tensor | None
     singular_values: Tensor | None
+    choice: dict[str, Any] | None
     shapes: list[tuple[int, ...]] | None
     names: list[str] | None
 
@@ -56,6 +60,19 @@ class AffineSubspace(ABC):
     def coordinate_dtype(self) -> torch.dtype:
         """The dtype of theta and of projections: float32, or float64 for a float64 basis."""
         return self.origin.dtype
+
+    @property
+    def spread(self) -> Tensor | None:
+        """Standard deviations s_i = sigma_i / sqrt(T) of the T snapshots along each direction.
+
+        The unit that ``metric="trajectory"`` of the optimizers measures theta_i in; (d,) float64 on
+        the CPU, None where the singular values are not known. Where T is not (a subspace put
+        together by hand), it counts as d + 1, the fewest snapshots that span d directions.
+        """
+        if self.singular_values is None:
+            return None
+        snapshots = self.dim + 1 if self.choice is None else self.choice["snapshots"]
+        return self.singular_values / math.sqrt(snapshots)
 
     def project(self, tensors: Sequence[Tensor | None] | Tensor, *, exact: bool = False) -> Tensor:
         """Return the coordinates P^T g of a gradient (or any vector).

@@ -90,6 +90,7 @@ class GroupedSubspace(AffineSubspace):
         self.explained_variance_ratio = None if ratios is None else torch.cat(ratios)
         values = _if_all_known([space.singular_values for space in listed])
         self.singular_values = None if values is None else torch.cat(values)
+        self.choice = None  # each group has its own
         shapes = _if_all_known([space.shapes for space in listed])
         self.shapes = None if shapes is None else list(chain(*shapes))
         names = _if_all_known([space.names for space in listed])
@@ -99,6 +100,12 @@ class GroupedSubspace(AffineSubspace):
     def dim(self) -> int:
         """d, the number of directions of all groups together."""
         return sum(self._dims)
+
+    @property
+    def spread(self) -> Tensor | None:
+        """Standard deviations of the snapshots along each direction: see `Subspace.spread`."""
+        spreads = _if_all_known([space.spread for space in self.subspaces])
+        return None if spreads is None else torch.cat(spreads)
 
     def __repr__(self) -> str:
         dims = ", ".join(map(str, self._dims[:8])) + ", ..." * (len(self._dims) > 8)

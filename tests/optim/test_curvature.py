@@ -50,14 +50,6 @@ def test_a_failure_forgets_the_curvature() -> None:
     assert optimizer.status is Status.ACCEPTED
 
 
-def test_initial_inverse_hessian_comes_from_the_singular_values() -> None:
-    x = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
-    space = Subspace(torch.eye(2).double(), flat([x]), singular_values=torch.tensor([2.0, 0.5]))
-    optimizer = PBFGS([x], space, line_search_fn=None, lr=0.1)
-    optimizer.step(lambda: 0.5 * x.square().sum())
-    torch.testing.assert_close(x.detach(), torch.tensor([0.9, 0.975], dtype=torch.float64))
-
-
 def test_curvature_is_transferred_into_another_subspace() -> None:
     """The same plane in other coordinates: the next step is the same one."""
     results = []

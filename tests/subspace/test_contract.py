@@ -85,6 +85,11 @@ class TestSubspace:
         assert repr(space).startswith(f"{type(space).__name__}(")
         assert "6" in repr(space) and f"numel={N}" in repr(space)
         assert "numbers each" in space.report()
+        if space.singular_values is None:
+            assert space.spread is None
+        else:  # in proportion, whatever T is
+            ratio = space.spread / space.singular_values
+            torch.testing.assert_close(ratio, ratio[:1].expand(D))
 
     # Passes
 

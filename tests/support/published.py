@@ -22,6 +22,7 @@ PUBLISHED = {
     "max_ls": 20,
     "curvature": "consecutive",
     "damping": None,
+    "metric": None,
 }
 """Options of PBFGS that select the published algorithm."""
 

@@ -24,8 +24,6 @@ CURVATURE_TOLERANCE = 1e-8
 DESCENT_TOLERANCE = 1e-10
 # Beyond this condition number rounding decides whether H is still positive definite.
 CONDITION_LIMIT = 1e12
-# No direction starts with less than this part of the longest one's scale.
-INITIAL_FLOOR = 1e-3
 # Squared lengths below this may underflow in products.
 _TINY = 1e-200
 # The published test is absolute.
@@ -34,22 +32,6 @@ PUBLISHED_CURVATURE = 1e-20
 POWELL_THRESHOLD = 0.2
 
 _quasi_newton_ = torch.ops.dldr_ext.quasi_newton_.default
-
-
-def initial_inverse_hessian(dim: int, singular_values: Tensor | None = None) -> Tensor:
-    """Return the matrix H of a search that knows nothing of the loss yet, (dim, dim) float64.
-
-    The identity; or diag(sigma_i / sigma_1), if it is known how far training went along each
-    direction: a long way means little curvature there. On digit classification (64-64-64-10 and
-    a small convolutional network, d = 20) that saved two thirds of the passes over the data.
-    """
-    if singular_values is None:
-        return torch.eye(dim, dtype=torch.float64, device="cpu")
-    sigma = singular_values.to(device="cpu", dtype=torch.float64)
-    scales = (sigma / sigma.max()).clamp_min(INITIAL_FLOOR)
-    if not bool(scales.isfinite().all()):
-        return initial_inverse_hessian(dim)
-    return torch.diag(scales)
 
 
 def descent_direction(h: Tensor, c: Tensor) -> tuple[Tensor, float] | None:

@@ -63,6 +63,7 @@ def armijo(
     c1: float,
     backtrack: float,
     max_ls: int,
+    lengthen: bool = False,
 ) -> SearchResult:
     """Return the first alpha * backtrack^m, m = 0, 1, ..., with sufficient decrease.
 
@@ -80,14 +81,32 @@ def armijo(
         Factor in (0, 1).
     max_ls : int
         Largest number of trials.
+    lengthen : bool
+        Where alpha itself is accepted, double it for as long as the loss goes down and is below
+        phi(0) + alpha phi'(0) / 2, which on a parabola says that the minimiser lies beyond.
     """
     trial = alpha
     for m in range(max_ls):
         trial = alpha * backtrack**m
         value = phi(trial)
         if math.isfinite(value) and value < loss + c1 * trial * slope:
+            if lengthen and m == 0:
+                return _lengthened(phi, loss, slope, trial, value, max_ls)
             return SearchResult(Status.ACCEPTED, trial, value, math.nan, m + 1, trial)
     return SearchResult(Status.LINE_SEARCH_FAILED, 0.0, math.nan, math.nan, max_ls, trial)
+
+
+def _lengthened(
+    phi: Phi, loss: float, slope: float, alpha: float, value: float, max_ls: int
+) -> SearchResult:
+    last, count = alpha, 1
+    while count < max_ls and value < loss + 0.5 * alpha * slope:
+        last, count = 2.0 * alpha, count + 1
+        further = phi(last)
+        if not further < value or not math.isfinite(further):
+            break
+        alpha, value = last, further
+    return SearchResult(Status.ACCEPTED, alpha, value, math.nan, count, last)
 
 
 @dataclass(frozen=True)

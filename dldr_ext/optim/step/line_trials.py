@@ -111,6 +111,7 @@ def search(
     *,
     wanted: bool,
     fresh: bool,
+    published: bool,
 ) -> SearchResult:
     """Run the line search that the options of PBFGS ask for.
 
@@ -125,6 +126,8 @@ def search(
         The gradient is wanted at the accepted point.
     fresh : bool
         Nothing is known of the curvature.
+    published : bool
+        "armijo" is as in the paper: it does not make a first trial that it accepts longer.
     """
     alpha, kind = float(group["lr"]), group["line_search_fn"]
     if kind is None or alpha == 0.0:  # a schedule may end at 0: there is nothing to search
@@ -143,4 +146,7 @@ def search(
     # A trial that keeps its graph needs only a backward pass to give the gradient that is wanted
     # at the accepted point. Worth it unless several trials are expected.
     graph = wanted and not fresh
-    return armijo(lambda alpha: trials.loss(alpha, graph), loss, slope, alpha, **options)
+    lengthen = fresh and not published
+    return armijo(
+        lambda alpha: trials.loss(alpha, graph), loss, slope, alpha, lengthen=lengthen, **options
+    )

@@ -52,7 +52,7 @@ def test_update_is_the_inverse_bfgs_formula(dim: int, seed: int) -> None:
 def test_damping_keeps_h_positive_definite(
     dim: int, seed: int, log_scale: float, alpha: float, fresh: bool
 ) -> None:
-    b = bfgs.initial_inverse_hessian(dim) if fresh else positive_definite(seed, dim)
+    b = torch.eye(dim, dtype=torch.float64) if fresh else positive_definite(seed, dim)
     c = normal(seed + 1, dim)
     s = -alpha * (b @ c)
     y = normal(seed + 2, dim) * 10**log_scale  # any sign of curvature
@@ -73,7 +73,7 @@ def test_condition() -> None:
 
 def test_update_says_whether_y_was_damped() -> None:
     s = normal(0, 4)
-    initial = bfgs.initial_inverse_hessian(4)
+    initial = torch.eye(4, dtype=torch.float64)
     for y, expected in ((s, False), (0.1 * s, True), (-s, True)):
         result = bfgs.update(initial, s, y, predicted=s, fresh=False, damped=True)
         assert result is not None and result[1] is expected
@@ -81,7 +81,7 @@ def test_update_says_whether_y_was_damped() -> None:
 
 def test_updates_that_conflict_are_noticed_before_h_is_indefinite() -> None:
     """Random y have no common Hessian: H grows without bound until rounding decides its signs."""
-    b, fresh, noticed = bfgs.initial_inverse_hessian(8), True, 0
+    b, fresh, noticed = torch.eye(8, dtype=torch.float64), True, 0
     for k in range(200):
         c, alpha = normal(k, 8), 0.5
         y = normal(1000 + k, 8)
@@ -90,7 +90,7 @@ def test_updates_that_conflict_are_noticed_before_h_is_indefinite() -> None:
         if bfgs.condition(new) < bfgs.CONDITION_LIMIT:
             b, fresh = new, False
         else:
-            b, fresh, noticed = bfgs.initial_inverse_hessian(8), True, noticed + 1
+            b, fresh, noticed = torch.eye(8, dtype=torch.float64), True, noticed + 1
         assert torch.linalg.eigvalsh(b)[0] > 0
     assert noticed > 0
 
@@ -119,20 +119,9 @@ def test_hs_is_solved_for_where_it_is_not_given() -> None:
     torch.testing.assert_close(solved, given_, rtol=1e-9, atol=1e-9)
 
 
-def test_initial_inverse_hessian() -> None:
-    assert torch.equal(bfgs.initial_inverse_hessian(3), torch.eye(3, dtype=torch.float64))
-    sigma = torch.tensor([4.0, 1.0, 1e-9])
-    expected = torch.tensor([1.0, 0.25, 1e-3], dtype=torch.float64)
-    torch.testing.assert_close(bfgs.initial_inverse_hessian(3, sigma), torch.diag(expected))
-    for useless in (torch.zeros(3), torch.tensor([1.0, float("nan"), 0.0])):
-        assert torch.equal(
-            bfgs.initial_inverse_hessian(3, useless), torch.eye(3, dtype=torch.float64)
-        )
-
-
 def test_first_update_scales_b_up_only() -> None:
     s = normal(0, 6)
-    initial = bfgs.initial_inverse_hessian(6)
+    initial = torch.eye(6, dtype=torch.float64)
     new = updated(initial, s, 0.02 * s, predicted=s, fresh=True, damped=True)
     torch.testing.assert_close(new, 50.0 * initial)
     for y, fresh in ((0.02 * s, False), (50.0 * s, True)):
@@ -155,18 +144,18 @@ def test_first_update_scales_b_up_only() -> None:
 )
 def test_update_skips_pairs_that_tell_nothing(s: list[float], y: list[float]) -> None:
     s_, y_ = torch.tensor(s, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    assert updated(bfgs.initial_inverse_hessian(2), s_, y_, fresh=False, damped=False) is None
+    assert updated(torch.eye(2, dtype=torch.float64), s_, y_, fresh=False, damped=False) is None
 
 
 def test_curvature_test_is_relative() -> None:
     s = 1e-12 * normal(0, 4)  # y.s is about 1e-24
-    assert updated(bfgs.initial_inverse_hessian(4), s, s, fresh=False, damped=False) is not None
-    assert bfgs.published_update(bfgs.initial_inverse_hessian(4), s, s) is None
+    assert updated(torch.eye(4, dtype=torch.float64), s, s, fresh=False, damped=False) is not None
+    assert bfgs.published_update(torch.eye(4, dtype=torch.float64), s, s) is None
 
 
 def test_published_update_has_the_absolute_threshold() -> None:
     s, y = torch.tensor([1e-10, 0.0]).double(), torch.tensor([1.0, 0.0]).double()
-    b = bfgs.initial_inverse_hessian(2)
+    b = torch.eye(2, dtype=torch.float64)
     assert bfgs.published_update(b, s, 0.9e-10 * y) is None
     assert bfgs.published_update(b, s, 1.1e-10 * y) is not None
     assert bfgs.published_update(b, s, -y) is None
@@ -190,7 +179,7 @@ def test_exact_searches_recover_the_inverse_hessian() -> None:
     """On a quadratic, d exact line searches make H the inverse Hessian (N & W, theorem 6.4)."""
     dim = 7
     h = torch.linalg.inv(positive_definite(0, dim, condition=30.0))
-    x, b = normal(1, dim), bfgs.initial_inverse_hessian(dim)
+    x, b = normal(1, dim), torch.eye(dim, dtype=torch.float64)
     for k in range(dim):
         c = h @ x
         direction = bfgs.descent_direction(b, c)

@@ -154,6 +154,37 @@ def test_armijo_takes_the_first_power_that_decreases_enough() -> None:
     assert result.evaluations == len(seen) and result.loss == f(seen[-1])
 
 
+@pytest.mark.parametrize("minimiser", [0.3, 0.9, 1.1, 3.0, 5.9, 40.0])
+def test_armijo_lengthens_until_the_minimiser_is_passed(minimiser: float) -> None:
+    f = lambda a: (a - minimiser) ** 2 - 7.0  # noqa: E731
+    line = {"c1": 1e-4, "backtrack": 0.5, "max_ls": 20}
+    seen: list[float] = []
+    phi = lambda a: seen.append(a) or f(a)  # noqa: E731
+    result = armijo(phi, f(0.0), -2.0 * minimiser, 1.0, lengthen=True, **line)
+    plain = armijo(f, f(0.0), -2.0 * minimiser, 1.0, **line)
+    assert result.status is Status.ACCEPTED and result.loss == f(result.alpha) <= plain.loss
+    assert result.evaluations == len(seen) and result.last == seen[-1]
+    if minimiser <= 1.0:  # as without: no trial more
+        assert result == plain
+    else:
+        assert seen == [2.0**m for m in range(len(seen))]
+        assert f(2.0 * result.alpha) >= result.loss or result.alpha >= minimiser
+
+
+@pytest.mark.parametrize("beyond", [math.nan, math.inf, -math.inf])
+def test_armijo_does_not_lengthen_into_what_is_not_finite(beyond: float) -> None:
+    phi = lambda a: -a if a <= 2.0 else beyond  # noqa: E731
+    line = {"c1": 1e-4, "backtrack": 0.5, "max_ls": 20, "lengthen": True}
+    result = armijo(phi, 0.0, -1.0, 1.0, **line)
+    assert (result.alpha, result.loss, result.last, result.evaluations) == (2.0, -2.0, 4.0, 3)
+
+
+def test_armijo_lengthens_for_max_ls_trials_at_most() -> None:
+    line = {"c1": 1e-4, "backtrack": 0.5, "max_ls": 5, "lengthen": True}
+    result = armijo(lambda a: -a, 0.0, -1.0, 1.0, **line)
+    assert (result.alpha, result.last, result.evaluations) == (16.0, 16.0, 5)
+
+
 def test_armijo_is_strict() -> None:
     line = {"c1": 0.5, "backtrack": 0.5, "max_ls": 1}
     assert armijo(lambda a: -0.5 * a, 0.0, -1.0, 1.0, **line).status is Status.LINE_SEARCH_FAILED

@@ -1,0 +1,237 @@
+"""The metric of the recorded trajectory: units of PBFGS, PSGD and InSubspace."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from optim_problems import Batches, bits, flat, random_subspace
+from torch import Tensor, nn
+
+from dldr_ext import PBFGS, PSGD, GroupedSubspace, InSubspace, Subspace, Trajectory
+
+MAKERS: dict[str, Any] = {
+    "pbfgs": PBFGS,
+    "psgd": lambda p, s, **k: PSGD(p, s, lr=0.05, **k),
+    "adam": lambda p, s, **k: InSubspace(p, s, torch.optim.Adam, lr=0.1, **k),
+}
+
+
+def recorded(batches: Batches, dim: int = 4, count: int = 9) -> Subspace:
+    """The principal directions of some steps of SGD, from the weights before them."""
+    start = copy.deepcopy(batches.model.state_dict())
+    sgd = torch.optim.SGD(batches.params, lr=0.5)
+    trajectory = Trajectory(batches.params, capacity=count, dtype=torch.float64)
+    trajectory.record()
+    for step in range(count - 1):
+        batches.usual(step)()
+        sgd.step()
+        trajectory.record()
+    batches.model.load_state_dict(start)
+    sgd.zero_grad()
+    return trajectory.subspace(dim)
+
+
+def plain(subspace: Subspace, scale: Tensor | None = None) -> Subspace:
+    """The same directions with nothing known of them, of length ``scale`` each."""
+    rows = subspace.basis if scale is None else subspace.basis * scale[:, None]
+    return Subspace(rows, subspace.origin, shapes=subspace.shapes)
+
+
+def test_spread_is_the_standard_deviation_of_the_snapshots() -> None:
+    params = [nn.Parameter(torch.randn(5, 4, dtype=torch.float64))]
+    trajectory, seen = Trajectory(params, capacity=7, dtype=torch.float64), []
+    for _ in range(7):
+        with torch.no_grad():
+            params[0].add_(torch.randn(5, 4, dtype=torch.float64))
+        trajectory.record()
+        seen.append(flat(params))
+    subspace = trajectory.subspace(dim=3)
+    weights = torch.stack(seen)
+    expected = ((weights - weights.mean(0)) @ subspace.basis.T).std(0, correction=0)
+    for space in (
+        subspace,
+        subspace.to(dtype=torch.float32),
+        subspace.quantize("int8"),
+        subspace.with_origin(params),
+        Subspace.from_snapshots([[w] for w in seen], 3),
+        trajectory.subspace(dim=3, materialize=False),
+        GroupedSubspace([subspace]),
+    ):
+        torch.testing.assert_close(space.spread, expected, rtol=1e-6, atol=0.0)
+    assert random_subspace(params, 3).spread is None
+    by_hand = Subspace(subspace.basis, subspace.origin, singular_values=[6.0, 4.0, 2.0])
+    torch.testing.assert_close(by_hand.spread, torch.tensor([3.0, 2.0, 1.0]).double())
+
+
+def test_spread_outlives_a_file(tmp_path) -> None:
+    subspace = recorded(Batches(0))
+    subspace.save(tmp_path / "subspace.safetensors")
+    assert torch.equal(Subspace.load(tmp_path / "subspace.safetensors").spread, subspace.spread)
+
+
+@pytest.mark.parametrize("how", MAKERS)
+def test_auto_is_the_trajectory_where_the_subspace_knows_it(how: str) -> None:
+    """And plain coordinates where it does not, to the bit."""
+    results = {}
+    for known in (True, False):
+        for metric in ("auto", "trajectory", None):
+            if metric == "trajectory" and not known:
+                continue
+            batches = Batches(3)
+            subspace = recorded(batches)
+            optimizer = MAKERS[how](
+                batches.params, subspace if known else plain(subspace), metric=metric
+            )
+            for step in range(6):
+                optimizer.step(batches.forward(step))
+            results[known, metric] = bits(batches.params)
+    assert results[True, "auto"] == results[True, "trajectory"] != results[True, None]
+    assert results[False, "auto"] == results[False, None] == results[True, None]
+
+
+@pytest.mark.parametrize("how", MAKERS)
+def test_a_metric_is_a_basis_of_that_spread(how: str) -> None:
+    """Steps in theta / s are those of a basis with rows s_i P_i, without a metric."""
+    one, other = Batches(1), Batches(1)
+    subspace = recorded(one)
+    scaled = plain(subspace, subspace.spread)
+    ours = MAKERS[how](one.params, subspace)
+    theirs = MAKERS[how](other.params, scaled, metric=None)
+    for step in range(8):
+        ours.step(one.forward(step))
+        theirs.step(other.forward(step))
+        assert ours.status is theirs.status
+        torch.testing.assert_close(ours.theta / subspace.spread, theirs.theta, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(flat(one.params), flat(other.params), rtol=1e-8, atol=1e-9)
+    assert ours.closure_calls == theirs.closure_calls
+
+
+def test_the_inverse_hessian_starts_at_the_squared_spread() -> None:
+    batches = Batches(0)
+    subspace = recorded(batches)
+    optimizer = PBFGS(batches.params, subspace, line_search_fn=None, lr=0.01)
+    state = optimizer.state_dict()["subspace"]["inverse_hessian"]
+    assert torch.equal(state, torch.diag(subspace.spread**2))
+    c = subspace.basis @ flat(torch.autograd.grad(batches.forward(0)(), batches.params))
+    optimizer.step(batches.forward(0))
+    torch.testing.assert_close(optimizer.theta, -0.01 * subspace.spread**2 * c)
+    plain_start = PBFGS(batches.params, subspace, metric=None).state_dict()["subspace"]
+    assert torch.equal(plain_start["inverse_hessian"], torch.eye(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("metric", [None, "trajectory"])
+def test_lbfgs_evaluates_where_its_variable_is(metric: Any) -> None:
+    """An optimizer that moves its variable between evaluations finds the loss of those weights."""
+    batches = Batches(2)
+    subspace = recorded(batches)
+    optimizer = InSubspace(
+        batches.params, subspace, torch.optim.LBFGS, metric=metric, line_search_fn="strong_wolfe"
+    )
+    first = float(optimizer.step(batches.forward(0)))
+    assert batches.forward(0)().item() < first
+    torch.testing.assert_close(flat(batches.params), subspace.reconstruct(optimizer.theta))
+
+
+@pytest.mark.parametrize("how", MAKERS)
+def test_resumes_bit_for_bit(how: str) -> None:
+    batches = Batches(0)
+    subspace = recorded(batches)
+    optimizer = MAKERS[how](batches.params, subspace)
+    for step in range(5):
+        optimizer.step(batches.forward(step))
+    state = copy.deepcopy(optimizer.state_dict())
+    again = Batches(0)
+    resumed = MAKERS[how](again.params, subspace, metric=None)  # the saved option counts
+    resumed.load_state_dict(state)
+    copied = copy.deepcopy([batches, optimizer])
+    for step in range(5, 12):
+        optimizer.step(batches.forward(step))
+        resumed.step(again.forward(step))
+        copied[1].step(copied[0].forward(step))
+    assert bits(batches.params) == bits(again.params) == bits(copied[0].params)
+    assert torch.equal(optimizer.theta, resumed.theta)
+
+
+@pytest.mark.parametrize("how", MAKERS)
+def test_another_subspace_has_its_own_spread(how: str) -> None:
+    batches = Batches(4)
+    subspace = recorded(batches)
+    for metric in ("auto", "trajectory"):
+        optimizer = MAKERS[how](batches.params, subspace, theta0="current", metric=metric)
+        optimizer.step(batches.forward(0))
+        before = bits(batches.params)
+        if metric == "trajectory":
+            with pytest.raises(ValueError, match="metric: 'trajectory' expects a subspace with"):
+                optimizer.change_subspace(plain(subspace))
+            assert bits(batches.params) == before and optimizer.subspace is subspace
+        else:
+            optimizer.change_subspace(plain(subspace).with_origin(batches.params))
+            torch.testing.assert_close(optimizer._units(), torch.ones(4).double())
+        other = recorded(batches, dim=3).with_origin(batches.params)
+        optimizer.change_subspace(other)
+        torch.testing.assert_close(optimizer._units(), other.spread)
+        optimizer.step(batches.forward(1))
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "unknown": (lambda s: plain(s), r"got one without; pass metric=None, or singular_values="),
+    "zero": (
+        lambda s: Subspace(s.basis, s.origin, singular_values=[1.0, 0.5, 0.0, 0.0]),
+        r"all finite and > 0, got 0 for direction 2; pass metric=None, or leave",
+    ),
+    "nan": (
+        lambda s: Subspace(s.basis, s.origin, singular_values=[1.0, math.nan, 0.5, 0.1]),
+        r"all finite and > 0, got nan for direction 1",
+    ),
+    "infinite": (
+        lambda s: Subspace(s.basis, s.origin, singular_values=[math.inf, 1.0, 0.5, 0.1]),
+        r"all finite and > 0, got inf for direction 0",
+    ),
+    "rescaled": (
+        lambda s: Subspace(3.0 * s.basis, s.origin, singular_values=s.singular_values),
+        r"and orthonormal rows, got rows of length 3 or so; pass metric=None",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", MAKERS)
+@pytest.mark.parametrize("what", BAD)
+def test_a_metric_that_cannot_be_is_refused(what: str, how: str, caplog) -> None:
+    make, message = BAD[what]
+    batches = Batches(0)
+    subspace = make(recorded(batches).with_origin(flat(batches.params) + 1.0))
+    before = bits(batches.params)
+    with pytest.raises(ValueError, match=r"metric: 'trajectory' expects .*" + message):
+        MAKERS[how](batches.params, subspace, metric="trajectory")
+    assert bits(batches.params) == before
+    # By itself it is left alone, which is said where the subspace seems to know its spread.
+    with caplog.at_level(logging.WARNING, "dldr_ext"):
+        optimizer = MAKERS[how](batches.params, subspace)
+    said = [text for text in caplog.messages if "'auto' is None here" in text]
+    assert len(said) == (what != "unknown")
+    assert torch.equal(optimizer._units(), torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("how", MAKERS)
+def test_a_misspelt_metric_is_named(how: str) -> None:
+    batches = Batches(0)
+    with pytest.raises(ValueError, match=r"metric: expected one of .*'trajectory'.* did you mean"):
+        MAKERS[how](batches.params, recorded(batches), metric="trajectry")
+
+
+def test_the_published_rule_does_not_lengthen() -> None:
+    """Where each trial is accepted at once, the published search tries no more than that."""
+    x = nn.Parameter(torch.tensor([3.0, -1.0], dtype=torch.float64))
+    calls = []
+    for published in (True, False):
+        rule = {"curvature": "consecutive", "damping": None} if published else {}
+        space = Subspace(torch.eye(2, dtype=torch.float64), torch.tensor([3.0, -1.0]).double())
+        optimizer = PBFGS([x], space, metric=None, **rule)
+        optimizer.step(lambda: 0.01 * x.square().sum())
+        calls.append(optimizer.history[0].trials)
+    assert calls == [1, 7]  # 1, 2, 4, ..., 64: the minimiser is at 50
