@@ -80,7 +80,8 @@ def verdict(results: dict[str, Any]) -> str:
 
     return (
         f"P-BFGS on {pbfgs.dim} variables came to {pbfgs.accuracy} in "
-        f"{pbfgs.passes:.1f} passes, {against(sgd)} SGD on all "
+        f"{pbfgs.sampling_passes + pbfgs.passes:.1f} passes ({pbfgs.sampling_passes:.1f} of SGD, "
+        f"recorded, and {pbfgs.passes:.1f} of its own), {against(sgd)} SGD on all "
         f"{results['runs'][0]['numel']:,} in {sgd.passes:.1f} "
         f"({sgd.accuracy}), and {against(random)} P-BFGS in a random "
         "subspace of the same dimension."

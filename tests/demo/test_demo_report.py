@@ -117,6 +117,9 @@ def test_verdict_says_what_came_out(outcome, gap, says):
     assert f"{100 * (0.4 + gap):.2f} points more than P-BFGS in a random" in summary.verdict(
         results
     )
+    row = {row.method: row for row in summary.summarize(results)}["pbfgs"]
+    whole = row.passes + row.sampling_passes
+    assert row.sampling_passes > 0 and f" in {whole:.1f} passes (" in summary.verdict(results)
     for entry in results["runs"]:
         if entry["method"] == "pbfgs":
             entry["test_accuracy"] = 0.4
