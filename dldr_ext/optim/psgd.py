@@ -34,8 +34,7 @@ class PSGD(FirstOrder):
     subspace : Subspace or GroupedSubspace
     lr : float
         Learning rate, >= 0; in ``param_groups``, so that schedulers work. In the metric of the
-        trajectory 0.3, annealed, is a good first guess, and 1 with momentum diverges on most
-        networks.
+        trajectory 0.3, annealed, is a good first guess, and 1 with momentum too much.
     momentum : float
         In [0, 1).
     weight_decay : float
