@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import dldr_ext
 from dldr_ext import Trajectory
 from dldr_ext.files import artifacts
-from dldr_ext.trajectory.stores import disk
+from dldr_ext.trajectory.stores import deferred, disk
 
 EVERY_CASE = os.environ.get("DLDR_EVERY_CASE") == "1"
 N = 300
@@ -200,7 +200,10 @@ def test_snapshots_of_another_trajectory_are_left_out(tmp_path):
         assert values(Trajectory.load(tmp_path / "one", parameters())) == [1, 2]
 
 
-def test_a_file_that_shrinks_while_it_is_open(tmp_path):
+@pytest.mark.parametrize("block", [1, 32])
+def test_a_file_that_shrinks_while_it_is_open(tmp_path, monkeypatch, block):
+    """Whether recording has read it already, and has it mapped, or has not."""
+    monkeypatch.setattr(deferred, "next_block", lambda *_: block)
     trajectory = recorded(tmp_path, 3)
     os.truncate(tmp_path / "000001.safetensors", 700)
     with pytest.raises(ValueError, match=r"000001.safetensors: changed since .*: 700 bytes, not"):

@@ -153,8 +153,14 @@ class DiskStore(DeferredStore):
         if self._mapped > _MAPPED_BYTES:
             self._maps.clear()
             self._mapped = 0
+        # Of a file that has been cut since it was mapped, the rest reads as zeros or kills.
+        size = self._checked_size(self._rows[row])
         if row not in self._maps:
-            self._maps[row] = self._map(self._rows[row])
+            # Mapped copy-on-write: nothing is ever written to the file.
+            whole = torch.from_file(
+                str(self._rows[row].path), shared=False, size=size, dtype=torch.uint8, device="cpu"
+            )
+            self._maps[row] = whole[self._rows[row].offset :]
         self._mapped += end - begin + _AROUND_BYTES
         return self._maps[row][begin:end]
 
@@ -242,18 +248,14 @@ class DiskStore(DeferredStore):
                 raise file.error(f"expected aligned numbers, found them at byte {row.offset}")
         return row
 
-    def _map(self, row: _Row) -> Tensor:
+    def _checked_size(self, row: _Row) -> int:
         size = row.offset + self.row_bytes
         size_now = row.path.stat().st_size
         if size_now != size:
             raise ValueError(
                 f"{row.path}: changed since it was recorded: {size_now} bytes, not {size}"
             )
-        # Mapped copy-on-write: nothing is ever written to the file.
-        mapped = torch.from_file(
-            str(row.path), shared=False, size=size, dtype=torch.uint8, device="cpu"
-        )
-        return mapped[row.offset :]
+        return size
 
 
 class _NotFinite(Exception):
