@@ -40,9 +40,9 @@ METHODS: dict[str, tuple[Make, int, int, bool]] = {
         )
         for size in (250, 1000, 0)
     },
-    "PSGD, one pass": (lambda p, s, m: PSGD(p, s, lr=0.3 if m else 0.1, metric=m), 1, 32, True),
+    "PSGD, one pass": (lambda p, s, m: PSGD(p, s, lr=0.3 if m else 0.2, metric=m), 1, 32, True),
     "Adam, one pass": (
-        lambda p, s, m: InSubspace(p, s, torch.optim.Adam, lr=0.3 if m else 0.1, metric=m),
+        lambda p, s, m: InSubspace(p, s, torch.optim.Adam, lr=0.3, metric=m),
         1, 32, True,
     ),
 }  # fmt: skip
