@@ -16,6 +16,7 @@ _HELP = {
     "dims": "P-BFGS in 5, 10, 20, 40 and 80 dimensions",
     "zoo": "P-BFGS against SGD on six kinds of networks",
     "noise": "wrong labels: 0 to 80 % of the training part",
+    "real": "Fashion-MNIST, CIFAR-10 and Shakespeare: every method, and averages of weights",
     "finetune": "a trained model improved in the subspace of a short fine-tune",
 }
 
@@ -44,11 +45,18 @@ def parser() -> argparse.ArgumentParser:
 def _plan_options(sub: argparse.ArgumentParser, seeds: bool) -> None:
     sub.add_argument("--data", default="mnist5k", choices=data.NAMES)
     sub.add_argument("--network", choices=networks.NAMES, help="instead of the usual one")
-    sub.add_argument("--folder", type=Path, help="what torchvision calls root, for CIFAR")
+    sub.add_argument(
+        "--folder",
+        type=Path,
+        help="torchvision's root, for CIFAR and Fashion-MNIST; that of tinyshakespeare.txt",
+    )
     sub.add_argument("--epochs", type=int, help="of the full SGD, instead of the recipe's")
     sub.add_argument("--tuned", type=Path, default=settings.TUNED, help="file of tuned options")
     if seeds:
         sub.add_argument("--seeds", type=int, default=5)
+        sub.add_argument("--methods", nargs="*", default=[], help="some of the experiment's alone")
+        sub.add_argument("--device", default="cpu")
+        sub.add_argument("--threads", type=int, default=1)
     _output(sub)
 
 
@@ -85,6 +93,9 @@ def _run(options: argparse.Namespace) -> int:
                 getattr(options, "seeds", 1),
                 options.epochs,
                 options.tuned,
+                tuple(getattr(options, "methods", ())),
+                getattr(options, "device", "cpu"),
+                getattr(options, "threads", 1),
             )
             if options.command == "tune":
                 tune.tune(plan, store, _say)

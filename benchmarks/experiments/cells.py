@@ -8,15 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .progress import Progress
 from .settings import Settings
 
 # What the run of SGD depends on.
 _OF_SGD = (
     "epochs",
     "batch",
+    "optimizer",
     "lr",
     "momentum",
     "weight_decay",
+    "bfloat16",
     "milestones",
     "sampled",
     "snapshots",
@@ -93,6 +96,10 @@ class Store:
         about = [cell.data, cell.network, cell.noise, cell.seed, shared]
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         return self.folder / "leads" / f"{cell.data}-{cell.network}-{digest}"
+
+    def progress(self, cell: Cell, settings: Settings) -> Progress:
+        """Where an unfinished run is kept."""
+        return Progress(self._path(cell).with_suffix(""), plain(settings))
 
     def _path(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.name}.json"

@@ -20,6 +20,9 @@ _FILES = {
     ),
     "cifar100": ("cifar-100-python", ["train"], "test", b"fine_labels"),
 }
+# The copy of CIFAR-10 whose images went through JPEG once has the same files.
+_FILES["cifar10_jpeg"] = _FILES["cifar10"]
+NAMES = tuple(_FILES)
 _PAD = 4  # pixels that training images move by, at most
 
 # What the pickled arrays need, under the names of old and of new NumPy; nothing else is unpickled.
@@ -46,7 +49,7 @@ def read(name: str, folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Parameters
     ----------
-    name : "cifar10" or "cifar100" (its 100 fine labels)
+    name : one of `NAMES`; "cifar100" has its 100 fine labels
     folder : what torchvision calls ``root``: it holds cifar-10-batches-py or cifar-100-python
 
     Returns
@@ -101,8 +104,9 @@ def crop_and_flip(images: Tensor, black: Tensor, generator: torch.Generator) -> 
     count, _, height, width = images.shape
     padded = functional.pad(images - black, (_PAD,) * 4) + black
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, 3, 9, 9, H, W)
-    y, x = torch.randint(2 * _PAD + 1, (2, count), generator=generator)
-    moved = windows[torch.arange(count), :, y, x]
-    mirrored = torch.rand(count, generator=generator) < 0.5
+    # Drawn on the CPU: the same images on every device.
+    y, x = torch.randint(2 * _PAD + 1, (2, count), generator=generator).to(images.device)
+    moved = windows[torch.arange(count, device=images.device), :, y, x]
+    mirrored = (torch.rand(count, generator=generator) < 0.5).to(images.device)
     moved[mirrored] = moved[mirrored].flip(3)
     return moved.contiguous(memory_format=torch.channels_last)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dldr_ext import PBFGS, PSGD, Subspace
+from dldr_ext import PBFGS, PSGD, InSubspace, Subspace
 
 from .training import Account, Outcome, Task, copied, counted_closure, has_norms
 
@@ -34,7 +37,7 @@ class Run:
         subspace: Subspace,
         passes: float,
         sampling: float,
-        decay: float,
+        decay: float = 0.0,
         averages: float = 0.0,
     ) -> None:
         self.task, self.subspace, self.sampling = task, subspace, sampling
@@ -51,20 +54,44 @@ class Run:
         """Share of the budget spent."""
         return self.account.images / self._allowed
 
-    def step(self, optimizer: PBFGS | PSGD, inputs: Tensor, labels: Tensor) -> None:
-        """One step on one batch; about once per pass the model is validated, off the clock."""
-        closure = counted_closure(self.model, inputs, labels, self.decay, self.account)
-        with self.account:
-            optimizer.step(closure)
-            if self.averages and self.done >= 1 - self.averages:
-                self._sum += optimizer.theta
-                self._summed += 1
-        if not self._curve or self.account.passes >= self._curve[-1][0] + 1:
-            self._validate()
+    @property
+    def left(self) -> int:
+        """Items that may still be read."""
+        return self._allowed - self.account.images
 
-    def outcome(self) -> Outcome:
-        """At the last coordinates or the mean of the last ones, as the settings have it; batch-norm
-        statistics are averaged anew there."""
+    def train(
+        self,
+        optimizer: PBFGS | PSGD | InSubspace,
+        size: int,
+        stream: int,
+        ready: Callable[[int], bool],
+        after: Callable[[], object] = lambda: None,
+    ) -> Outcome:
+        """Step on batches until the budget is spent.
+
+        The outcome is at the last coordinates or the mean of the last ones; batch-norm statistics
+        are averaged anew there. A run that was killed goes on where it was last validated.
+
+        Parameters
+        ----------
+        size, stream : of the batches: see `Task.batches`
+        ready : called with the items of the next batch; sets the optimizer's options for a step on
+            it, or returns False if there is no budget for one
+        after : called after each step
+        """
+        batches = self.task.batches(size, stream)
+        self._resume(optimizer, batches)
+        while True:
+            inputs, labels = next(batches)
+            if not ready(len(labels)):
+                break
+            self._step(optimizer, inputs, labels)
+            after()
+            if not self._curve or self.account.passes >= self._curve[-1][0] + 1:
+                self.task.renew_norms(self.model, 500)  # training has no use for the statistics
+                self._note(self.task.validate(self.model))
+                state = partial(self._state, optimizer, batches)
+                self.task.progress.save("coordinates", state)
         with self.account:
             if self._summed:
                 self.subspace.reconstruct_(self.model.parameters(), self._sum / self._summed)
@@ -72,53 +99,77 @@ class Run:
         self._note(self.task.validate(self.model))
         return Outcome(self.model, self.account, self.sampling, self._curve, self._best[1])
 
-    @property
-    def left(self) -> int:
-        """Items that may still be read."""
-        return self._allowed - self.account.images
-
-    def _validate(self) -> None:
-        self.task.renew_norms(self.model, 500)  # training has no use for the statistics
-        self._note(self.task.validate(self.model))
+    def _step(self, optimizer: PBFGS | PSGD | InSubspace, inputs: Tensor, labels: Tensor) -> None:
+        closure = counted_closure(self.model, inputs, labels, self.decay, self.account)
+        with self.account:
+            optimizer.step(closure)
+            if self.averages and self.done >= 1 - self.averages:
+                self._sum += optimizer.theta.cpu()
+                self._summed += 1
 
     def _note(self, accuracy: float) -> None:
         self._curve.append((self.account.passes, accuracy))
         if accuracy > self._best[0]:
             self._best = accuracy, copied(self.model)
 
+    def _state(self, optimizer: Any, batches: Any) -> dict[str, Any]:
+        return {
+            "optimizer": optimizer.state_dict(),
+            "model": self.model.state_dict(),
+            "taken": batches.taken,
+            "account": vars(self.account),
+            "curve": self._curve,
+            "best": self._best,
+            "sum": (self._sum, self._summed),
+        }
 
-def run_pbfgs(run: Run, batch: int, start: Tensor | None = None) -> Outcome:
+    def _resume(self, optimizer: Any, batches: Any) -> None:
+        saved = self.task.progress.load("coordinates")
+        if saved is None:
+            return
+        self.model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])  # writes the weights, which are its own
+        batches.taken = saved["taken"]
+        self.account.__dict__.update(saved["account"])
+        self._curve, self._best = saved["curve"], saved["best"]
+        self._sum, self._summed = saved["sum"]
+
+
+def run_pbfgs(run: Run, batch: int, start: Tensor | None = None, **options: Any) -> Outcome:
     """P-BFGS on batches of about `batch` items, 0 for all, until the budget is spent.
 
     Parameters
     ----------
     start : coordinates (d,) to start from instead of the subspace's origin
+    options : of `PBFGS`
     """
-    optimizer = PBFGS(run.model.parameters(), run.subspace, buffers=run.model, theta0=start)
+    model = run.model
+    optimizer = PBFGS(model.parameters(), run.subspace, buffers=model, theta0=start, **options)
     group = optimizer.param_groups[0]
-    most, steps, failed = group["max_ls"], 0, 0
-    for inputs, labels in run.task.batches(batch, 2):
+    most, count = group["max_ls"], {"steps": 0, "failed_steps": 0}
+
+    def ready(items: int) -> bool:
         # A step reads its batch for the gradient, for every trial and, unless the accepted trial
         # kept its graph, once more for the curvature. The search gets what the budget still pays.
-        group["max_ls"] = min(most, run.left // len(labels) - 2)
-        if group["max_ls"] < 1:
-            break
-        run.step(optimizer, inputs, labels)
-        steps += 1
-        failed += not optimizer.status.moved
-    outcome = run.outcome()
-    outcome.notes |= {"steps": steps, "failed_steps": failed}
+        optimizer.param_groups[0]["max_ls"] = min(most, run.left // items - 2)
+        return optimizer.param_groups[0]["max_ls"] >= 1
+
+    def after() -> None:
+        count["steps"] += 1
+        count["failed_steps"] += not optimizer.status.moved
+
+    outcome = run.train(optimizer, batch, 2, ready, after)
+    outcome.notes |= count
     return outcome
 
 
-def flat(model: nn.Module) -> Tensor:
-    """A copy of the parameters as one vector (n,)."""
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+def run_first_order(
+    run: Run, optimizer: PSGD | InSubspace, batch: int, rate: Callable[[float], float]
+) -> Outcome:
+    """Steps at a rate that depends on the share of the budget that is spent."""
 
+    def ready(items: int) -> bool:
+        optimizer.param_groups[0]["lr"] = rate(run.done)
+        return run.left >= items
 
-@torch.no_grad()
-def write(model: nn.Module, vector: Tensor) -> None:
-    """Sets the parameters to the pieces of a vector (n,)."""
-    parameters = list(model.parameters())
-    for p, piece in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
-        p.copy_(piece.view(p.shape))
+    return run.train(optimizer, batch, 1, ready)

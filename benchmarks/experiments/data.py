@@ -1,4 +1,4 @@
-"""The data of the experiments: digits, text that comes with Python, CIFAR from a folder; noise."""
+"""The data of the experiments: digits and text at hand, more from a folder; label noise."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torch import Tensor
 
 from dldr_ext.demo import data
 
-from . import cifar
+from . import cifar, fashion
 
 #: Data that is at hand, and data that a folder is needed for.
 AT_HAND = ("mnist5k", "digits", "text")
-FROM_FOLDER = ("cifar10", "cifar100")
+FROM_FOLDER = (*cifar.NAMES, "fashion", "tinyshakespeare")
 NAMES = (*AT_HAND, *FROM_FOLDER)
-
-_LENGTH = 64  # characters in a sequence
-_SEQUENCES = (1200, 200, 200)  # train, validation, test
+#: Data whose items are sequences of characters.
+TEXTS = ("text", "tinyshakespeare")
 
 #: Changes a batch of inputs at random, e.g. moves images.
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -34,6 +33,10 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def to(self, device: str) -> Part:
+        """The part on a device."""
+        return Part(self.inputs.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Problem:
         labels = corrupt(self.train.labels, share, self.classes, generator)
         return replace(self, train=Part(self.train.inputs, labels))
 
+    def to(self, device: str) -> Problem:
+        """The problem on a device."""
+        parts = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
+        return replace(self, **parts)
+
 
 def load(name: str, folder: Path | None = None) -> Problem:
     """Load a dataset.
@@ -60,12 +68,13 @@ def load(name: str, folder: Path | None = None) -> Problem:
     Parameters
     ----------
     name : one of `NAMES`
-    folder : where ``cifar-10-batches-py`` or ``cifar-100-python`` is; for CIFAR only
+    folder : what torchvision calls ``root`` for CIFAR and Fashion-MNIST; the folder of
+        tinyshakespeare.txt; None for data at hand
 
     Raises
     ------
     ValueError
-        The name is unknown; CIFAR without a folder, other data with one.
+        The name is unknown; a folder is missing, or given for data at hand.
     FileNotFoundError
         The folder does not hold the files.
     """
@@ -76,8 +85,15 @@ def load(name: str, folder: Path | None = None) -> Problem:
         raise ValueError(f"folder: expected {expected} for {name}, got {folder!r}")
     if name == "text":
         return _text()
+    if name == "tinyshakespeare":
+        assert folder is not None
+        return _tinyshakespeare(folder)
+    if name == "fashion":
+        assert folder is not None
+        return _images(name, fashion.read(folder), classes=10)
     if folder is not None:
-        return _cifar(name, folder)
+        classes = 100 if name == "cifar100" else 10
+        return _images(name, cifar.read(name, folder), classes, moved=True)
     digits = data.load(name)
     train, validation, test = (
         Part(p.images, p.labels) for p in (digits.train, digits.validation, digits.test)
@@ -113,30 +129,49 @@ def corrupt(labels: Tensor, share: float, classes: int, generator: torch.Generat
 
 
 def _text() -> Problem:
-    """The reference of the Python language that `help` shows, as sequences of characters.
-
-    The parts are cut from the whole text in turns, so that each sees all topics.
-    """
+    """The reference of the Python language that `help` shows, as sequences of characters."""
     from pydoc_data.topics import topics
 
     text = "".join(topics[name] for name in sorted(topics))
-    alphabet = sorted(set(text))
-    codes = torch.tensor([alphabet.index(c) for c in text[: _LENGTH * (len(text) // _LENGTH)]])
-    rows = codes.reshape(-1, _LENGTH)
-    rows = rows[: len(rows) // 8 * 8].reshape(-1, 8, _LENGTH)  # stretches of 512 characters
+    return _sequences("text", text, 64, (1200, 200, 200))
+
+
+def _tinyshakespeare(folder: Path) -> Problem:
+    """Plays of Shakespeare, 1.1 MB: eight tenths are trained on, a tenth each is for the rest."""
+    path = folder / "tinyshakespeare.txt"
+    if not path.is_file():
+        raise FileNotFoundError(f"folder: expected it to hold {path.name}, got {folder}")
+    text, length = path.read_text(encoding="utf-8"), 129
+    tenth = len(text) // length // 80 * 8  # sequences, in whole stretches
+    return _sequences("tinyshakespeare", text, length, (8 * tenth, tenth, tenth))
+
+
+def _sequences(name: str, text: str, length: int, sizes: tuple[int, int, int]) -> Problem:
+    """Sequences of characters, each to be predicted from those before it.
+
+    The parts, of so many sequences each, are cut from the whole text in stretches of eight
+    sequences, so that each sees all topics.
+    """
+    alphabet = {c: i for i, c in enumerate(sorted(set(text)))}
+    codes = torch.tensor([alphabet[c] for c in text[: length * (len(text) // length)]])
+    rows = codes.reshape(-1, length)
+    rows = rows[: len(rows) // 8 * 8].reshape(-1, 8, length)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    rows = rows[order].reshape(-1, _LENGTH)
-    cut = rows[: sum(_SEQUENCES)].split(_SEQUENCES)
+    cut = rows[order].reshape(-1, length)[: sum(sizes)].split(sizes)
     train, validation, test = (Part(x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in cut)
-    return Problem("text", train, validation, test, classes=len(alphabet))
+    return Problem(name, train, validation, test, classes=len(alphabet))
 
 
-def _cifar(name: str, folder: Path) -> Problem:
-    images, labels, test_images, test_labels = cifar.read(name, folder)
+def _images(
+    name: str, read: tuple[Tensor, Tensor, Tensor, Tensor], classes: int, moved: bool = False
+) -> Problem:
+    """Images (N, C, H, W) of uint8, labels, and those for the test. A tenth of the first is for
+    validation; ``moved``: training images are cropped and mirrored at random."""
+    images, labels, test_images, test_labels = read
     sizes = (len(labels) * 9 // 10, len(labels) - len(labels) * 9 // 10)
     train, validation = data.stratified_split(labels, sizes, seed=0)
     pixels = images[train].float()
-    mean, std = (f(pixels, dim=(0, 2, 3)).view(3, 1, 1) for f in (torch.mean, torch.std))
+    mean, std = (f(pixels, dim=(0, 2, 3)).view(-1, 1, 1) for f in (torch.mean, torch.std))
     black = -mean / std
 
     def normalised(raw: Tensor, labels: Tensor) -> Part:
@@ -144,13 +179,13 @@ def _cifar(name: str, folder: Path) -> Problem:
         return Part(scaled.contiguous(memory_format=torch.channels_last), labels)
 
     def augment(batch: Tensor, generator: torch.Generator) -> Tensor:
-        return cifar.crop_and_flip(batch, black, generator)
+        return cifar.crop_and_flip(batch, black.to(batch.device), generator)
 
     return Problem(
         name,
         normalised(images[train], labels[train]),
         normalised(images[validation], labels[validation]),
         normalised(test_images, test_labels),
-        classes=10 if name == "cifar10" else 100,
-        augment=augment,
+        classes=classes,
+        augment=augment if moved else None,
     )

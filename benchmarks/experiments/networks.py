@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from dldr_ext.demo.model import build as demo_network
 
-from .data import Problem
+from .data import TEXTS, Problem
 
 
 def build(name: str, problem: Problem, seed: int) -> nn.Module:
@@ -23,8 +24,8 @@ def build(name: str, problem: Problem, seed: int) -> nn.Module:
     """
     if name not in NAMES:
         raise ValueError(f"network: expected one of {', '.join(NAMES)}, got {name!r}")
-    kind = "text" if problem.name == "text" else "images"
-    if (name == "chars") != (kind == "text"):
+    kind = "text" if problem.name in TEXTS else "images"
+    if (name in ("chars", "gpt")) != (kind == "text"):
         raise ValueError(f"network: expected one for {kind}, as in {problem.name}, got {name!r}")
     if name == "cnn":
         if problem.train.inputs.shape[1] != 1:
@@ -155,13 +156,13 @@ class _ViT(nn.Module):
 
 
 class _Chars(nn.Module):
-    """A small character transformer: two causal blocks."""
+    """A character transformer: causal blocks."""
 
-    def __init__(self, problem: Problem, width: int = 48) -> None:
+    def __init__(self, problem: Problem, width: int, blocks: int) -> None:
         super().__init__()
         self.letters = nn.Embedding(problem.classes, width)
         self.places = nn.Parameter(0.1 * torch.randn(problem.train.inputs.shape[1], width))
-        self.blocks = nn.Sequential(*(_Attention(width, 4, causal=True) for _ in range(2)))
+        self.blocks = nn.Sequential(*(_Attention(width, 4, causal=True) for _ in range(blocks)))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, problem.classes))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,6 +176,7 @@ _BUILDERS: dict[str, Callable[[Problem], nn.Module]] = {
     "resnet20": _resnet(3),
     "resnet32": _resnet(5),
     "vit": _ViT,
-    "chars": _Chars,
+    "chars": partial(_Chars, width=48, blocks=2),
+    "gpt": partial(_Chars, width=128, blocks=3),
 }
 NAMES = ("cnn", *_BUILDERS)  # the first is the demo's network

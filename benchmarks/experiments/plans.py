@@ -11,8 +11,10 @@ import torch
 
 from . import data, methods
 from .cells import Cell, Store
+from .progress import Progress
 from .settings import TUNED, Settings, settings
-from .training import Lead, Outcome, Task, evaluate, load_lead, run_sgd, save_lead
+from .sgd import Lead, load_lead, run_sgd, save_lead
+from .training import Outcome, Task, evaluate
 
 #: Called with a line about each run.
 Say = Callable[[str], None]
@@ -45,9 +47,30 @@ METHODS = {
     "dims": ("sgd", "pbfgs", "pbfgs_last"),
     "zoo": ("sgd", "sgd_half", "pbfgs", "pbfgs_last", "pbfgs_early"),
     "noise": ("sgd", "sgd_sampled", "pbfgs", "pbfgs_last"),
+    "real": (
+        "sgd",
+        "sgd_half",
+        "sgd_cosine",
+        "one_pass",
+        "one_pass_mean",
+        "one_pass_last",
+        "pbfgs",
+        "pbfgs_published",
+        "psgd",
+        "ema",
+        "mean_last",
+        "swa",
+    ),
     "finetune": ("trained", "tuned_sgd", "tuned_pbfgs"),
 }
-_NETWORKS = {"cifar10": "resnet20", "cifar100": "resnet32", "text": "chars"}
+_NETWORKS = {
+    "cifar10": "resnet20",
+    "cifar10_jpeg": "resnet20",
+    "cifar100": "resnet32",
+    "fashion": "lenet",
+    "text": "chars",
+    "tinyshakespeare": "gpt",
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +84,9 @@ class Plan:
     folder : for CIFAR
     seeds : how many, from 0
     epochs : of the full SGD, instead of the recipe's
+    methods : some of the experiment's alone
+    device : where networks and data are
+    threads : of torch
     """
 
     experiment: str
@@ -70,11 +96,22 @@ class Plan:
     seeds: int = 5
     epochs: int | None = None
     tuned: Path = TUNED
+    methods: tuple[str, ...] = ()
+    device: str = "cpu"
+    threads: int = 1
 
     def __post_init__(self) -> None:
         # Averaging wants two checkpoints from the second half of the run.
-        epochs = 4 if self.experiment == "compare" else 1
-        for name, value, least in (("seeds", self.seeds, 1), ("epochs", self.epochs, epochs)):
+        epochs = 4 if self.experiment in ("compare", "real") else 1
+        known = METHODS[self.experiment]
+        for method in self.methods:
+            if method not in known:
+                raise ValueError(f"methods: expected some of {', '.join(known)}, got {method}")
+        for name, value, least in (
+            ("seeds", self.seeds, 1),
+            ("epochs", self.epochs, epochs),
+            ("threads", self.threads, 1),
+        ):
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
 
@@ -91,7 +128,7 @@ class Plan:
             known = settings(self.experiment, name, network, self.epochs, self.tuned)
             for noise in NOISES if self.experiment == "noise" else (0.0,):
                 for seed in range(self.seeds):
-                    for method in METHODS[self.experiment]:
+                    for method in self.methods or METHODS[self.experiment]:
                         for dim in self._dims(method, known):
                             chosen = replace(known, dim=dim or known.dim)
                             yield (
@@ -114,21 +151,23 @@ class Plan:
 
 def run(plan: Plan, store: Store, say: Say) -> None:
     """Run what is missing in the store, one run after the other."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(plan.threads)
     problem: data.Problem | None = None
     held: tuple[Path, Lead] | None = None
     for cell, chosen in plan.cells():
         if store.load(cell, chosen) is not None:
             continue
         if problem is None or problem.name != cell.data:
-            problem = data.load(cell.data, plan.folder)
+            problem = data.load(cell.data, plan.folder).to(plan.device)
         task = Task(problem, cell.network, chosen, cell.seed, cell.noise)
         path = store.lead(cell, chosen)
         if held is None or held[0] != path:
             held = path, lead(task, path)
+        task.progress = store.progress(cell, chosen)
         outcome = methods.METHODS[cell.method](task, held[1])
         result = record(outcome, task)
         store.save(cell, chosen, result)
+        task.progress.clear()
         say(
             f"{cell.name}: {100 * result['test_accuracy']:.2f} % in {result['passes']:.1f} passes,"
             f" {result['cpu_seconds']:.1f} s of processor time"
@@ -139,8 +178,10 @@ def lead(task: Task, path: Path) -> Lead:
     """The run of SGD that comes first, from its files if it was done before."""
     found = load_lead(task, path)
     if found is None:
+        task.progress = Progress(path)
         found = run_sgd(task)
         save_lead(found, path)
+        task.progress.clear()
     return found
 
 

@@ -22,6 +22,9 @@ _COLOURS = COLOURS | {
     "sgd_sampled": "#E69F00",
     "pbfgs_last": "#009E73",
     "pbfgs_early": "#56B4E9",
+    "one_pass": "#D55E00",
+    "one_pass_mean": "#D55E00",
+    "one_pass_last": "#D55E00",
     "trained": "#555555",
     "tuned_sgd": "#E69F00",
     "tuned_pbfgs": "#0072B2",
@@ -229,4 +232,10 @@ def _finetune(runs: list[Run], title: str) -> Figure:
     return figure
 
 
-_DRAWN = {"compare": _compare, "dims": _dims, "noise": _noise, "finetune": _finetune}
+_DRAWN = {
+    "compare": _compare,
+    "real": _compare,
+    "dims": _dims,
+    "noise": _noise,
+    "finetune": _finetune,
+}

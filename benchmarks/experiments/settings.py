@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ class Settings:
 
     epochs: int = 20  # of the full SGD run
     batch: int = 64
+    optimizer: str = "sgd"  # or "adamw"
     lr: float = 0.1
     milestones: tuple[float, ...] = (0.5, 0.75)  # shares of the run; the rate falls to a tenth
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    bfloat16: bool = False  # autocast of all forward passes
     sampled: float = 0.5  # share of the run that the subspace is made from
     snapshots: int = 8  # an epoch
     dim: int = 40
@@ -30,7 +33,8 @@ class Settings:
     last_batch: int = 500  # the same two where P-BFGS starts from the last weights of the sample
     last_decay: float = 0.0
     averages: float = 0.5  # share of P-BFGS, its end, whose coordinates are averaged; 0 is none
-    psgd_lr: float = 0.1
+    psgd_lr: float = 0.3
+    one_pass_lr: float = 0.3  # of Adam in the metric of the trajectory
     lbfgs_batch: int = 0  # 0 is the whole training part
     swa_lr: float = 0.05
     twa_lr: float = 0.01
@@ -59,10 +63,24 @@ class Settings:
         return self.lr * 0.1 ** sum(done >= milestone for milestone in self.milestones)
 
 
+def cosine(lr: float, done: float) -> float:
+    """A learning rate that falls to 0 along a cosine."""
+    return lr * (1 + math.cos(math.pi * done)) / 2
+
+
 # Published: github.com/nblt/DLDR, CIFAR-10 and CIFAR-100 folders: SGD with one snapshot an epoch,
 # 80 and 100 epochs of which are sampled, then 20 passes of P-BFGS with batches of 1024.
 _CIFAR = {"batch": 128, "weight_decay": 1e-4, "snapshots": 1, "subspace_batch": 1024}
+# The shape of it in a fifth of the epochs, with snapshots enough for 40 directions.
+_SHORT_CIFAR = {"epochs": 30, "milestones": (2 / 3,), "snapshots": 3, "bfloat16": True}
+# SGD is recorded for 7 of 20 epochs: with P-BFGS's 3 passes half of the whole run.
+_HALF = {"sampled": 0.35, "budget": 0.15}
 _BASE: dict[str, dict[str, Any]] = {
+    "cifar10_jpeg": _CIFAR | _SHORT_CIFAR | {"sampled": 80 / 150, "budget": 20 / 150},
+    "fashion": _HALF | {"batch": 128, "subspace_batch": 1024, "last_batch": 1024},
+    "tinyshakespeare": _HALF
+    | {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "batch": 32, "bfloat16": True}
+    | {"subspace_batch": 256, "last_batch": 256},
     "cifar10": _CIFAR
     | {"epochs": 150, "milestones": (2 / 3,), "sampled": 80 / 150, "budget": 20 / 150},
     "cifar100": _CIFAR | {"epochs": 200, "milestones": (0.75,), "sampled": 0.5, "budget": 0.1},

@@ -1,27 +1,24 @@
-"""What all methods share: the task of one seed, the account of reads, SGD and what it leaves."""
+"""What all methods share: the task of one seed, its batches, the account of reads."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dldr_ext import Trajectory
 from dldr_ext.demo import recipe
 
 from . import networks
 from .data import Part, Problem
+from .progress import Progress
 from .settings import Settings
 
 _EVALUATED = 500  # items a forward pass without gradients
-Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 class Account(recipe.Account):
@@ -58,6 +55,39 @@ class Account(recipe.Account):
         self.cpu_seconds += time.process_time() - self._cpu_since
 
 
+class Batches(Iterator[tuple[Tensor, Tensor]]):
+    """Endless batches of about ``size`` items, 0 for all, in a new order for each pass.
+
+    Those of one pass are equally large up to one item and hold every item once. The random numbers
+    of a pass depend on the seed and the pass alone, those of a batch on its place too: setting
+    `taken`, how many have been drawn, goes on from there.
+    """
+
+    def __init__(self, problem: Problem, size: int, seed: int) -> None:
+        self.taken = 0
+        self._part, self._augment, self._seed = problem.train, problem.augment, seed
+        self._count = max(1, round(len(self._part) / size)) if size else 1
+        self._pass, self._pieces = -1, ()  # type: int, tuple[Tensor, ...]
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        part, (which, place) = self._part, divmod(self.taken, self._count)
+        self.taken += 1
+        if self._count == 1 and self._augment is None:
+            return part.inputs, part.labels
+        if which != self._pass:
+            order = torch.randperm(len(part), generator=self._generator(which, 0))
+            self._pass = which
+            self._pieces = order.to(part.labels.device).tensor_split(self._count)
+        index = self._pieces[place]
+        inputs = part.inputs[index]
+        if self._augment is not None:
+            inputs = self._augment(inputs, self._generator(which, 1 + place))
+        return inputs, part.labels[index]
+
+    def _generator(self, which: int, use: int) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed + 1_000_003 * which + 1_000_000_007 * use)
+
+
 class Task:
     """A problem, perhaps with wrong labels, a network and settings, for one seed."""
 
@@ -66,31 +96,38 @@ class Task:
     ) -> None:
         self.network, self.settings, self.seed, self.noise = network, settings, seed, noise
         self.problem = problem.with_noise(noise, self.generator(9)) if noise else problem
+        #: Where the run that is made keeps how far it has come.
+        self.progress = Progress()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the problem is, and the networks."""
+        return self.problem.train.inputs.device
 
     def model(self) -> nn.Module:
         """The network at the initial weights."""
-        return networks.build(self.network, self.problem, self.seed)
+        model = networks.build(self.network, self.problem, self.seed).to(self.device)
+        if self.settings.bfloat16:
+            autocast = torch.autocast(self.device.type, torch.bfloat16)
+            model.forward = autocast(model.forward)  # type: ignore[method-assign]
+        return model
 
     def generator(self, stream: int) -> torch.Generator:
         """Random numbers of this seed; one stream for each use."""
         return torch.Generator().manual_seed(100 * self.seed + stream)
 
-    def batches(self, size: int, stream: int) -> Batches:
-        """Endless batches of about `size` items, 0 for all, in a new order for each pass.
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of SGD that make a pass."""
+        return max(1, round(len(self.problem.train) / self.settings.batch))
 
-        Those of one pass are equally large up to one item and hold every item once.
-        """
-        part, augment = self.problem.train, self.problem.augment
-        generator = self.generator(stream)
-        count = max(1, round(len(part) / size)) if size else 1
-        while True:
-            if count == 1 and augment is None:
-                yield part.inputs, part.labels
-                continue
-            order = torch.randperm(len(part), generator=generator)
-            for index in order.tensor_split(count):
-                inputs = part.inputs[index]
-                yield (augment(inputs, generator) if augment else inputs), part.labels[index]
+    def snapshot_steps(self) -> frozenset[int]:
+        """After which steps of an epoch there is a snapshot; its last one is among them."""
+        return recipe.snapshot_steps(self.steps_per_epoch, self.settings.snapshots)
+
+    def batches(self, size: int, stream: int) -> Batches:
+        """Endless batches of about ``size`` items, 0 for all; see `Batches`."""
+        return Batches(self.problem, size, 100 * self.seed + stream)
 
     def renew_norms(self, model: nn.Module, items: int | None = None) -> int:
         """Averages batch-norm statistics anew over the training part, or its first `items`.
@@ -142,7 +179,8 @@ def counted_closure(
 
 def cross_entropy(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     """Mean over all labels, those of the characters of a sequence too."""
-    return functional.cross_entropy(model(inputs).flatten(0, -2), labels.flatten())
+    logits = model(inputs).flatten(0, -2).float()
+    return functional.cross_entropy(logits, labels.flatten())
 
 
 @torch.no_grad()
@@ -153,7 +191,7 @@ def evaluate(model: nn.Module, part: Part) -> tuple[float, float]:
     for inputs, labels in zip(
         part.inputs.split(_EVALUATED), part.labels.split(_EVALUATED), strict=True
     ):
-        logits, flat = model(inputs).flatten(0, -2), labels.flatten()
+        logits, flat = model(inputs).flatten(0, -2).float(), labels.flatten()
         correct += int((logits.argmax(1) == flat).sum())
         loss += float(functional.cross_entropy(logits, flat, reduction="sum"))
     model.train()
@@ -172,133 +210,19 @@ class Outcome:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class Lead:
-    """What a full run of SGD leaves behind for the others to start from."""
-
-    trajectory: Trajectory  # initial weights, then the sampled epochs
-    states: dict[str, dict[str, Tensor]]  # of the model: "final", "half", "best"
-    momenta: dict[str, Tensor]  # of SGD at half of the run, by parameter
-    accounts: dict[str, Account]  # "final", "half"
-    curve: list[tuple[float, float]]
-    snapshots: int  # an epoch
-
-    def weights(self, epochs: int) -> Tensor:
-        """Raw weights (T, n) of the first `epochs` epochs, the initial ones first."""
-        rows = self.trajectory.snapshots[: 1 + self.snapshots * epochs]
-        assert self.trajectory.anchor is not None
-        return rows + self.trajectory.anchor
-
-
-def sgd_steps(
-    task: Task,
-    model: nn.Module,
-    optimizer: torch.optim.SGD,
-    account: Account,
-    batches: Batches,
-    epochs: int,
-    rate: Callable[[float], float],
-    record: Callable[[], object] | None = None,
-    records: int = 1,
-) -> Iterator[int]:
-    """SGD; yields after each epoch, off the clock, how many are done.
-
-    Parameters
-    ----------
-    rate : learning rate after a share of the epochs
-    record : called `records` times in each epoch, at its end too
-    """
-    per_epoch = max(1, round(len(task.problem.train) / task.settings.batch))
-    due = {math.ceil(per_epoch * (i + 1) / records) for i in range(records)}
-    for epoch in range(epochs):
-        for step in range(1, per_epoch + 1):
-            with account:
-                inputs, labels = next(batches)
-                account.read(len(labels))
-                optimizer.param_groups[0]["lr"] = rate((epoch + (step - 1) / per_epoch) / epochs)
-                optimizer.zero_grad()
-                cross_entropy(model, inputs, labels).backward()
-                optimizer.step()
-            if record is not None and step in due:
-                record()
-        yield epoch + 1
-
-
-def make_sgd(task: Task, model: nn.Module) -> torch.optim.SGD:
-    """torch's SGD with the task's settings."""
-    s = task.settings
-    return torch.optim.SGD(model.parameters(), s.lr, s.momentum, weight_decay=s.weight_decay)
-
-
-def run_sgd(task: Task) -> Lead:
-    """The full run of SGD, recorded as long as the settings say."""
-    s, model = task.settings, task.model()
-    records = min(s.snapshots, max(1, round(len(task.problem.train) / s.batch)))
-    trajectory = Trajectory(
-        model.named_parameters(), 1 + records * s.sampled_epochs, dtype=torch.float32
-    )
-    trajectory.record()
-    optimizer, account = make_sgd(task, model), Account(len(task.problem.train))
-    states, accounts, halfway = {}, {}, {}
-    curve = [(0.0, task.validate(model))]
-    best = -1.0
-
-    def record() -> None:
-        if len(trajectory) < trajectory.capacity:
-            trajectory.record()
-
-    batches = task.batches(s.batch, 0)
-    for epoch in sgd_steps(
-        task, model, optimizer, account, batches, s.epochs, s.rate, record, records
-    ):
-        curve.append((account.passes, task.validate(model)))
-        if curve[-1][1] > best:
-            best, states["best"] = curve[-1][1], copied(model)
-        if epoch == s.half:
-            states["half"], accounts["half"] = copied(model), account.copy()
-            halfway = {k: v.clone() for k, v in _momenta(optimizer, model).items()}
-    states["final"], accounts["final"] = copied(model), account
-    return Lead(trajectory, states, halfway, accounts, curve, records)
-
-
 def copied(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the model's state."""
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def _momenta(optimizer: torch.optim.SGD, model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: optimizer.state[p]["momentum_buffer"]
-        for name, p in model.named_parameters()
-        if "momentum_buffer" in optimizer.state[p]
-    }
+def flat(model: nn.Module) -> Tensor:
+    """A copy of the parameters as one vector (n,)."""
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
-def save_lead(lead: Lead, path: Path) -> None:
-    """Two files; the second marks that the first is complete."""
-    lead.trajectory.save(path.with_suffix(".safetensors"))
-    rest = {
-        "states": lead.states,
-        "momenta": lead.momenta,
-        "accounts": {name: dict(account.__dict__) for name, account in lead.accounts.items()},
-        "curve": lead.curve,
-        "snapshots": lead.snapshots,
-    }
-    unfinished = path.with_suffix(".part")
-    torch.save(rest, unfinished)
-    unfinished.replace(path.with_suffix(".pt"))
-
-
-def load_lead(task: Task, path: Path) -> Lead | None:
-    """What `save_lead` left; None if it did not come to that."""
-    if not path.with_suffix(".pt").exists():
-        return None
-    rest = torch.load(path.with_suffix(".pt"), weights_only=True)
-    accounts = {}
-    for name, values in rest["accounts"].items():
-        accounts[name] = Account(values["size"])
-        accounts[name].__dict__.update(values)
-    trajectory = Trajectory.load(path.with_suffix(".safetensors"), task.model().named_parameters())
-    return Lead(
-        trajectory, rest["states"], rest["momenta"], accounts, rest["curve"], rest["snapshots"]
-    )
+@torch.no_grad()
+def write(model: nn.Module, vector: Tensor) -> None:
+    """Sets the parameters to the pieces of a vector (n,)."""
+    parameters = list(model.parameters())
+    for p, piece in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+        p.copy_(piece.view(p.shape))

@@ -20,8 +20,9 @@ from .training import Task, evaluate
 SEEDS = (100, 101, 102)
 _FEW = 500  # labels: a smaller validation part tells methods in the subspace apart over all seeds
 NOISE = 0.4  # at which the options of the experiment with label noise are chosen, for all levels
+_RATES = {"text": (0.1, 0.2, 0.4), "tinyshakespeare": (1e-3, 2e-3, 4e-3)}
 _COMPARE = (
-    ("psgd", {"psgd_lr": (0.02, 0.05, 0.1, 0.2)}),
+    ("psgd", {"psgd_lr": (0.1, 0.2, 0.3, 0.5)}),
     ("swa", {"swa_lr": (0.01, 0.02, 0.05, 0.1)}),
     ("twa", {"twa_lr": (0.001, 0.01, 0.1)}),
     ("lbfgs", {"lbfgs_batch": (0, 500)}),
@@ -36,7 +37,7 @@ def stages(experiment: str, name: str, items: int) -> tuple[tuple[str, dict[str,
     ----------
     items : of the training part
     """
-    rates = (0.1, 0.2, 0.4) if name == "text" else (0.02, 0.05, 0.1)
+    rates = _RATES.get(name, (0.02, 0.05, 0.1))
     batches = tuple(items // share for share in (8, 4, 2))
     decays = (0.0, 5e-4)
     plain = (
@@ -47,6 +48,8 @@ def stages(experiment: str, name: str, items: int) -> tuple[tuple[str, dict[str,
     if experiment == "noise":
         early = {"sampled": (0.1, 0.25), "dim": (5, 10), "subspace_batch": (items // 4, 0)}
         return (("sgd", {"lr": rates}), ("pbfgs", early))
+    if experiment == "real":
+        return plain[:1]
     return plain + {"compare": _COMPARE, "finetune": _FINETUNE}.get(experiment, ())
 
 

@@ -28,6 +28,7 @@ from benchmarks.experiments.cells import Cell, Store
         ("zoo", 5, "zoo.png"),
         ("noise", 5 * 4, "noise-digits-mlp.png"),
         ("finetune", 3, "finetune-digits-mlp.png"),
+        ("real", 12, "real-digits-mlp.png"),
     ],
 )
 def test_commands_write_results_tables_and_plots(experiment, rows, image, tmp_path):
@@ -168,6 +169,8 @@ def test_overhead_is_the_steps_time_less_the_closures(monkeypatch):
         (["zoo", "--epochs", "-1"], "epochs: expected at least 1, got -1"),
         (["compare", "--epochs", "3"], "epochs: expected at least 4, got 3"),
         (["compare", "--data", "text", "--network", "mlp"], "network: expected one for text"),
+        (["real", "--methods", "adam"], "methods: expected some of sgd, sgd_half"),
+        (["zoo", "--threads", "0"], "threads: expected at least 1, got 0"),
         (["overhead", "--rounds", "0"], "rounds: expected at least 1, got 0"),
     ],
 )

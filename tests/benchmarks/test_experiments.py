@@ -15,7 +15,9 @@ from benchmarks.experiments import (
     plans,
 )
 from benchmarks.experiments.cells import Cell, Store
-from benchmarks.experiments.training import Account, Task, load_lead, run_sgd, save_lead
+from benchmarks.experiments.progress import Progress
+from benchmarks.experiments.sgd import load_lead, run_sgd, save_lead
+from benchmarks.experiments.training import Account, Batches, Task
 
 # The account
 
@@ -60,6 +62,8 @@ def test_everything_that_is_read_is_on_the_account(method, network, digits, coun
         "trained": lead.accounts["final"].images,
         "swa": lead.accounts["half"].images,
         "sgd_sampled": 2 * 300,
+        "ema": lead.accounts["final"].images,
+        "mean_last": lead.accounts["final"].images,
         "tuned_pbfgs": -round(300 * (outcome.sampling - 4)),
     }.get(method, 0)
     if method == "twa":
@@ -118,7 +122,7 @@ def test_the_lead_survives_its_files(digits, tmp_path):
     assert load_lead(task, tmp_path / "lead") is None
     save_lead(lead, tmp_path / "lead")
     other = load_lead(task, tmp_path / "lead")
-    for method in ("sgd", "swa", "pbfgs_last"):
+    for method in ("sgd", "swa", "ema", "mean_last", "pbfgs_last"):
         a, b = (methods.METHODS[method](task, found) for found in (lead, other))
         assert a.account.images == b.account.images
         for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True):
@@ -177,3 +181,104 @@ def test_other_settings_are_run_anew(tmp_path):
     assert store.load(replace(cell, seed=1), quick()) is None
     assert store.lead(cell, quick()) == store.lead(cell, quick(subspace_batch=9))
     assert store.lead(cell, quick()) != store.lead(cell, quick(lr=0.3))
+
+
+class Dying(Progress):
+    """Writes at every occasion; the process ends at one of them."""
+
+    def __init__(self, path, die_at=0):
+        super().__init__(path, seconds=0.0)
+        self.left = die_at
+
+    def save(self, stage, state):
+        super().save(stage, state)
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lead",
+        "sgd_cosine",
+        "swa",
+        "twa",
+        "psgd",
+        "one_pass",
+        "pbfgs",
+        "pbfgs_published",
+        "tuned_sgd",
+    ],
+)
+@pytest.mark.parametrize("die_at", [1, 2])
+def test_a_run_killed_in_its_middle_goes_on_there(method, die_at, digits, tmp_path):
+    """With batch norm, moved images and averaged coordinates: to the bit."""
+
+    def moved(batch, generator):
+        return batch.roll(int(torch.randint(3, (), generator=generator)), 3)
+
+    problem = replace(first(200, digits), augment=moved)
+    settings = quick(subspace_batch=50, epochs=10, batch=25, bfloat16=True)
+    lead = run_sgd(Task(problem, "cnn", settings, seed=0))
+
+    def states(progress):
+        task = Task(problem, "cnn", settings, seed=0)
+        task.progress = progress
+        if method == "lead":
+            found = run_sgd(task)
+            rest = {"rows": found.rows, "ends": found.ends, **found.momenta}
+            rest |= {f"{key:g}": average for key, average in found.averages.items()}
+            return found.curve, found.accounts["half"].images, found.states["final"] | rest
+        found = methods.METHODS[method](task, lead)
+        return found.curve, found.account.images, found.model.state_dict()
+
+    curve, images, weights = states(Progress())
+    path = tmp_path / "run"
+    if method == "one_pass" and die_at == 2:  # it is validated once
+        return
+    with pytest.raises(Killed):
+        states(Dying(path, die_at))
+    assert list(tmp_path.iterdir())
+    again = states(Dying(path))
+    assert (curve, images) == again[:2]
+    for name, value in weights.items():
+        assert torch.equal(value, again[2][name]), name
+
+
+def test_progress_of_other_settings_is_not_taken_up(tmp_path):
+    path = tmp_path / "run-n0"
+    Progress(path, {"lr": 0.1}, seconds=0.0).save("sgd", lambda: {"step": 3})
+    assert Progress(path, {"lr": 0.1}).load("sgd") == {"step": 3}
+    assert Progress(path, {"lr": 0.1}).load("coordinates") is None
+    assert Progress(path, {"lr": 0.2}).load("sgd") is None
+    Progress(path).clear()
+    assert Progress(path, {"lr": 0.1}).load("sgd") is None
+    Progress(path, seconds=60.0).save("sgd", lambda: {"step": 3})
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_go_on_from_any_place(digits):
+    def noisy(batch, generator):
+        return batch + torch.randn(batch.shape, generator=generator)
+
+    problem = replace(first(90, digits), augment=noisy)
+    whole = Batches(problem, 30, seed=1)
+    drawn = [next(whole) for _ in range(7)]
+    for taken in (2, 3, 5):
+        later = Batches(problem, 30, seed=1)
+        later.taken = taken
+        for inputs, labels in drawn[taken:]:
+            found = next(later)
+            assert torch.equal(found[0], inputs) and torch.equal(found[1], labels)
+
+
+def test_averages_are_the_best_on_the_validation_part(digits):
+    task = Task(first(300, digits), "cnn", quick(epochs=8), seed=0)
+    lead = run_sgd(task)
+    assert len(lead.ends) == 4
+    found = methods.mean_last(task, lead)
+    assert found.notes == {"epochs": 3}
+    weights = torch.cat([p.detach().reshape(-1) for p in found.model.parameters()])
+    torch.testing.assert_close(weights, lead.ends[-3:].mean(0))
+    assert methods.ema(task, lead).notes["decay"] in lead.averages

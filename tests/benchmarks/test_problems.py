@@ -90,7 +90,7 @@ def test_networks_have_the_published_sizes(network, channels, classes, numel):
 
 @pytest.mark.parametrize("network", networks.NAMES)
 def test_networks_are_seeded_and_leave_the_random_state_alone(network, digits):
-    problem = data.load("text") if network == "chars" else digits
+    problem = data.load("text") if network in ("chars", "gpt") else digits
     state = torch.get_rng_state()
     a, b, c = (
         torch.cat([p.reshape(-1) for p in networks.build(network, problem, s).parameters()])
