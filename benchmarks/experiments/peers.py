@@ -9,7 +9,15 @@ from statistics import median
 
 import torch
 from more_garbow_hillstrom import PROBLEMS
-from peers import Result, pbfgs, scipy_bfgs, scipy_trust_exact, torch_lbfgs
+from peers import (
+    SPECTRA,
+    Result,
+    pbfgs,
+    quadratic,
+    scipy_bfgs,
+    scipy_trust_exact,
+    torch_lbfgs,
+)
 
 MINIMISERS = {
     "PBFGS": pbfgs,
@@ -31,7 +39,8 @@ def main() -> None:
     print(f"| problem | d | lowest value | {' | '.join(columns)} |")
     print(f"|---|---|---|{'---|' * len(columns)}")
     ratios: dict[str, list[float]] = {name: [] for name in columns}
-    for problem in PROBLEMS:
+    quadratics = [quadratic(spectrum, dim, 0) for spectrum in SPECTRA for dim in (10, 40, 100)]
+    for problem in [*PROBLEMS, *quadratics]:
         results = {name: minimise(problem) for name, minimise in MINIMISERS.items()}
         best = min(result.value for result in results.values())
         cells = " | ".join(cell(result, best) for result in results.values())

@@ -79,7 +79,7 @@ _BASE: dict[str, dict[str, Any]] = {
     "cifar10_jpeg": _CIFAR | _SHORT_CIFAR | {"sampled": 80 / 150, "budget": 20 / 150},
     "fashion": _HALF | {"batch": 128, "subspace_batch": 1024, "last_batch": 1024},
     "tinyshakespeare": _HALF
-    | {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "batch": 32, "bfloat16": True}
+    | {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "batch": 32, "swa_lr": 1e-3}
     | {"subspace_batch": 256, "last_batch": 256},
     "cifar10": _CIFAR
     | {"epochs": 150, "milestones": (2 / 3,), "sampled": 80 / 150, "budget": 20 / 150},

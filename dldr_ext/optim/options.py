@@ -111,8 +111,9 @@ def _meant(word: Any, choices: Iterable[Any]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# Curvature condition of the strong Wolfe search.
-C2 = 0.9
+# Curvature condition of the strong Wolfe search, and while H has learnt nothing: then the length of
+# a step says little, and one near the lowest point along it is worth a trial more.
+C2, C2_FIRST = 0.9, 0.5
 _CHOICES = {
     "line_search_fn": ("armijo", "strong_wolfe", None),
     "curvature": ("same_batch", "consecutive"),

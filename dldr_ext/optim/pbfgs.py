@@ -30,6 +30,9 @@ from .step.objective import Objective
 from .step.replay import Replay, buffer_list
 from .step.restore_point import RestorePoint
 
+# Losses of one function at one point differ by less, relative: by rounding, and the ranks' order.
+_SAME = 1e-6
+
 
 @dataclass
 class Iteration:
@@ -64,14 +67,16 @@ class PBFGS(SubspaceOptimizer):
         The parameters that the subspace was made for.
     subspace : Subspace or GroupedSubspace
     lr : float or Tensor of one element
-        First trial step of each search, > 0 (the step itself without a search); in
-        ``param_groups``, so that schedulers work.
+        First trial step of each search, > 0 (the step itself without a search), and an upper bound
+        of it where the last step has seen the same function (see Notes); in ``param_groups``, so
+        that schedulers work.
     line_search_fn : "armijo", "strong_wolfe" or None
         Backtracking; bracketing and interpolation, which also uses gradients of the trials; none.
     c1 : float
         Sufficient decrease, in (0, 1): f(w + alpha u) < f(w) + c1 alpha c.p.
     backtrack : float
-        Factor in (0, 1) from trial to trial (of "strong_wolfe": after a trial that is not finite).
+        In (0, 1): a trial that follows a rejected one is so much shorter at least, by exactly that
+        factor after one that is not finite and with the published rule.
     max_ls : int
         Largest number of trials of one search.
     max_iter : int
@@ -117,8 +122,8 @@ class PBFGS(SubspaceOptimizer):
         The ranks that step together, each with a closure of its own batch: the objective is the
         mean of their losses, each counting the same. None: this process alone. Every rank calls
         `step`, `state_dict` and the like; d + 1 numbers are summed for a gradient, one for a
-        trial. A module in ``DistributedDataParallel`` means its group, and that its own sum of n
-        numbers is left out (`no_sync`).
+        trial, one for a slope. A module in ``DistributedDataParallel`` means its group, and that
+        its own sum of n numbers is left out (`no_sync`).
     theta0 : Tensor of shape (d,), "current" or None
         Where to start; None is 0, "current" the projection of the current weights.
 
@@ -135,10 +140,16 @@ class PBFGS(SubspaceOptimizer):
 
     Notes
     -----
-    As long as H has learnt nothing, "armijo" doubles a first trial that it accepts for as long as
-    that pays, and H is scaled up before its first update where the curvature allows longer steps;
-    updates use a relative curvature test. Only ``curvature="consecutive", damping=None`` follows
-    the published rule: steps are not lengthened, H is never scaled, and is updated when y.s >
+    A rejected trial of "armijo" is followed by the minimiser of the parabola through it. Where a
+    step starts with the loss that the last one ended with, it sees the same function: the first
+    trial is then the one that would lower a parabola by as much as the last step has done. There,
+    and as long as H has learnt nothing, "armijo" searches as "strong_wolfe" does, if the gradient
+    at the accepted point is wanted anyway: steps get longer too. With ``max_iter`` above 1 the
+    first trial of an H that has learnt nothing is of length 1 at most in the metric. H is scaled up
+    before its first update where the curvature allows longer steps; updates use a relative
+    curvature test. Only
+    ``curvature="consecutive", damping=None`` follows the published rule: ``lr`` is the first trial
+    always, trials only get shorter, by ``backtrack``, H is never scaled, and is updated when y.s >
     1e-20. Together with ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20, metric=None``
     that is the published algorithm, except that a failed search does not step.
 
@@ -150,10 +161,11 @@ class PBFGS(SubspaceOptimizer):
     accepted step the buffers are as the evaluation at the accepted weights leaves them.
 
     On a GPU, with "armijo" and without ``weight_decay``, ``grad_scaler`` and ``max_iter``, all
-    d x d algebra runs there in one kernel and the first trial is made before the host has read any
-    number of the step: it waits once a trial. The first trial is then made even where the gradient
-    turns out to be zero or not finite, and a gradient that is not finite at an accepted point is
-    found by the next step, which goes back (RESTORED).
+    d x d algebra runs there in one kernel as soon as H has learnt something, and the first trial,
+    always ``lr``, is made before the host has read any number of the step: it waits once a trial.
+    The first trial is then made even where the gradient turns out to be zero or not finite, and a
+    gradient that is not finite at an accepted point is found by the next step, which goes back
+    (RESTORED).
 
     The state that `state_dict` saves includes a flat copy of the weights, n numbers.
 
@@ -233,6 +245,7 @@ class PBFGS(SubspaceOptimizer):
         self._pairs = CurvaturePairs()
         self._restore_point = RestorePoint()
         self._learnt_early: Curvature = "none"  # since the last record
+        self._forget_decrease()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], LossT]) -> LossT:  # type: ignore[override]
@@ -317,7 +330,7 @@ class PBFGS(SubspaceOptimizer):
         group, hessian = self.param_groups[0], self._inverse_hessian
         same_batch = group["curvature"] == "same_batch"
         wanted = more or same_batch  # the gradient at the accepted point
-        ahead, iteration = self._runs_ahead(), Iteration()
+        ahead, iteration = self._runs_ahead() and not hessian.fresh, Iteration()
         if not ahead and self._ends_at_once(iteration, first, inner):
             return iteration
         # Project: pass 1 over the basis.
@@ -341,9 +354,10 @@ class PBFGS(SubspaceOptimizer):
             return iteration
         # Search.
         start = objective.sign * iteration.loss
+        decrease = None if ahead else self._decrease(iteration.loss)
         result = search(
-            trials, group, start, direction.slope,
-            wanted=wanted, fresh=hessian.fresh, published=self._rule().published,
+            trials, group, start, direction.slope, wanted=wanted, fresh=hessian.fresh,
+            published=self._rule().published, decrease=decrease,
         )  # fmt: skip
         # To look at the gradient would take a wait more, or a sum: the next step has it anyway.
         look = not ahead and self._ranks is None
@@ -358,6 +372,7 @@ class PBFGS(SubspaceOptimizer):
             iteration.alpha = result.alpha
             iteration.step_length = result.alpha * direction.length
             iteration.loss_after = trials.raw_loss
+            self._last_loss, self._last_decrease = trials.raw_loss, start - after
         return iteration
 
     def _ends_at_once(self, iteration: Iteration, first: Loss, inner: bool) -> bool:
@@ -511,6 +526,18 @@ class PBFGS(SubspaceOptimizer):
         self._inverse_hessian.initial = self._initial()
         self._inverse_hessian.reset()
         self._pairs.drop()
+        self._forget_decrease()
+
+    def _decrease(self, loss: float) -> float | None:
+        """Return what the last step has lowered the objective by, if it was the same function.
+
+        It was if it ended at this loss, but for rounding; another batch gives another number.
+        """
+        same = math.isclose(loss, self._last_loss, rel_tol=_SAME)
+        return self._last_decrease if same and self._last_decrease > 0.0 else None
+
+    def _forget_decrease(self) -> None:
+        self._last_loss = self._last_decrease = math.nan
 
     def _objective(self) -> Objective:
         group = self.param_groups[0]
@@ -560,6 +587,7 @@ class PBFGS(SubspaceOptimizer):
             self._guard.remember()
         self._pairs.drop()
         self._restore_point.forget()
+        self._forget_decrease()
 
     def _expected_weights(self) -> Tensor:
         return self._iterate.point
@@ -568,6 +596,7 @@ class PBFGS(SubspaceOptimizer):
         self._inverse_hessian.transfer(m, self._initial())
         # What gradients before the change were in the new directions is not known.
         self._pairs, self._restore_point = CurvaturePairs(), RestorePoint()
+        self._forget_decrease()
 
     def _start_at(self, point: Tensor) -> None:
         self._iterate = Iterate(self._subspace, self._params, point)
@@ -585,6 +614,8 @@ class PBFGS(SubspaceOptimizer):
             **self._pairs.state(),
             "inverse_hessian": hessian.matrix.clone(),
             "fresh": hessian.fresh,
+            "last_loss": self._last_loss,
+            "last_decrease": self._last_decrease,
             **self._restore_point.state(),
             **self._scale.state(),
         }
@@ -597,6 +628,8 @@ class PBFGS(SubspaceOptimizer):
             "gradient_seen": bool,
             "finite_steps": int,
             "fresh": bool,
+            "last_loss": float,
+            "last_decrease": float,
         }
         short = ("previous_step", "previous_coordinates", "previous_predicted", "good")
         optional = dict.fromkeys(short, theta)
@@ -615,5 +648,6 @@ class PBFGS(SubspaceOptimizer):
         self._iterate.load(state)
         hessian = self._inverse_hessian = InverseHessian(self._initial(), by_op=self._is_far())
         hessian.matrix, hessian.fresh = state["inverse_hessian"], state["fresh"]
+        self._last_loss, self._last_decrease = state["last_loss"], state["last_decrease"]
         for memory in (self._pairs, self._restore_point, self._scale):
             memory.load(state)

@@ -37,7 +37,7 @@ def test_closure_counts_every_evaluation(digits):
     for _ in range(3):
         optimizer.step(methods.counted_closure(model, images, labels, 1e-3, account))
     assert account.images == model.images == 100 * optimizer.closure_calls
-    assert optimizer.closure_calls > 9  # three would need no trial to be refused
+    assert any(record.trials > 1 for record in optimizer.history)  # some were refused
     assert account.passes == model.images / 1197
 
 

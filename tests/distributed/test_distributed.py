@@ -35,14 +35,14 @@ def train_ahead(how: str) -> dict[str, Any]:
     """As on GPUs, whose numbers the host reads once a trial."""
     before, PBFGS._devices_ahead = PBFGS._devices_ahead, ("cpu",)
     try:
-        return train(how, "plain usual")
+        return train(how, "plain usual turns")
     finally:
         PBFGS._devices_ahead = before
 
 
 @pytest.mark.parametrize("how", ["default", "consecutive", "residual"])
 def test_steps_that_run_ahead_of_the_host(ranks: RankGroup, how: str) -> None:
-    plain, found = ranks.all(train, how, "plain usual"), ranks.all(train_ahead, how)
+    plain, found = ranks.all(train, how, "plain usual turns"), ranks.all(train_ahead, how)
     assert all(one == found[0] for one in found)
     assert found[0]["trials"] == plain[0]["trials"]
     torch.testing.assert_close(found[0]["weights"], plain[0]["weights"], rtol=1e-9, atol=1e-10)
@@ -91,7 +91,8 @@ def test_what_goes_over_the_wire(ranks: RankGroup) -> None:
         assert theirs == n and sums.count(D + 1) == 3 and sums.count(1) == trials == len(sums) - 3
     for sums, trials, _, _ in ranks.all(wire, "default"):  # the pair's gradient comes along
         assert sums[0] == D + 1 and [m for m in sums if m > 1] == [D + 1, 2 * D + 1, 2 * D + 1]
-        assert len(sums) == 3 + trials
+        # Every step sees the same function: slopes of trials that could be taken are summed too.
+        assert 3 + trials + 3 <= len(sums) <= 3 + 2 * trials
 
 
 def nan_on_one(bad: int) -> list[Any]:

@@ -62,7 +62,7 @@ def test_curvature_is_transferred_into_another_subspace() -> None:
         if turned:
             q, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
             optimizer.change_subspace(Subspace(q @ subspace.basis, subspace.origin))
-        optimizer.step(batches.forward(0))
+        optimizer.step(batches.forward(1))
         assert optimizer.status is Status.ACCEPTED
         results.append(flat(batches.params))
     torch.testing.assert_close(*results, rtol=1e-7, atol=1e-8)

@@ -189,7 +189,7 @@ def test_both_styles_of_closure_give_the_same_bits(search: str | None, curvature
         assert bits(one.params) == bits(other.params)
     assert torch.equal(first.theta, second.theta)
     assert second.gradient_calls == second.closure_calls
-    if search == "armijo":
+    if search == "armijo" and curvature == "consecutive":
         assert first.gradient_calls < first.closure_calls
 
 
@@ -393,8 +393,8 @@ def test_a_direction_that_does_not_descend_resets_h() -> None:
     optimizer.load_state_dict(state)
     optimizer.step(lambda: x.square().sum())
     assert optimizer.status is Status.ACCEPTED
-    # The gradient is downhill again; 0.1 of it is doubled twice: 2 (1 - 2 alpha) at alpha = 0.4.
-    torch.testing.assert_close(x.detach(), torch.tensor([0.4, -0.2], dtype=torch.float64))
+    # The gradient is downhill again; 0.1 of it is too short, and two slopes give the minimiser.
+    torch.testing.assert_close(x.detach(), torch.zeros(2, dtype=torch.float64))
 
 
 def test_negative_curvature_is_damped() -> None:

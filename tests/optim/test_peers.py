@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 import pytest
 from more_garbow_hillstrom import PROBLEMS, PUBLISHED_MINIMA, Problem
-from peers import Result, pbfgs, scipy_bfgs, scipy_trust_exact, torch_lbfgs
+from peers import SPECTRA, Result, pbfgs, quadratic, scipy_bfgs, scipy_trust_exact, torch_lbfgs
 
 NAMED = {problem.name: problem for problem in PROBLEMS}
 # The condition number of the Hessian is 1e12: beyond it PBFGS takes H for singular.
@@ -59,21 +59,32 @@ def test_the_same_minimiser(name: str, peer: object) -> None:
     theirs = scipys(name) if peer is scipy_bfgs else peer(NAMED[name])
     result = ours(name)
     assert result.converged and theirs.converged
-    if theirs.value > result.value + 1.0:  # the chain has a local minimum, where some end
+    if abs(theirs.value - result.value) > 1.0:  # the chain has a local minimum, where some end
         assert name.startswith("Rosenbrock chain")
-        np.testing.assert_allclose(result.x, 1.0, rtol=1e-4)
+        better = min(theirs, result, key=lambda found: found.value)
+        np.testing.assert_allclose(better.x, 1.0, rtol=1e-4)
     else:
         np.testing.assert_allclose(result.x, theirs.x, rtol=1e-3, atol=1e-4)
 
 
-def test_needs_about_as_many_evaluations_as_scipys() -> None:
+def test_needs_no_more_evaluations_than_scipys_in_the_median() -> None:
     ratios = []
     for name in NAMED:
         theirs, result = scipys(name), ours(name)
         if theirs.converged and result.converged:
             ratios.append(result.evaluations / theirs.evaluations)
     assert len(ratios) >= 0.9 * len(NAMED)
-    assert median(ratios) <= 1.1
+    assert median(ratios) <= 1.0
+
+
+@pytest.mark.parametrize("dim", [10, 40, 100])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_quadratics_take_about_as_many_evaluations_as_scipys(spectrum: str, dim: int) -> None:
+    for seed in range(3):
+        problem = quadratic(spectrum, dim, seed)
+        result, theirs = pbfgs(problem), scipy_bfgs(problem)
+        assert result.converged and theirs.converged
+        assert result.evaluations <= 1.3 * theirs.evaluations
 
 
 def test_a_problem_of_ones_own() -> None:

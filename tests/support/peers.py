@@ -28,25 +28,30 @@ class Result:
     x: np.ndarray
 
 
+#: Eigenvalues of the quadratics, by dimension.
+SPECTRA = {
+    "squares": lambda dim: torch.arange(1, dim + 1, dtype=torch.float64) ** 2,
+    "decades": lambda dim: torch.logspace(0, 4, dim, dtype=torch.float64),
+}
+
+
+def quadratic(spectrum: str, dim: int, seed: int) -> Problem:
+    """sum of e_i (q_i.x)^2 / 2 in random directions q_i, from a random start."""
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(dim, dim + 1, dtype=torch.float64, generator=generator)
+    q, _ = torch.linalg.qr(random[:, 1:])
+    factor = (SPECTRA[spectrum](dim) / 2).sqrt()[:, None] * q
+    return Problem(f"quadratic, {spectrum}", lambda x: factor @ x, random[:, 0].contiguous())
+
+
 def pbfgs(problem: Problem) -> Result:
-    """The first trial is of length 1 at most, as SciPy's; from the second step on lr is 1."""
+    """The default options, as many iterations as are needed."""
     x = nn.Parameter(problem.start.clone())
-    (gradient,) = torch.autograd.grad(problem(x), x)
-    optimizer = PBFGS(
-        [x],
-        whole_space([x]),
-        lr=min(1.0, 1.0 / float(gradient.norm())),
-        line_search_fn="strong_wolfe",
-        tolerance_grad=TOLERANCE,
-    )
-    optimizer.step(lambda: problem(x))
-    optimizer.param_groups[0].update(lr=1.0, max_iter=MOST)
+    optimizer = PBFGS([x], whole_space([x]), max_iter=MOST, tolerance_grad=TOLERANCE)
     optimizer.step(lambda: problem(x))
     last = optimizer.history[-1]
     converged = last.gradient_norm <= TOLERANCE
-    # The second step evaluates the point that the first ended at once more.
-    evaluations = optimizer.closure_calls - 1
-    return Result(last.loss, evaluations, converged, x.detach().numpy().copy())
+    return Result(last.loss, optimizer.closure_calls, converged, x.detach().numpy().copy())
 
 
 class Counted:

@@ -55,7 +55,7 @@ MAKE = {
 
 
 def train(how: str, wrap: str = "plain", steps: int = 6) -> dict[str, Any]:
-    """Steps on this rank's part, or, with how "alone", on all of it."""
+    """Steps on this rank's part, or, with how "alone", on all of it; "turns": on halves in turn."""
     model, subspace, data = problem()
     alone = wrap == "alone"
     if not alone:
@@ -63,9 +63,9 @@ def train(how: str, wrap: str = "plain", steps: int = 6) -> dict[str, Any]:
     ddp = DistributedDataParallel(model) if "ddp" in wrap else model
     group = None if alone else ddp if wrap == "ddp" else dist.group.WORLD
     optimizer = MAKE[how](model.parameters(), subspace, process_group=group)
-    losses = [
-        float(optimizer.step(closure_of(ddp, data, usual="usual" in wrap))) for _ in range(steps)
-    ]
+    batches = [tuple(x[i::2] for x in data) for i in (0, 1)] if "turns" in wrap else [data]
+    closures = [closure_of(ddp, batch, usual="usual" in wrap) for batch in batches]
+    losses = [float(optimizer.step(closures[i % len(closures)])) for i in range(steps)]
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     return {
         "losses": losses,

@@ -16,6 +16,8 @@ from ..status import Status
 Phi = Callable[[float], float]
 # While the slope stays negative the step grows by a factor between these.
 _GROWTH = (2.0, 10.0)
+# An interpolated trial is at least this part of the one before.
+_SHORTEST = 0.02
 # An interpolated point keeps this part of the bracket away from its ends.
 _MARGIN = 0.1
 
@@ -49,9 +51,32 @@ class SearchResult:
     last: float
 
 
+@dataclass(frozen=True)
+class _Point:
+    alpha: float
+    loss: float
+    slope: float  # NaN: not evaluated
+
+
 def fixed(alpha: float) -> SearchResult:
     """Return the step alpha without a search."""
     return SearchResult(Status.ACCEPTED, alpha, math.nan, math.nan, 0, math.nan)
+
+
+def first_trial(lr: float, slope: float, decrease: float | None = None) -> float:
+    """Return the first trial where ``lr`` is only known to be an upper bound.
+
+    Parameters
+    ----------
+    lr, slope : float
+        slope < 0.
+    decrease : float or None
+        What the search before has lowered the same function by: the step is the one that would do
+        so again on a parabola (Nocedal & Wright, 3.60, as in SciPy's BFGS). None, where nothing is
+        known: a step of length 1 in the metric of the initial H.
+    """
+    step = math.sqrt(-slope) if decrease is None else 1.01 * 2.0 * decrease
+    return min(lr, step / -slope)
 
 
 def armijo(
@@ -63,9 +88,9 @@ def armijo(
     c1: float,
     backtrack: float,
     max_ls: int,
-    lengthen: bool = False,
+    interpolate: bool = False,
 ) -> SearchResult:
-    """Return the first alpha * backtrack^m, m = 0, 1, ..., with sufficient decrease.
+    """Return the first of shorter and shorter trials with sufficient decrease.
 
     Parameters
     ----------
@@ -78,42 +103,24 @@ def armijo(
         Accepted is the first trial with phi(alpha) < phi(0) + c1 * alpha * phi'(0), strictly, as
         in the published algorithm.
     backtrack : float
-        Factor in (0, 1).
+        Factor in (0, 1) from trial to trial: they are alpha * backtrack^m, m = 0, 1, ...
     max_ls : int
         Largest number of trials.
-    lengthen : bool
-        Where alpha itself is accepted, double it for as long as the loss goes down and is below
-        phi(0) + alpha phi'(0) / 2, which on a parabola says that the minimiser lies beyond.
+    interpolate : bool
+        Go on at the minimiser of the parabola through the trial, by ``backtrack`` shorter at least
+        (Nocedal & Wright, 3.57).
     """
     trial = alpha
     for m in range(max_ls):
-        trial = alpha * backtrack**m
         value = phi(trial)
         if math.isfinite(value) and value < loss + c1 * trial * slope:
-            if lengthen and m == 0:
-                return _lengthened(phi, loss, slope, trial, value, max_ls)
             return SearchResult(Status.ACCEPTED, trial, value, math.nan, m + 1, trial)
-    return SearchResult(Status.LINE_SEARCH_FAILED, 0.0, math.nan, math.nan, max_ls, trial)
-
-
-def _lengthened(
-    phi: Phi, loss: float, slope: float, alpha: float, value: float, max_ls: int
-) -> SearchResult:
-    last, count = alpha, 1
-    while count < max_ls and value < loss + 0.5 * alpha * slope:
-        last, count = 2.0 * alpha, count + 1
-        further = phi(last)
-        if not further < value or not math.isfinite(further):
-            break
-        alpha, value = last, further
-    return SearchResult(Status.ACCEPTED, alpha, value, math.nan, count, last)
-
-
-@dataclass(frozen=True)
-class _Point:
-    alpha: float
-    loss: float
-    slope: float  # NaN: not evaluated
+        last = trial
+        trial = trial * backtrack if interpolate else alpha * backtrack ** (m + 1)
+        if interpolate and math.isfinite(value):
+            parabola = _minimiser(_Point(0.0, loss, slope), _Point(last, value, math.nan))
+            trial = min(trial, max(parabola, _SHORTEST * last))
+    return SearchResult(Status.LINE_SEARCH_FAILED, 0.0, math.nan, math.nan, max_ls, last)
 
 
 def strong_wolfe(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algebra.line_search import SearchResult, armijo, fixed, strong_wolfe
-from ..options import C2
+from ..algebra.line_search import SearchResult, armijo, first_trial, fixed, strong_wolfe
+from ..options import C2, C2_FIRST
+from ..status import Status
 from .closure import Closure, Loss, number
 from .iterate import Iterate
 from .objective import Line, Objective, Problem
@@ -112,6 +114,7 @@ def search(
     wanted: bool,
     fresh: bool,
     published: bool,
+    decrease: float | None,
 ) -> SearchResult:
     """Run the line search that the options of PBFGS ask for.
 
@@ -127,26 +130,38 @@ def search(
     fresh : bool
         Nothing is known of the curvature.
     published : bool
-        "armijo" is as in the paper: it does not make a first trial that it accepts longer.
+        As in the paper: "armijo" goes from ``lr`` on in steps of ``backtrack``.
+    decrease : float or None
+        What the step before has lowered the same objective by; None if it was another one.
     """
     alpha, kind = float(group["lr"]), group["line_search_fn"]
     if kind is None or alpha == 0.0:  # a schedule may end at 0: there is nothing to search
         return fixed(alpha)
+    known = not published and decrease is not None
+    first = not published and fresh
+    if known or (first and group["max_iter"] > 1):
+        alpha = first_trial(alpha, slope, decrease)
     options = {name: group[name] for name in ("c1", "backtrack", "max_ls")}
-    if kind == "strong_wolfe":
-        return strong_wolfe(
+    if kind == "strong_wolfe" or (wanted and (known or first)):
+        found = strong_wolfe(
             lambda alpha: trials.loss(alpha, graph=True),
             lambda _: trials.slope(),
             loss,
             slope,
             alpha,
-            c2=C2,
+            c2=max(C2_FIRST if first else C2, options["c1"]),
             **options,
         )
+        # Sufficient decrease is all that "armijo" asks for.
+        enough = kind == "armijo" and found.status.moved
+        return replace(found, status=Status.ACCEPTED) if enough else found
     # A trial that keeps its graph needs only a backward pass to give the gradient that is wanted
-    # at the accepted point. Worth it unless several trials are expected.
-    graph = wanted and not fresh
-    lengthen = fresh and not published
+    # at the accepted point.
     return armijo(
-        lambda alpha: trials.loss(alpha, graph), loss, slope, alpha, lengthen=lengthen, **options
+        lambda alpha: trials.loss(alpha, graph=wanted),
+        loss,
+        slope,
+        alpha,
+        interpolate=not published,
+        **options,
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from dldr_ext import Status
-from dldr_ext.optim.algebra.line_search import armijo, fixed, strong_wolfe
+from dldr_ext.optim.algebra.line_search import armijo, first_trial, fixed, strong_wolfe
 
 Function = Callable[[float], float]
 
@@ -154,35 +154,30 @@ def test_armijo_takes_the_first_power_that_decreases_enough() -> None:
     assert result.evaluations == len(seen) and result.loss == f(seen[-1])
 
 
-@pytest.mark.parametrize("minimiser", [0.3, 0.9, 1.1, 3.0, 5.9, 40.0])
-def test_armijo_lengthens_until_the_minimiser_is_passed(minimiser: float) -> None:
-    f = lambda a: (a - minimiser) ** 2 - 7.0  # noqa: E731
-    line = {"c1": 1e-4, "backtrack": 0.5, "max_ls": 20}
+@pytest.mark.parametrize("minimiser", [0.001, 0.1, 0.25])
+def test_armijo_interpolates(minimiser: float) -> None:
+    """On a parabola the second trial is the minimiser, but for the shortest step it may take."""
+    f = lambda a: (a - minimiser) ** 2  # noqa: E731
+    line = {"c1": 1e-4, "backtrack": 0.5, "max_ls": 20, "interpolate": True}
     seen: list[float] = []
     phi = lambda a: seen.append(a) or f(a)  # noqa: E731
-    result = armijo(phi, f(0.0), -2.0 * minimiser, 1.0, lengthen=True, **line)
-    plain = armijo(f, f(0.0), -2.0 * minimiser, 1.0, **line)
-    assert result.status is Status.ACCEPTED and result.loss == f(result.alpha) <= plain.loss
-    assert result.evaluations == len(seen) and result.last == seen[-1]
-    if minimiser <= 1.0:  # as without: no trial more
-        assert result == plain
-    else:
-        assert seen == [2.0**m for m in range(len(seen))]
-        assert f(2.0 * result.alpha) >= result.loss or result.alpha >= minimiser
+    result = armijo(phi, f(0.0), -2.0 * minimiser, 1.0, **line)
+    assert result.alpha == pytest.approx(minimiser) and result.evaluations == len(seen)
+    assert len(seen) == (2 if minimiser > 0.02 else 3) and seen[1] >= 0.02
 
 
-@pytest.mark.parametrize("beyond", [math.nan, math.inf, -math.inf])
-def test_armijo_does_not_lengthen_into_what_is_not_finite(beyond: float) -> None:
-    phi = lambda a: -a if a <= 2.0 else beyond  # noqa: E731
-    line = {"c1": 1e-4, "backtrack": 0.5, "max_ls": 20, "lengthen": True}
-    result = armijo(phi, 0.0, -1.0, 1.0, **line)
-    assert (result.alpha, result.loss, result.last, result.evaluations) == (2.0, -2.0, 4.0, 3)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_armijo_does_not_interpolate_what_is_not_finite(bad: float) -> None:
+    line = {"c1": 1e-4, "backtrack": 0.25, "max_ls": 20, "interpolate": True}
+    result = armijo(lambda a: bad if a > 0.1 else -a, 0.0, -1.0, 1.0, **line)
+    assert result.alpha == 0.0625 and result.evaluations == 3
 
 
-def test_armijo_lengthens_for_max_ls_trials_at_most() -> None:
-    line = {"c1": 1e-4, "backtrack": 0.5, "max_ls": 5, "lengthen": True}
-    result = armijo(lambda a: -a, 0.0, -1.0, 1.0, **line)
-    assert (result.alpha, result.last, result.evaluations) == (16.0, 16.0, 5)
+def test_the_first_trial_lowers_a_parabola_as_much_as_the_last_step_did() -> None:
+    slope = -4.0  # f(a) = 2 a^2 - 4 a, lowest at 1, by 2
+    assert first_trial(10.0, slope, 2.0) == pytest.approx(1.01)
+    assert first_trial(0.3, slope, 2.0) == 0.3
+    assert first_trial(10.0, slope) == 0.5  # p = -c of length 2: a step of length 1
 
 
 def test_armijo_is_strict() -> None:

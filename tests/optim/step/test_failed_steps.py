@@ -39,9 +39,8 @@ def test_failed_search_leaves_the_weights_bitwise(
     params = mixed(dtype)
     subspace = random_subspace(params, 5, dtype=torch.float32)
     optimizer = PBFGS(params, subspace, lr=0.05, line_search_fn=search, max_ls=5)
-    fine = lambda: sum(p.double().square().sum() for p in params)  # noqa: E731
-    for _ in range(3):
-        optimizer.step(closure_of(fine, params, style))
+    fine = lambda: sum(h * p.double().square().sum() for h, p in enumerate(params, 1))  # noqa: E731
+    optimizer.step(closure_of(fine, params, style))
     assert optimizer.status.moved
     before, theta, calls = bits(params), optimizer.theta, optimizer.closure_calls
     visited: list[list[bytes]] = []
