@@ -23,6 +23,7 @@ from .state_dict import give_out, take_in, wrong
 from .status import Status, StepRecord
 from .step.closure import Evaluator
 from .step.objective import Problem
+from .step.plateau import Plateau
 from .step.write_guard import WriteGuard
 
 _log = logging.getLogger("dldr_ext")
@@ -64,6 +65,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._enter(subspace, check_metric(name, defaults["metric"], subspace))
         self._history: deque[StepRecord] = deque(maxlen=_HISTORY)
         self._steps = 0
+        self._plateau = Plateau()
         self._guard = WriteGuard(self._params)
         self._incoming: dict[str, Any] | None = None  # a state that is being loaded
         if ranks is not None:
@@ -289,6 +291,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._steps += 1
         self._status = status
         self._history.append(StepRecord(self._steps, loss, status, **further))
+        stuck = self._plateau.see(loss, self.param_groups[0].get("maximize", False))
+        if stuck is not None:
+            _log.warning("%s: %s", type(self).__name__, stuck)
 
     def _check_first_loss(self, loss: float) -> None:
         """Refuse a loss that is not finite in the first step, which has no restore point yet."""
