@@ -42,7 +42,7 @@ def test_a_plateau_is_named_once(make: str, caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize("make", MAKERS)
 def test_progress_says_nothing(make: str, caplog: pytest.LogCaptureFixture) -> None:
     batches = Batches(0)
-    optimizer = MAKERS[make](batches.params, random_subspace(batches.params, 5))
+    optimizer = MAKERS[make](batches.params, random_subspace(batches.params, 20))
     with caplog.at_level(logging.WARNING, "dldr_ext"):
         for step in range(60):
             optimizer.step(batches.forward(step))
