@@ -78,6 +78,7 @@ _HALF = {"sampled": 0.35, "budget": 0.15}
 _BASE: dict[str, dict[str, Any]] = {
     "cifar10_jpeg": _CIFAR | _SHORT_CIFAR | {"sampled": 80 / 150, "budget": 20 / 150},
     "fashion": _HALF | {"batch": 128, "subspace_batch": 1024, "last_batch": 1024},
+    "fashion/resnet8": {"bfloat16": True},
     "tinyshakespeare": _HALF
     | {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.01, "batch": 32, "swa_lr": 1e-3}
     | {"subspace_batch": 256, "last_batch": 256},
@@ -112,7 +113,7 @@ def settings(
     epochs : instead of the recipe's, for a short try
     tuned : file that `tune` writes
     """
-    options = dict(_BASE.get(data, {}))
+    options = _BASE.get(data, {}) | _BASE.get(f"{data}/{network}", {})
     if experiment == "noise":
         options |= _NOISE
     known = json.loads(tuned.read_text()) if tuned.exists() else {}

@@ -1,4 +1,4 @@
-"""The five ways to train that the demo compares.
+"""The six ways to train that the demo compares.
 
 All minimise the same objective, mean cross-entropy + weight_decay / 2 |w|^2, from the same initial
 weights on the same training images, moved at random by a pixel or two in every batch:
@@ -7,11 +7,13 @@ weights on the same training images, moved at random by a pixel or two in every 
 * ``sgd_half``: the same run half way, where the recording of the trajectory ends;
 * ``psgd``: P-SGD in the DLDR subspace of that first half, with the recipe of ``sgd``;
 * ``pbfgs``: P-BFGS in the same subspace;
+* ``one_pass``: Adam on its coordinates in the metric of the trajectory, for a single pass;
 * ``random``: the same P-BFGS in a random subspace of the same dimension, as the control.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import PBFGS, PSGD, Subspace, Trajectory
+from .. import PBFGS, PSGD, InSubspace, Subspace, Trajectory
 from .data import Dataset
 from .model import accuracy, build, reestimate_batch_norm
 from .recipe import Account, Recipe, batches, learning_rate, snapshot_steps
@@ -33,8 +35,10 @@ NAMES = {
     "sgd_half": "SGD, first half",
     "psgd": "P-SGD",
     "pbfgs": "P-BFGS",
+    "one_pass": "one pass of P-Adam",
     "random": "random subspace",
 }
+_ONE_PASS_LR = 0.3  # standard deviations of the snapshots along each direction
 #: Formats of the basis.
 DTYPES = ("float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
 
@@ -149,7 +153,7 @@ def sgd(task: Task) -> tuple[Outcome, Outcome, Trajectory]:
 def psgd(task: Task, subspace: Subspace) -> Outcome:
     """Run P-SGD from the initial weights: the recipe of `sgd`, in half the passes."""
     recipe = task.recipe
-    run = _SubspaceRun(task, "psgd", subspace)
+    run = _SubspaceRun(task, "psgd", subspace, recipe.budget - 1)
     optimizer = PSGD(run.model.parameters(), subspace, recipe.lr, recipe.momentum, metric=None)
     for images, labels in run.batches(recipe.batch_size, 1):
         if run.images_left < len(labels):
@@ -161,7 +165,7 @@ def psgd(task: Task, subspace: Subspace) -> Outcome:
 
 def pbfgs(task: Task, subspace: Subspace, method: str = "pbfgs") -> Outcome:
     """Run P-BFGS from the initial weights, in the DLDR subspace or another."""
-    run = _SubspaceRun(task, method, subspace)
+    run = _SubspaceRun(task, method, subspace, task.recipe.budget - 1)
     optimizer = PBFGS(run.model.parameters(), subspace, buffers=run.model)
     group = optimizer.param_groups[0]
     most = group["max_ls"]
@@ -171,6 +175,18 @@ def pbfgs(task: Task, subspace: Subspace, method: str = "pbfgs") -> Outcome:
         group["max_ls"] = min(most, run.images_left // len(labels) - 2)
         if group["max_ls"] < 1:
             return run.outcome()
+        run.step(optimizer, images, labels)
+    raise AssertionError("batches are endless")
+
+
+def one_pass(task: Task, subspace: Subspace) -> Outcome:
+    """Run one pass of Adam from the initial weights, its rate along a cosine."""
+    run = _SubspaceRun(task, "one_pass", subspace, passes=1)
+    optimizer = InSubspace(run.model.parameters(), subspace, torch.optim.Adam, lr=_ONE_PASS_LR)
+    for images, labels in run.batches(task.recipe.batch_size, 4):
+        if run.images_left < len(labels):
+            return run.outcome()
+        optimizer.param_groups[0]["lr"] = _ONE_PASS_LR * (1 + math.cos(math.pi * run.done)) / 2
         run.step(optimizer, images, labels)
     raise AssertionError("batches are endless")
 
@@ -190,14 +206,14 @@ def stored_as(subspace: Subspace, dtype: str) -> Subspace:
 
 
 class _SubspaceRun:
-    """Training of the coordinates within the budget, with one pass kept for batch norm."""
+    """Training of the coordinates for so many passes; one more is for batch norm."""
 
-    def __init__(self, task: Task, method: str, subspace: Subspace) -> None:
+    def __init__(self, task: Task, method: str, subspace: Subspace, passes: int) -> None:
         self.task, self.method, self.subspace = task, method, subspace
         task.progress(method, 0.0)
         self.model = task.model()
         self.account = Account(len(task.data.train))
-        self._allowed_images = (task.recipe.budget - 1) * self.account.size
+        self._allowed_images = passes * self.account.size
         self._path = [(0.0, 0.0)]
         # (passes, theta) to be validated later, about once a pass
         self._to_validate = [(0.0, torch.zeros(subspace.dim, device=subspace.device))]
@@ -221,7 +237,7 @@ class _SubspaceRun:
                 batch = next(endless)
             yield batch
 
-    def step(self, optimizer: PBFGS | PSGD, images: Tensor, labels: Tensor) -> None:
+    def step(self, optimizer: PBFGS | PSGD | InSubspace, images: Tensor, labels: Tensor) -> None:
         """Take one step on one batch."""
         with self.account:
             optimizer.step(

@@ -157,6 +157,7 @@ def _run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape 
             half,
             methods.psgd(task, subspace),
             methods.pbfgs(task, subspace),
+            methods.one_pass(task, subspace),
             methods.random(task, subspace.dim, config.dtype),
         ]
         ratio = trajectory.explained_variance_ratio()
@@ -190,7 +191,7 @@ def _record(
 ) -> dict[str, Any]:
     """Return one entry of "runs". Only here, after all training, is the test part read: once."""
     test = task.data.test
-    in_dldr = outcome.method in ("psgd", "pbfgs")
+    in_dldr = outcome.method in ("psgd", "pbfgs", "one_pass")
     return {
         "method": outcome.method,
         "seed": task.seed,

@@ -46,7 +46,7 @@ def test_passes_are_within_what_is_announced(outcome):
             assert entry["data_passes"] == pytest.approx(2, abs=0.03)
         else:
             assert 1 < entry["data_passes"] <= 3
-        sampled = entry["method"] in ("psgd", "pbfgs")
+        sampled = entry["method"] in ("psgd", "pbfgs", "one_pass")
         assert entry["sampling_passes"] == (2 if sampled else 0)
 
 
@@ -102,7 +102,7 @@ def _stop(*_):
 
 def test_progress_goes_up_to_the_end_for_every_method(outcome, calls):
     for seed in (0, 1):
-        for method in ("sgd", "psgd", "pbfgs", "random", "landscape"):
+        for method in ("sgd", "psgd", "pbfgs", "one_pass", "random", "landscape"):
             shares = [share for s, m, share in calls if (s, m) == (seed, method)]
             if (seed, method) == (1, "landscape"):
                 assert shares == []  # drawn for the first seed only
