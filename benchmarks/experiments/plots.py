@@ -22,7 +22,6 @@ _COLOURS = COLOURS | {
     "sgd_sampled": "#E69F00",
     "pbfgs_last": "#009E73",
     "pbfgs_early": "#56B4E9",
-    "one_pass": "#D55E00",
     "one_pass_mean": "#D55E00",
     "one_pass_last": "#D55E00",
     "trained": "#555555",

@@ -54,7 +54,7 @@ def _accuracy(results: dict[str, Any]) -> Figure:
     for run in results["runs"]:
         curves[run["method"]].append(run["validation_curve"])
     highest = 0.0
-    for method in ("sgd", "random", "psgd", "pbfgs"):
+    for method in ("sgd", "random", "psgd", "pbfgs", "one_pass"):
         colour = COLOURS[method]
         for curve in curves[method]:
             passes, accuracies = np.array(curve).T
@@ -84,7 +84,7 @@ def _accuracy(results: dict[str, Any]) -> Figure:
     axes.set_yticks([1 - t / 100 for t in ticks], [f"{t:g} %" for t in ticks])
     axes.set_xlabel("passes over the training images (gradients, trials, batch-norm statistics)")
     axes.set_xlim(left=0)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=10)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=10)
     return figure
 
 

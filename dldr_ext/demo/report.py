@@ -13,7 +13,7 @@ from .landscape import Landscape
 from .methods import NAMES
 from .summary import footnote, summarize, verdict
 
-_CARDS = ("sgd", "pbfgs", "random")
+_CARDS = ("sgd", "pbfgs", "one_pass", "random")
 
 
 def save(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list[Path]:
@@ -50,7 +50,7 @@ def _write_report(results: dict[str, Any], images: list[Path], folder: Path) -> 
             Card(
                 NAMES[row.method],
                 row.accuracy,
-                f"test accuracy after {row.passes:.1f} passes",
+                f"test accuracy after {row.sampling_passes + row.passes:.1f} passes in all",
                 row.method == "pbfgs",
             )
             for row in rows

@@ -17,6 +17,7 @@ COLOURS = {
     "sgd_half": "#999999",
     "psgd": "#E69F00",
     "pbfgs": "#0072B2",
+    "one_pass": "#D55E00",
     "random": "#CC79A7",
 }
 STYLE: Any = {
