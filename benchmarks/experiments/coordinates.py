@@ -94,7 +94,8 @@ class Run:
                 self.task.progress.save("coordinates", state)
         with self.account:
             if self._summed:
-                self.subspace.reconstruct_(self.model.parameters(), self._sum / self._summed)
+                mean = (self._sum / self._summed).to(self.task.device)
+                self.subspace.reconstruct_(self.model.parameters(), mean)
             self.account.read(self.task.renew_norms(self.model))
         self._note(self.task.validate(self.model))
         return Outcome(self.model, self.account, self.sampling, self._curve, self._best[1])

@@ -242,7 +242,7 @@ def random(task: Task, lead: Lead) -> Outcome:
     """The control: a random subspace at the initial weights."""
     del lead
     s, parameters = task.settings, task.model().parameters()
-    subspace = Subspace.random(parameters, s.dim, generator=task.generator(3))
+    subspace = Subspace.random(parameters, s.dim, generator=task.generator(3, task.device))
     run = Run(task, subspace, s.passes, 0.0, s.subspace_decay, s.averages)
     return run_pbfgs(run, s.subspace_batch)
 

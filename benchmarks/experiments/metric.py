@@ -99,8 +99,8 @@ def scores(model: nn.Module, problem: Problem) -> dict[str, float]:
     return {"loss": evaluate(model, problem.train)[1], "accuracy": accuracy}
 
 
-def runs(network: str, seed: int) -> list[dict[str, Any]]:
-    """All runs of one network and seed."""
+def runs(network: str, seed: int, missing: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+    """The missing runs, (method, metric), of one network and seed."""
     problem = load(PROBLEMS[network])
     model, subspace = recorded(problem, network, seed)
     sgd = scores(model, problem)
@@ -109,8 +109,7 @@ def runs(network: str, seed: int) -> list[dict[str, Any]]:
         facts
         | {"method": method, "metric": metric}
         | scores(trained(problem, network, seed, subspace, method, metric), problem)
-        for method in METHODS
-        for metric in (None, "trajectory")
+        for method, metric in missing
     ]
 
 
@@ -147,11 +146,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON, kept and added to")
     options = parser.parse_args()
     found = json.loads(options.output.read_text()) if options.output.exists() else []
-    known = {(run["network"], run["seed"]) for run in found}
+    keys = ("network", "seed", "method", "metric")
+    known = {tuple(run[key] for key in keys) for run in found}
+    pairs = [(method, metric) for method in METHODS for metric in (None, "trajectory")]
     for network in options.networks:
         for seed in range(options.seeds):
-            if (network, seed) not in known:
-                found += runs(network, seed)
+            missing = [pair for pair in pairs if (network, seed, *pair) not in known]
+            if missing:
+                found += runs(network, seed, missing)
                 options.output.write_text(json.dumps(found, indent=1) + "\n")
                 print(f"{network} {seed}", flush=True)
     print(table(found))

@@ -112,9 +112,9 @@ class Task:
             model.forward = autocast(model.forward)  # type: ignore[method-assign]
         return model
 
-    def generator(self, stream: int) -> torch.Generator:
+    def generator(self, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
         """Random numbers of this seed; one stream for each use."""
-        return torch.Generator().manual_seed(100 * self.seed + stream)
+        return torch.Generator(device).manual_seed(100 * self.seed + stream)
 
     @property
     def steps_per_epoch(self) -> int:
