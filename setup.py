@@ -42,6 +42,7 @@ CXX_FLAGS = [
 NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
+    "-fmad=false",  # as -ffp-contract=off above: one arithmetic, CPU and GPU alike
     "-Xcompiler=-fvisibility=hidden",
     "-Xptxas=-v",  # kept beside each object: tools/nvcc_keep_ptxas.sh
 ]

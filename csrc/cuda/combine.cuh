@@ -40,16 +40,18 @@ __device__ inline void combine_rows(const Rows& rows, int64_t i, const A* theta,
     for (int j = 0; j < kCombineRows; ++j) {
       const bool there = r + j < rows.rows;
       const int64_t row = there ? r + j : rows.rows - 1;
-      packs[j] = kWhole ? load_pack(data + row * rows.stride)
-                        : load_pack_guarded(data + row * rows.stride, left);
+      packs[j] = {};
+      if (there) {
+        packs[j] = kWhole ? load_pack(data + row * rows.stride)
+                          : load_pack_guarded(data + row * rows.stride, left);
+      }
       A scaled = 1;
       if constexpr (scaled_format<T>::value) scaled = scale[row * blocks];
       DLDR_UNROLL
-      for (int k = 0; k < K; ++k) factor[k][j] = theta[k * rows.rows + row] * scaled;
+      for (int k = 0; k < K; ++k) factor[k][j] = there ? theta[k * rows.rows + row] * scaled : A(0);
     }
     DLDR_UNROLL
     for (int j = 0; j < kCombineRows; ++j) {
-      if (r + j >= rows.rows) break;
       DLDR_UNROLL
       for (int part = 0; part < kParts; ++part) {
         A row[kPart<T>];

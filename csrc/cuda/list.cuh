@@ -89,11 +89,19 @@ template <class A, class Put>
 __device__ void read_list(const DeviceList& list, int64_t begin, int count, Put&& put) {
   visit_list(list, begin, count,
              [&](auto* data, int position, int number, int first, int step, bool constant) {
-#if defined(__CUDACC__)
-#pragma unroll 8
-#endif
-               for (int k = first; k < number; k += step) {
-                 put(position + k, static_cast<A>(widen(data[constant ? 0 : k])));
+               constexpr int U = 8;
+               for (int k = first; k < number; k += U * step) {
+                 A value[U];
+                 DLDR_UNROLL
+                 for (int u = 0; u < U; ++u) {
+                   const int p = k + u * step;
+                   if (p < number) value[u] = static_cast<A>(widen(data[constant ? 0 : p]));
+                 }
+                 DLDR_UNROLL
+                 for (int u = 0; u < U; ++u) {
+                   const int p = k + u * step;
+                   if (p < number) put(position + p, value[u]);
+                 }
                }
              });
 }
