@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=14, metavar="N", help="0 to N - 1")
     parser.add_argument("--output", type=Path, required=True, help="JSON, kept and added to")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # the same bits on any machine with these instructions
     found = json.loads(options.output.read_text()) if options.output.exists() else []
     keys = ("network", "seed", "method", "metric")
     known = {tuple(run[key] for key in keys) for run in found}
