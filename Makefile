@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 SOURCES := $(shell find csrc tools -type f) setup.py pyproject.toml
 
-.PHONY: demo test test-kernels test-matrix sanitize bench gpu wheel sdist ptxas lint lint-release \
+.PHONY: demo test test-kernels test-matrix sanitize bench gpu wheel sdist ptxas sass lint lint-release \
   format clean
 
 demo: $(VENV)/.built
@@ -61,6 +61,10 @@ sdist: $(VENV)/.release-tools
 # Registers and spills of the CUDA kernels that the last build compiled; fails if one spills.
 ptxas:
 	$(PYTHON) tools/ptxas_report.py build $(ARGS)
+
+# Loads under way in the machine code of those kernels; fails if a loop has too few.
+sass: $(VENV)/.release-tools
+	$(BIN)/python tools/sass_report.py build $(ARGS)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

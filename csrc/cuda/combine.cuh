@@ -34,8 +34,10 @@ __device__ inline void combine_rows(const Rows& rows, int64_t i, const A* theta,
   const int64_t blocks = ceil_div(rows.numel, kScaleBlock);
   const float* scale = scaled_format<T>::value ? rows.scale + i / kScaleBlock : nullptr;
   for (int64_t r = 0; r < rows.rows; r += kCombineRows) {
+    // All loads first: whatever waits for one of them comes after the last. Rows that are not there
+    // are zero times zero.
     Pack packs[kCombineRows];
-    A factor[K][kCombineRows];
+    A scaled[kCombineRows];
     DLDR_UNROLL
     for (int j = 0; j < kCombineRows; ++j) {
       const bool there = r + j < rows.rows;
@@ -45,10 +47,18 @@ __device__ inline void combine_rows(const Rows& rows, int64_t i, const A* theta,
         packs[j] = kWhole ? load_pack(data + row * rows.stride)
                           : load_pack_guarded(data + row * rows.stride, left);
       }
-      A scaled = 1;
-      if constexpr (scaled_format<T>::value) scaled = scale[row * blocks];
+      scaled[j] = 1;
+      if constexpr (scaled_format<T>::value) scaled[j] = scale[row * blocks];
+    }
+    A factor[K][kCombineRows];
+    DLDR_UNROLL
+    for (int j = 0; j < kCombineRows; ++j) {
+      const bool there = r + j < rows.rows;
+      const int64_t row = there ? r + j : rows.rows - 1;
       DLDR_UNROLL
-      for (int k = 0; k < K; ++k) factor[k][j] = there ? theta[k * rows.rows + row] * scaled : A(0);
+      for (int k = 0; k < K; ++k) {
+        factor[k][j] = there ? theta[k * rows.rows + row] * scaled[j] : A(0);
+      }
     }
     DLDR_UNROLL
     for (int j = 0; j < kCombineRows; ++j) {

@@ -3,8 +3,12 @@
 namespace dldr::cuda {
 namespace {
 
+// Two where a pack has 16 elements: beside 32 sums a thread a third has no registers for its loads.
 template <class T>
-__global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
+constexpr int kResidualBlocks = kPack<T> == 16 ? 2 : kCombineBlocks;
+
+template <class T>
+__global__ void __launch_bounds__(kCombineThreads, kResidualBlocks<T>)
     residual_tile(const __grid_constant__ DeviceList list, const Rows rows,
                   const typename wide_of<T>::type* theta,
                   const typename wide_of<T>::type* coordinates, bool aligned,
