@@ -4,8 +4,8 @@ Disassembles the objects under a build folder with cuobjdump (of the CUDA toolki
 nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) and prints, for each kernel and architecture, the
 innermost loop that reads 16 bytes at a time: how many such loads are under way at once, that is
 before an instruction reads what the first of them brings. Source and PTX do not show this: the
-assembler may sink a load behind a branch. Also local memory, which spills go to. Fails where a loop
-has fewer loads under way than --least, or where a kernel has local memory.
+assembler may sink a load behind a branch. Also the local memory of such kernels, where spills go.
+Fails where a loop has fewer loads under way than --least, or its kernel has local memory.
 """
 
 from __future__ import annotations
@@ -107,8 +107,6 @@ def streaming_loops(text: str) -> list[Loop]:
         if streaming:
             _, wide, most = min(streaming)
             found.append(Loop(name, arch, wide, most, local))
-        elif local:
-            found.append(Loop(name, arch, 0, 0, local))
     return found
 
 
@@ -163,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.json.write_text(json.dumps([asdict(loop) for loop in found], indent=1) + "\n")
     bad = 0
     for loop in sorted(found, key=lambda loop: (loop.kernel, int(loop.arch))):
-        short_of = loop.wide > 0 and loop.under_way < options.least
+        short_of = loop.under_way < options.least
         wrong = loop.local > 0 or (short_of and (loop.kernel, loop.arch) not in _BOUND)
         bad += wrong
         print(

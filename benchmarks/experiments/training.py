@@ -132,6 +132,9 @@ class Task:
     def renew_norms(self, model: nn.Module, items: int | None = None) -> int:
         """Averages batch-norm statistics anew over the training part, or its first `items`.
 
+        Over images as training sees them, moved at random: those of images that stay in place
+        cost ResNet-20 on CIFAR-10 2.5 points of accuracy.
+
         Returns how many items were read: 0 without batch norm.
         """
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -143,9 +146,10 @@ class Task:
             norm.reset_running_stats()
             norm.momentum = None  # cumulative average
         model.train()
+        augment, generator = self.problem.augment, self.generator(10)
         with torch.no_grad():
             for batch in inputs.split(_EVALUATED):
-                model(batch)
+                model(augment(batch, generator) if augment else batch)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         return len(inputs)

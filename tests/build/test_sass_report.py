@@ -62,7 +62,7 @@ def test_loads_under_way_are_counted(body: list[str], expected: tuple[int, int])
 def test_the_innermost_loop_and_each_architecture_count() -> None:
     text = listing("f", LOADS, 80) + listing("f", IN_TURN, 120)
     text += listing("short", LOADS[:3])  # no streaming loop
-    text += listing("spills", ["STL [R1], R4", "LDL R4, [R1]"])
+    text += listing("spills", ["STL [R1], R4", *LOADS, "LDL R4, [R1]"])
     found = {(loop.kernel, loop.arch): loop for loop in sass_report.streaming_loops(text)}
     assert found.keys() == {("f", "80"), ("f", "120"), ("spills", "90")}
     assert found["f", "120"].under_way == 1 and found["spills", "90"].local == 2
@@ -82,7 +82,7 @@ def test_a_loop_that_waits_and_a_kernel_that_spills_fail(tmp_path, monkeypatch, 
     assert (
         "!! sm_90    1 of  8 wide loads under way, 0 on local memory: g" in capsys.readouterr().out
     )
-    assert report(tmp_path, good + listing("h", ["STL [R1], R4"]), monkeypatch) == 1
+    assert report(tmp_path, good + listing("h", ["STL [R1], R4", *LOADS]), monkeypatch) == 1
     assert report(tmp_path, listing("f", USES), monkeypatch) == 1  # nothing was looked at
 
 
