@@ -25,7 +25,7 @@ from torch.nn import functional
 from .. import PBFGS, PSGD, InSubspace, Subspace, Trajectory
 from .data import Dataset
 from .model import accuracy, build, reestimate_batch_norm
-from .recipe import Account, Recipe, batches, learning_rate, snapshot_steps
+from .recipe import Account, Recipe, batches, learning_rate, shifted, snapshot_steps
 
 #: Called with the method at work and the share of it that is done, 0 to 1.
 Progress = Callable[[str, float], None]
@@ -276,5 +276,7 @@ class _SubspaceRun:
         return passes + read / self.account.size, self.task.validate(model)
 
     def _reestimate(self, model: nn.Module) -> int:
-        images = self.task.data.train.images
+        # As training sees them: statistics of images that stay in place are others.
+        recipe = self.task.recipe
+        images = shifted(self.task.data.train.images, recipe.shift, self.task.generator(5))
         return reestimate_batch_norm(model, images, self.task.recipe.norm_batch_size)
