@@ -28,7 +28,7 @@ _COLOURS = COLOURS | {
     "tuned_sgd": "#E69F00",
     "tuned_pbfgs": "#0072B2",
 }
-_TICKS = (0, 50, 80, 90, 95, 97, 98, 99, 99.5)
+_TICKS = (0, 50, 70, 80, 85, 88, 90, 92, 95, 97, 98, 99, 99.5)
 _UNIT = "test accuracy, %"
 
 
@@ -89,12 +89,14 @@ def _compare(runs: list[Run], title: str) -> Figure:
             annotation_clip=False,
         )
     axes.annotate(
-        "passes", (1.01, 1.01), xycoords="axes fraction", fontsize=10, annotation_clip=False
+        "passes", (1.01, -0.05), xycoords="axes fraction", fontsize=10, annotation_clip=False
     )
     axes.set_xscale("log")
-    axes.set_xlim(1.1, 0.7 * max(1 - best, 5e-4))
+    worst = min(run["test_accuracy"] for run in runs)
+    axes.set_xlim(min(1.1, 1.4 * (1 - worst)), 0.8 * max(1 - best, 5e-4))
     axes.xaxis.set_minor_locator(NullLocator())
-    ticks = [t for t in _TICKS if 1 - t / 100 >= 0.7 * (1 - best)]
+    low, high = axes.get_xlim()
+    ticks = [t for t in _TICKS if high <= 1 - t / 100 <= low]
     axes.set_xticks([1 - t / 100 for t in ticks], [f"{t:g}" for t in ticks])
     axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
     axes.invert_yaxis()
