@@ -47,7 +47,7 @@ class Bug(NamedTuple):
 TAILS = [
     Bug("dot.cuh", "int i = count + static_cast", "int i = count + 1 + static_cast",
         "wrong: .*nan"),
-    Bug("combine.cuh", "r + j >= rows.rows) break;", "r + j > rows.rows) break;", "wrong: "),
+    Bug("combine.cuh", "r += kCombineRows) {", "r += kCombineRows + 1) {", "wrong: "),
     Bug("combine.cuh", "min_of(kPack<T>, rows.numel - i)", "min_of(kPack<T>, rows.numel - i + 1)",
         OUTSIDE),
     Bug("gram.cu", "min_of(kPack<T>, end - i)", "min_of(kPack<T>, end - i + 1)", OUTSIDE),
