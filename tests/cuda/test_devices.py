@@ -270,9 +270,10 @@ def test_new_tensors_do_not_follow_torchs_default_device(format):
 
 def test_demo(device):
     pytest.importorskip("sklearn")
+    from dldr_ext.demo.methods import NAMES
     from dldr_ext.demo.run import Config, run
 
     results, plane = run(Config("digits", dim=4, epochs=2, device=str(device)), lambda *_: None)
     assert (results["config"]["device"] == "cpu") == (device.type == "cpu")
-    assert len(results["runs"]) == 5 and plane is not None
+    assert len(results["runs"]) == len(NAMES) and plane is not None
     assert all(0 <= one["test_accuracy"] <= 1 for one in results["runs"])
