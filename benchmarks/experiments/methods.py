@@ -30,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from published import PUBLISHED
 from torch import Tensor, nn
 
 from dldr_ext import PSGD, InSubspace, Subspace
@@ -64,14 +65,6 @@ NAMES = {
     "tuned_pbfgs": "fine-tuned, P-BFGS",
 }
 _ROWS = {"first": 0, "last": -1}
-_PUBLISHED = {
-    "c1": 0.4,
-    "backtrack": 0.4,
-    "max_ls": 20,
-    "curvature": "consecutive",
-    "damping": None,
-    "metric": None,
-}
 _LAST_EPOCHS = (3, 5, 10, 20)  # of which the mean is taken
 _LBFGS_ITERATIONS = 5  # on one batch, before the next comes
 
@@ -216,7 +209,7 @@ def pbfgs_published(task: Task, lead: Lead) -> Outcome:
     s = task.settings
     subspace = principal(lead.weights(s.sampled_epochs), s.dim)
     run = Run(task, subspace, s.passes, s.sampled_epochs, s.subspace_decay)
-    return run_pbfgs(run, s.subspace_batch, **_PUBLISHED)
+    return run_pbfgs(run, s.subspace_batch, **PUBLISHED)
 
 
 def pbfgs_last(task: Task, lead: Lead) -> Outcome:

@@ -171,6 +171,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._set_theta(new["theta"])
             self._status = new["status"]
             self._steps = new["steps"]
+            self._plateau = Plateau(resumed=self._steps > 0)
             self._evaluator.calls = new["closure_calls"]
             self._evaluator.gradient_calls = new["gradient_calls"]
             self._adopt(new["method"])

@@ -141,13 +141,13 @@ class PBFGS(SubspaceOptimizer):
     Notes
     -----
     A rejected trial of "armijo" is followed by the minimiser of the parabola through it. Where a
-    step starts with the loss that the last one ended with, it sees the same function: the first
-    trial is then the one that would lower a parabola by as much as the last step has done. There,
-    and as long as H has learnt nothing, "armijo" searches as "strong_wolfe" does, if the gradient
-    at the accepted point is wanted anyway: steps get longer too. With ``max_iter`` above 1 the
-    first trial of an H that has learnt nothing is of length 1 at most in the metric. H is scaled up
-    before its first update where the curvature allows longer steps; updates use a relative
-    curvature test. Only
+    step starts with the loss that the last one ended with, it sees the same function. If the
+    gradient at the accepted point is wanted anyway, the first trial is then the one that would
+    lower a parabola by as much as the last step has done, and there, and as long as H has learnt
+    nothing, "armijo" searches as "strong_wolfe" does: steps get longer too. With ``max_iter`` above
+    1 the first trial of an H that has learnt nothing is of length 1 at most in the metric. H is
+    scaled up before its first update where the curvature allows longer steps; updates use a
+    relative curvature test. Only
     ``curvature="consecutive", damping=None`` follows the published rule: ``lr`` is the first trial
     always, trials only get shorter, by ``backtrack``, H is never scaled, and is updated when y.s >
     1e-20. Together with ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20, metric=None``

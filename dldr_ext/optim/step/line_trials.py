@@ -137,12 +137,12 @@ def search(
     alpha, kind = float(group["lr"]), group["line_search_fn"]
     if kind is None or alpha == 0.0:  # a schedule may end at 0: there is nothing to search
         return fixed(alpha)
-    known = not published and decrease is not None
-    first = not published and fresh
+    slopes = wanted and not published  # without them a step could not get longer again
+    known, first = slopes and decrease is not None, slopes and fresh
     if known or (first and group["max_iter"] > 1):
         alpha = first_trial(alpha, slope, decrease)
     options = {name: group[name] for name in ("c1", "backtrack", "max_ls")}
-    if kind == "strong_wolfe" or (wanted and (known or first)):
+    if kind == "strong_wolfe" or known or first:
         found = strong_wolfe(
             lambda alpha: trials.loss(alpha, graph=True),
             lambda _: trials.slope(),

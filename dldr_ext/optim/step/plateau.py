@@ -18,8 +18,8 @@ class Plateau:
     the first: one may come down in a single step.
     """
 
-    def __init__(self) -> None:
-        self._losses: list[float] | None = []  # None: it is known
+    def __init__(self, *, resumed: bool = False) -> None:
+        self._losses: list[float] | None = None if resumed else []  # None: nothing to say any more
 
     def see(self, loss: float, maximize: bool) -> str | None:
         """Take note of a step's loss; return what to say if nothing has moved so far."""

@@ -91,6 +91,14 @@ def test_the_published_rule_knows_nothing(trials: list[Search]) -> None:
         assert [round(alpha, 12) for alpha in search] == [round(alpha, 12) for alpha in expected]
 
 
+def test_without_slopes_every_search_starts_at_lr(trials: list[Search]) -> None:
+    """Between batches no gradient is wanted at the accepted point: no step could get longer."""
+    x = nn.Parameter(torch.tensor([10.0, 1.0], dtype=torch.float64))
+    optimizer = PBFGS([x], whole_space([x]), metric=None, curvature="consecutive")
+    steps(optimizer, x, [0.0, 0.0, 0.0])
+    assert [search[0] for search in trials] == [1.0, 1.0, 1.0]
+
+
 def test_the_first_of_many_iterations_is_of_length_one(trials: list[Search]) -> None:
     x = nn.Parameter(torch.tensor([10.0, 1.0], dtype=torch.float64))
     optimizer = PBFGS([x], whole_space([x]), metric=None, max_iter=50, tolerance_grad=1e-9)

@@ -69,3 +69,15 @@ def test_losses_that_are_no_numbers_do_not_count() -> None:
     plateau = Plateau()
     values = [float("nan") if i % 2 else 1.0 for i in range(90)]
     assert [i for i, value in enumerate(values) if plateau.see(value, False)] == [78]
+
+
+def test_a_resumed_run_has_left_its_start(caplog: pytest.LogCaptureFixture) -> None:
+    x = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    first = PSGD([x], whole_space([x]), lr=0.05)
+    first.step(lambda: x.square().sum())
+    second = PSGD([x], first.subspace, lr=0.05)
+    second.load_state_dict(first.state_dict())
+    with caplog.at_level(logging.WARNING, "dldr_ext"):
+        for _ in range(50):
+            second.step(lambda: 1.0 + 0.0 * x.sum())
+    assert not said(caplog)
