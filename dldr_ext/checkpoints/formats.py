@@ -8,8 +8,10 @@ import math
 import re
 import warnings
 import zipfile
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path, PosixPath
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +24,8 @@ from . import state_dicts
 from .discovery import INDEX_SUFFIXES
 from .errors import CheckpointError, reason
 
+#: Tells whether tensors are those of the model in use.
+Fits = Callable[[Mapping[str, Tensor]], bool]
 _INDEX_LIMIT = 1 << 28  # bytes; the index of a model of 100,000 tensors has 10 MB
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 _SCALAR: Any = np.float64(0).__reduce__()[0]  # called as numpy 1 or numpy 2 calls it
@@ -64,9 +68,13 @@ class Contents(NamedTuple):
     entries: dict[str, Entry]  # by plain name, in the order of the file
     files: list[Path]  # its shards, or the one file
     notes: list[str]
+    passed_over: Sequence[str] = ()  # notes on what was not taken for the weights
+    is_copy: bool = False  # of the weights: their average, a teacher, ...
+    progress: Mapping[str, float] = MappingProxyType({})  # "epoch" and "step", if they are there
+    kind: str | None = None  # of artefact of this package
 
 
-def read_contents(path: Path, key: str | None = None) -> Contents:
+def read_contents(path: Path, key: str | None = None, fits: Fits | None = None) -> Contents:
     """Find where the tensors of a checkpoint lie.
 
     Parameters
@@ -74,8 +82,8 @@ def read_contents(path: Path, key: str | None = None) -> Contents:
     path : Path
         A file written by ``torch.save`` (pickles are loaded with ``weights_only=True``), a
         safetensors file, or a Hugging Face index of either. Told apart by what is in them.
-    key : str, optional
-        Where the state dict is in the file: see `state_dicts.find_state_dict`.
+    key, fits
+        Where the state dict is in the file, and how to tell: see `state_dicts.find_state_dict`.
 
     Returns
     -------
@@ -89,26 +97,50 @@ def read_contents(path: Path, key: str | None = None) -> Contents:
     try:
         if path.name.endswith(INDEX_SUFFIXES):
             return _read_index(path, key)
-        contents = _read_file(path, key)
+        contents = _read_file(path, key, fits)
     except OSError as error:
         raise CheckpointError(error.filename or path, reason(error)) from error
     return contents._replace(entries=_by_plain_name(path, contents.entries))
 
 
-def load_whole(path: Path, key: str | None) -> dict[str, Tensor]:
-    """Load a file that can only be loaded whole; the tensors of the latest one stay in memory."""
+def load_whole(path: Path) -> Any:
+    """Load a file that can only be loaded whole; the latest one stays in memory."""
     status = path.stat()
-    return _load_whole(path, key, status.st_size, status.st_mtime_ns)
+    return _load_whole(path, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _load_whole(path: Path, key: str | None, size: int, changed: int) -> dict[str, Tensor]:
-    return _state_dict(path, _load(path, fake=False), key)
+def _load_whole(path: Path, size: int, changed: int) -> Any:
+    return _load(path, fake=False)
+
+
+def load_tensor(entry: Entry) -> Tensor:
+    """Return the tensor of an entry whose file is loaded whole."""
+    status = entry.file.stat()
+    return _load_tensors(entry.file, entry.key, status.st_size, status.st_mtime_ns)[entry.name]
+
+
+@lru_cache(maxsize=1)
+def _load_tensors(path: Path, key: str | None, size: int, changed: int) -> dict[str, Tensor]:
+    return _choice(path, _load_whole(path, size, changed), key, None).tensors
 
 
 def forget_loaded() -> None:
-    """Free the tensors that `load_whole` has kept."""
+    """Free what was loaded whole."""
+    _load_tensors.cache_clear()
     _load_whole.cache_clear()
+
+
+def _under(path: Path, entries: dict[str, Entry], key: str | None) -> dict[str, Entry]:
+    """Return the tensors of a flat file that a key names: it precedes their names."""
+    if not key:
+        return entries
+    found = state_dicts.under(entries, key)
+    if not found:
+        raise CheckpointError(
+            path, f"expected names that begin with the key {key!r}, found {list(entries)[:8]}"
+        )
+    return found
 
 
 def _by_plain_name(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
@@ -137,31 +169,33 @@ def _read_index(path: Path, key: str | None) -> Contents:
                 path, f"{name}: expected the name of a file beside the index, found {shard!r}"
             )
         if shard not in shards:
-            shards[shard] = _read_file(path.parent / shard, key)
+            shards[shard] = _read_file(path.parent / shard, None)
         if name not in shards[shard].entries:
             raise CheckpointError(path, f"{name}: expected in {shard}, which lacks it")
         entries[name] = shards[shard].entries[name]
     return Contents(
-        _by_plain_name(path, entries),
+        _by_plain_name(path, _under(path, entries, key)),
         [path, *(path.parent / shard for shard in shards)],
         [note for contents in shards.values() for note in contents.notes],
+        is_copy=state_dicts.is_copy(key or ""),
+        kind=next((contents.kind for contents in shards.values()), None),
     )
 
 
-def _read_file(path: Path, key: str | None) -> Contents:
+def _read_file(path: Path, key: str | None, fits: Fits | None = None) -> Contents:
     with open(path, "rb") as file:
         start = file.read(9)
     size = path.stat().st_size
     if size == 0:
         raise CheckpointError(path, "empty: 0 bytes")
     if start.startswith(b"PK"):
-        return _read_torch(path, size, key)
+        return _read_torch(path, size, key, fits)
     if start[8:] == b"{" or path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_whole(path, key, "in the format of before torch 1.6")
+        return _read_safetensors(path, key)
+    return _read_whole(path, key, fits, "in the format of before torch 1.6")
 
 
-def _read_safetensors(path: Path) -> Contents:
+def _read_safetensors(path: Path, key: str | None) -> Contents:
     from safetensors import SafetensorError, safe_open
 
     try:  # the library checks the header against the size of the file
@@ -172,7 +206,7 @@ def _read_safetensors(path: Path) -> Contents:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
     entries, notes = {}, []
     for name, field in header.items():
         if field["dtype"] not in _SAFETENSORS_DTYPES:
@@ -187,10 +221,17 @@ def _read_safetensors(path: Path) -> Contents:
             8 + length + field["data_offsets"][0],
             name,
         )
-    return Contents(entries, [path], notes)
+    return Contents(
+        _under(path, entries, key),
+        [path],
+        notes,
+        is_copy=state_dicts.is_copy(key or ""),
+        progress=state_dicts.progress(metadata, lambda _: None),
+        kind=metadata.get("dldr_ext.kind"),
+    )
 
 
-def _read_torch(path: Path, size: int, key: str | None) -> Contents:
+def _read_torch(path: Path, size: int, key: str | None, fits: Fits | None) -> Contents:
     try:
         with zipfile.ZipFile(path) as archive:
             compressed = any(
@@ -203,9 +244,11 @@ def _read_torch(path: Path, size: int, key: str | None) -> Contents:
     except Exception as error:  # zipfile lets several through
         raise CheckpointError(path, f"truncated or corrupt ({error})") from error
     if compressed or swapped:
-        return _read_whole(path, key, "compressed" if compressed else "big-endian")
+        return _read_whole(path, key, fits, "compressed" if compressed else "big-endian")
+    saved = _load(path, fake=True)
+    choice = _choice(path, saved, key, fits)
     entries, notes = {}, []
-    for name, tensor in _state_dict(path, _load(path, fake=True), key).items():
+    for name, tensor in choice.tensors.items():
         if tensor.layout is not torch.strided or tensor.is_quantized:
             notes.append(f"{name}: left out, not a dense tensor")
             continue
@@ -218,7 +261,21 @@ def _read_torch(path: Path, size: int, key: str | None) -> Contents:
         entries[name] = Entry(
             tensor.dtype, tuple(tensor.shape), tensor.stride(), path, begin + first, name
         )
-    return Contents(entries, [path], notes)
+    counted = state_dicts.progress(saved, partial(_number, path))
+    return Contents(entries, [path], notes, choice.notes, choice.is_copy, counted)
+
+
+def _number(path: Path, tensor: Tensor) -> float | None:
+    """Return the only element of a tensor in a file; None for what is not a plain number."""
+    begin = tensor.untyped_storage()._checkpoint_offset
+    if begin is None or tensor.is_complex():
+        return None
+    with open(path, "rb") as file:
+        file.seek(begin + int(tensor.storage_offset()) * tensor.itemsize)
+        data = bytearray(file.read(tensor.itemsize))
+    if len(data) < tensor.itemsize:
+        return None
+    return float(torch.frombuffer(data, dtype=tensor.dtype)[0])
 
 
 def extent(shape: torch.Size | tuple[int, ...], stride: tuple[int, ...]) -> int:
@@ -228,17 +285,19 @@ def extent(shape: torch.Size | tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def _read_whole(path: Path, key: str | None, why: str) -> Contents:
+def _read_whole(path: Path, key: str | None, fits: Fits | None, why: str) -> Contents:
     """Return the contents of a file without offsets: to be loaded whole each time it is read."""
     entries = {}
-    for name, tensor in load_whole(path, key).items():
+    saved = load_whole(path)
+    choice = _choice(path, saved, key, fits)
+    for name, tensor in choice.tensors.items():
         if tensor.layout is torch.strided and not tensor.is_quantized:
             shape = tuple(tensor.shape)
             stride = _contiguous_stride(shape)
-            entries[name] = Entry(tensor.dtype, shape, stride, path, None, name, key)
-    return Contents(
-        entries, [path], [f"{path}: {why}: loaded whole each time it is read, which takes memory"]
-    )
+            entries[name] = Entry(tensor.dtype, shape, stride, path, None, name, choice.key)
+    note = f"{path}: {why}: loaded whole each time it is read, which takes memory"
+    counted = state_dicts.progress(saved, lambda tensor: float(tensor.real))
+    return Contents(entries, [path], [note], choice.notes, choice.is_copy, counted)
 
 
 def _load(path: Path, *, fake: bool) -> Any:
@@ -267,9 +326,9 @@ def _load(path: Path, *, fake: bool) -> Any:
         raise CheckpointError(path, f"truncated or corrupt ({detail[:160]})") from error
 
 
-def _state_dict(path: Path, saved: Any, key: str | None) -> dict[str, Tensor]:
+def _choice(path: Path, saved: Any, key: str | None, fits: Fits | None) -> state_dicts.Choice:
     try:
-        return state_dicts.find_state_dict(saved, key)
+        return state_dicts.find_state_dict(saved, key, fits)
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, reason
-from .formats import Entry, extent, forget_loaded, load_whole
+from .formats import Entry, extent, forget_loaded, load_tensor
 
 _BUFFER = 1 << 23  # bytes
 
@@ -52,7 +52,7 @@ class CheckpointReader:
         """
         if entry.offset is None:
             try:
-                tensor = load_whole(entry.file, entry.key)[entry.name]
+                tensor = load_tensor(entry)
             except (OSError, KeyError) as error:
                 raise CheckpointError(entry.file, f"changed while it was read ({error})") from error
             out.copy_(tensor.detach().reshape(-1)[begin : begin + len(out)])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors.parameters import DTYPES, dtype_name, dtype_names, named_parameters
+from . import state_dicts
 from .discovery import find_checkpoints
 from .errors import CheckpointError
 from .formats import Contents, Entry, read_contents
 from .reader import CheckpointReader
-from .state_dicts import plain_names
+from .state_dicts import is_logged, plain_names
 
 STATISTICS = ("running_mean", "running_var")
 _SHOWN = 5  # names in a note
@@ -48,7 +50,8 @@ class Series:
         Patterns of names (``encoder.*``): those that match an ``include``, if there is any, and no
         ``exclude``.
     key : str, optional
-        Where the state dict is in a file, nested keys joined by dots.
+        Where the state dict is in a file, nested keys joined by dots; or what precedes the names
+        of its tensors.
     skip_bad : bool
         Go on without checkpoints that cannot be used; they are then in `skipped`.
 
@@ -68,6 +71,9 @@ class Series:
         Elements in a row, n.
     notes : list of str
         What was left out, and other things worth knowing.
+    passed_over : list of str
+        Those of the notes that say which files, or tensors in them, were not taken although they
+        might have been meant.
     skipped : list of CheckpointError
         One for each checkpoint that is not used.
 
@@ -107,15 +113,18 @@ class Series:
         include = [include] if isinstance(include, str) else list(include)
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.notes: list[str] = []
+        self.passed_over: list[str] = []
         self.skipped: list[CheckpointError] = []
         self.paths: list[Path] = []
         self.contents: list[Contents] = []
         self.indices: list[int] = []
         self._rows: list[list[Entry]] = []
         layout = None if model is None else _layout_of_model(model, include, exclude)
+        copies = False  # what the first checkpoint has
+        fits = None if layout is None else partial(_fits, layout=layout)
         for index, path in enumerate(find_checkpoints(paths)):
             try:
-                contents = read_contents(path, key)
+                contents = read_contents(path, key, fits)
                 if model is None:
                     in_file, notes = _layout_of_file(path, contents, include, exclude)
                     if layout is None:
@@ -123,16 +132,33 @@ class Series:
                         self.notes += notes
                     _check_no_more(path, in_file, layout)
                 assert layout is not None
-                self._rows.append(_row(path, contents, layout, model is not None))
+                prefix, is_copy = "", contents.is_copy
+                if model is not None:
+                    prefix, notes = _prefix(path, contents.entries, layout)
+                    self.passed_over += notes
+                    is_copy = is_copy or state_dicts.is_copy(prefix)
+                row = _row(path, contents, layout, prefix, model is not None)
+                if self.paths and is_copy != copies:
+                    one, other = ("a copy (EMA, teacher, ...)", "weights in training")
+                    raise CheckpointError(
+                        path,
+                        f"expected {one if copies else other}, as in the first checkpoint, found "
+                        f"{other if copies else one}: name with the key what to take",
+                    )
+                copies = is_copy
+                self._rows.append(row)
             except CheckpointError as error:
                 if not skip_bad:
                     raise error.at(index) from error.__cause__
                 self.skipped.append(error.at(index))
                 continue
             self.notes += contents.notes
+            self.passed_over += contents.passed_over
             self.paths.append(path)
             self.contents.append(contents)
             self.indices.append(index)
+        self.passed_over = list(dict.fromkeys(self.passed_over))
+        self.notes += self.passed_over
         if layout is None or not self.paths:
             raise ValueError(f"checkpoints: none can be used; the first: {self.skipped[0]}")
         self.names, self.shapes = layout.names, layout.shapes
@@ -320,6 +346,8 @@ def _layout_of_file(
             left_out.setdefault("not floating-point", []).append(name)
         elif name.rpartition(".")[2] in STATISTICS:
             left_out.setdefault("statistics of batch norm, not weights", []).append(name)
+        elif not entry.shape and is_logged(name):
+            left_out.setdefault("logged values, not weights", []).append(name)
         elif entry.place() in seen and entry.nbytes():
             left_out.setdefault("tied to another tensor, which counts", []).append(name)
         else:
@@ -329,8 +357,25 @@ def _layout_of_file(
         what = f"; left out: {abridged(list(contents.entries))}" if contents.entries else ""
         raise CheckpointError(path, f"expected floating-point tensors, found none{what}")
     notes = [f"left out ({why}): {abridged(names)}" for why, names in left_out.items()]
+    notes += _copy_notes(kept)
     shapes = [entry.shape for entry in kept.values()]
     return Layout(list(kept), shapes, [[name] for name in kept]), notes
+
+
+def _copy_notes(names: Iterable[str]) -> list[str]:
+    """Say which of the names are of a copy (EMA, teacher) of tensors that are there as well."""
+    inside: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for i in (1, 2):
+            inside.setdefault(".".join(parts[:i]), set()).add(".".join(parts[i:]))
+    copies = [prefix for prefix in inside if state_dicts.is_copy(prefix)]
+    return [
+        f"{copy}.* looks like a copy of {other}.*: exclude '{copy}.*' leaves it out"
+        for copy in copies
+        for other in inside
+        if other not in copies and len(inside[copy]) > 1 and inside[other] == inside[copy]
+    ]
 
 
 def _check_no_more(path: Path, in_file: Layout, layout: Layout) -> None:
@@ -341,11 +386,12 @@ def _check_no_more(path: Path, in_file: Layout, layout: Layout) -> None:
         )
 
 
-def _row(path: Path, contents: Contents, layout: Layout, of_model: bool) -> list[Entry]:
+def _row(
+    path: Path, contents: Contents, layout: Layout, prefix: str, of_model: bool
+) -> list[Entry]:
     """Return the tensors of a checkpoint that make up its row."""
     entries = contents.entries
     whose = "model" if of_model else "first checkpoint"
-    prefix = _prefix(entries, layout) if of_model else ""
     row = []
     for names, shape in zip(layout.aliases, layout.shapes, strict=True):
         entry = next((entries[prefix + name] for name in names if prefix + name in entries), None)
@@ -368,14 +414,54 @@ def _row(path: Path, contents: Contents, layout: Layout, of_model: bool) -> list
     return row
 
 
-def _prefix(entries: dict[str, Entry], layout: Layout) -> str:
-    """Return what precedes every name of the model in the file (Lightning: "model.")."""
+def _fits(tensors: Mapping[str, Tensor], layout: Layout) -> bool:
+    """Tell whether the tensors of a file are those of a model, whatever precedes their names."""
+    try:
+        names = plain_names(list(tensors))
+    except ValueError:
+        return False
+    shapes = {
+        name: tuple(tensor.shape) for name, tensor in zip(names, tensors.values(), strict=True)
+    }
+    return any(_matches(shapes, layout, prefix) for prefix in _prefixes(shapes, layout))
+
+
+def _prefixes(names: Iterable[str], layout: Layout) -> list[str]:
+    """Return what may precede every name of the model in a file (Lightning: "model.")."""
     ends = tuple(layout.aliases[0])
-    before = [name.removesuffix(end) for name in entries for end in ends if name.endswith(end)]
-    for prefix in ["", *before]:
-        if all(any(prefix + name in entries for name in names) for names in layout.aliases):
-            return prefix
-    return ""
+    before = [name.removesuffix(end) for name in names for end in ends if name.endswith(end)]
+    return ["", *dict.fromkeys(prefix for prefix in before if prefix.endswith("."))]
+
+
+def _matches(shapes: Mapping[str, tuple[int, ...]], layout: Layout, prefix: str) -> bool:
+    return all(
+        any(shapes.get(prefix + name) == shape for name in names)
+        for names, shape in zip(layout.aliases, layout.shapes, strict=True)
+    )
+
+
+def _prefix(path: Path, entries: dict[str, Entry], layout: Layout) -> tuple[str, list[str]]:
+    """Return what precedes every name of the model in the file, and notes on other choices."""
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    prefixes = _prefixes(entries, layout)
+    whole = [prefix for prefix in prefixes if _matches(shapes, layout, prefix)]
+    if "" in whole or len(whole) == 1:
+        return ("" if "" in whole else whole[0]), []
+    if not whole:  # the one with most of the names: for an error that says what is missing
+        found = {p: sum(any(p + n in shapes for n in names) for names in layout.aliases)
+                 for p in prefixes}  # fmt: skip
+        return max(prefixes, key=lambda prefix: found[prefix]), []
+    listed = ", ".join(repr(prefix.removesuffix(".")) for prefix in whole)
+    originals = [prefix for prefix in whole if not state_dicts.is_copy(prefix)]
+    if len(originals) != 1:
+        raise CheckpointError(
+            path,
+            f"expected the model's tensors once, found them under each of {listed}: name one as "
+            'the key (in Python key="...", for the commands --key)',
+        )
+    return originals[0], [
+        f"weights taken from {originals[0]}* among {listed}; the key names another"
+    ]
 
 
 def abridged(names: Sequence[str]) -> str:

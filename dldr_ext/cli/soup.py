@@ -75,10 +75,10 @@ def soup(
         if score is not None:
             best = write_greedy_soup(series, output, score)
             facts |= {"members": [series.paths[t] for t in best.members], "score": best.score}
-            facts["notes"] = []
+            facts["notes"] = series.passed_over
         else:
             progress = partial(bar, "average")
-            facts["notes"] = write_mean(series, output, factors, progress)
+            facts["notes"] = [*series.passed_over, *write_mean(series, output, factors, progress)]
     facts["members"] = list(map(str, facts["members"]))
     for line in facts["skipped"]:
         typer.echo(f"dldr: left out {line}", err=True)

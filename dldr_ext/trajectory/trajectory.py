@@ -583,7 +583,8 @@ class Trajectory:
         include, exclude : str or sequence of str
             Patterns of names (``encoder.*``) of the parameters to record, and of those not to.
         key : str, optional
-            Where the state dict is in a file, nested keys joined by dots. Default: it is found.
+            Where the state dict is in a file, nested keys joined by dots, or what precedes the
+            names of its tensors. Default: it is found; a warning says what was passed over.
         skip_bad : bool
             Go on without checkpoints that cannot be used, with a warning for each.
         resume : bool
@@ -638,8 +639,9 @@ class Trajectory:
         except BaseException:
             result.close()
             raise
-        for error in series.skipped:
-            warnings.warn(f"left out {error}", UserWarning, stacklevel=2)
+        said = [f"left out {error}" for error in series.skipped]
+        for note in said + series.passed_over:
+            warnings.warn(note, UserWarning, stacklevel=2)
         return result
 
     def _check_length(self) -> None:

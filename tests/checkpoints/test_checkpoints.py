@@ -146,8 +146,9 @@ def test_patterns(tmp_path):
 def test_key(tmp_path):
     model, found, _ = states(2)
     for i, state in enumerate(found):
-        torch.save({"ema": {"w": state}, "student": state}, tmp_path / f"{i}.pt")
-    with pytest.raises(CheckpointError, match="several under 'ema', 'student': name one"):
+        saved = {"ema": {"w": state}, "student": state, "net": state}
+        torch.save(saved, tmp_path / f"{i}.pt")
+    with pytest.raises(CheckpointError, match="several under 'student', 'net': name one as the"):
         Series(tmp_path, model)
     assert len(Series(tmp_path, model, key="ema.w")) == 2
     with pytest.raises(CheckpointError, match=r"expected the key 'ema.x', found a dict"):
