@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..subspace.base import AffineSubspace
 from ..subspace.dense import Subspace
 from ..subspace.grouped import GroupedSubspace, group_slices
+from ..tensors.names import places_of
 from ..tensors.parameters import named_parameters, type_name
 from ..trajectory.trajectory import Trajectory
 
@@ -313,13 +314,16 @@ def _state_at(checkpoints: Sequence[State] | Trajectory, t: int) -> State:
 
 def _of_model(state: State, names: list[str], t: int) -> State:
     """Return the entries of checkpoint ``t`` that are parameters of the model."""
-    for name in names:
-        if name not in state:
+    stored = [str(name) for name in state]
+    values, weights = list(state.values()), {}
+    for name, place in zip(names, places_of(names, stored), strict=True):
+        if place is None:
             raise ValueError(
                 f"checkpoints[{t}]: expected the parameter {name}, as in the model, got "
-                f"{', '.join(sorted(map(str, state)))}"
+                f"{', '.join(sorted(stored))}"
             )
-    return {name: state[name] for name in names}
+        weights[name] = values[place]
+    return weights
 
 
 def _check_same(first: State, state: State, t: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from ..tensors.formats import SAFETENSORS_NAMES
+from ..tensors.names import plain_names
 from . import state_dicts
 from .discovery import INDEX_SUFFIXES
 from .errors import CheckpointError, reason
@@ -145,7 +146,7 @@ def _under(path: Path, entries: dict[str, Entry], key: str | None) -> dict[str, 
 
 def _by_plain_name(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
     try:
-        names = state_dicts.plain_names(list(entries))
+        names = plain_names(list(entries))
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error
     return dict(zip(names, entries.values(), strict=True))

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..tensors.names import plain_names
 from ..tensors.parameters import DTYPES, dtype_name, dtype_names, named_parameters
 from . import state_dicts
 from .discovery import find_checkpoints
 from .errors import CheckpointError
 from .formats import Contents, Entry, read_contents
 from .reader import CheckpointReader
-from .state_dicts import is_logged, plain_names
+from .state_dicts import is_logged
 
 STATISTICS = ("running_mean", "running_var")
 _SHOWN = 5  # names in a note

@@ -1,4 +1,4 @@
-"""The state dict in what a training script saved, and the plain names of its tensors."""
+"""The state dict in what a training script saved."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..tensors.names import plain_names
 
 
 def _set(words: str) -> frozenset[str]:
@@ -46,10 +48,6 @@ _COUNTERS = {
 }  # fmt: skip
 _COUNTED_IN = ("meta", "extra_state", "train_iterator", "trainer", "trainer_state",
                "training_state", "train_state", "progress", "info")  # fmt: skip
-# What wrappers of modules put into names, wherever they wrap.
-_INNER = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_OUTER = "module."
-_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside its module
 _DEPTH = 5  # of nested dicts
 Value = TypeVar("Value")
 
@@ -144,27 +142,6 @@ def under(tensors: Mapping[str, Value], key: str) -> dict[str, Value]:
 def is_copy(key: str) -> bool:
     """Tell whether a key, or what precedes names, speaks of a copy of the weights (EMA, ...)."""
     return not _COPY.isdisjoint(_words(key))
-
-
-def plain_names(names: list[str]) -> list[str]:
-    """Remove from names what DistributedDataParallel, FSDP and torch.compile put into them.
-
-    Raises
-    ------
-    ValueError
-        Two names become the same.
-    """
-    plain = names
-    for wrapper in _INNER:
-        plain = [name.replace(wrapper, "") for name in plain]
-    while plain and all(name.startswith(_OUTER) or name == _COUNTER for name in plain):
-        if plain == [_COUNTER]:
-            break
-        plain = [name.removeprefix(_OUTER) for name in plain]
-    if len(set(plain)) < len(plain):
-        twice = next(name for name in plain if plain.count(name) > 1)
-        raise ValueError(f"two tensors are called {twice!r} once prefixes are removed")
-    return plain
 
 
 def is_logged(name: str) -> bool:

@@ -154,7 +154,7 @@ class InSubspace(FirstOrder):
         self._write_weights()
 
     def _write_weights(self) -> None:
-        self._subspace.reconstruct_(self._params, self._to_basis(self._theta))
+        self._subspace.write_(self._params, self._to_basis(self._theta))
 
     def _renew(self) -> None:
         """Make a new optimizer for theta / s, which each step computes from theta."""

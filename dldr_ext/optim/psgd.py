@@ -125,7 +125,7 @@ class PSGD(FirstOrder):
         self._momentum.mul_(group["momentum"]).add_(c)
         step = self._units().square() * self._momentum
         self._theta.add_(step, alpha=-lr)
-        self._subspace.reconstruct_(self._params, self._to_basis(self._theta))
+        self._subspace.write_(self._params, self._to_basis(self._theta))
         return {"alpha": lr, "step_length": lr * float(torch.linalg.vector_norm(step))}
 
     def _method_state(self) -> dict[str, Any]:
@@ -139,4 +139,4 @@ class PSGD(FirstOrder):
 
     def _adopt(self, state: dict[str, Any]) -> None:
         self._momentum = state["momentum"]
-        self._subspace.reconstruct_(self._params, self._to_basis(self._theta))
+        self._subspace.write_(self._params, self._to_basis(self._theta))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives.consistency import digest
-from ..tensors.parameters import check_matches, flatten, numel, unique_parameters
+from ..tensors.parameters import check_matches, check_memory, flatten, numel, unique_parameters
 from .parametrize import SubspaceModule
 
 if TYPE_CHECKING:
@@ -191,7 +191,9 @@ class AffineSubspace(ABC):
         --------
         reconstruct : The same as a new tensor, differentiable.
         """
-        self._write(self._weights(params), theta, self.origin)
+        listed = self._weights(params)
+        check_memory(listed, self.names if len(listed) == len(self.names or ()) else None)
+        self.write_(listed, theta)
 
     def direction(self, index: int) -> Tensor:
         """Return one basis vector, a column of P.
@@ -262,6 +264,17 @@ class AffineSubspace(ABC):
             None stands for zeros.
         """
         self._write([out], theta, origin)
+
+    def write_(self, params: Sequence[Tensor], theta: Tensor) -> None:
+        """Write origin + P theta into parameters: see `reconstruct_`.
+
+        Parameters
+        ----------
+        params : sequence of Tensor
+            n elements in all.
+        theta : Tensor, shape (d,)
+        """
+        self._write(params, theta, self.origin)
 
     @abstractmethod
     def combine_residual(

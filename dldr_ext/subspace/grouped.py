@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, groupby
+from itertools import chain, groupby, takewhile
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..files import artifacts
+from ..tensors.names import plain_names
 from ..tensors.parameters import dtype_name, named_parameters, numel, type_name
 from .base import AffineSubspace
 from .dense import Subspace
@@ -307,8 +308,10 @@ def layer_groups(model: nn.Module, depth: int | None = None) -> list[int]:
     ----------
     model : nn.Module
     depth : int, optional
-        How many levels of modules to tell apart: 1 makes each child of the model one group, say
-        each stage of a residual network. Default: each module that holds parameters itself.
+        How many levels of modules to tell apart, below those that hold the whole model alone
+        (``torch.compile``, ``DataParallel``, a LightningModule around it): 1 makes each child of
+        the model one group, say each stage of a residual network. Default: each module that holds
+        parameters itself.
 
     Returns
     -------
@@ -337,8 +340,14 @@ def layer_groups(model: nn.Module, depth: int | None = None) -> list[int]:
         raise ValueError(f"depth: expected at least 1, got {depth}")
     _, names = named_parameters(model.named_parameters(), "model")
     assert names is not None
-    layers = [name.split(".")[:-1][:depth] for name in names]
-    return [len(list(members)) for _, members in groupby(layers)]
+    every = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    plain = dict(zip(every, plain_names(every), strict=True))
+    paths = {name: plain[name].split(".")[:-1] for name in every}
+    # Below the modules that hold everything: they are around the model.
+    levels = zip(*paths.values(), strict=False)
+    shared = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
+    end = None if depth is None else shared + depth
+    return [len(list(members)) for _, members in groupby(paths[name][:end] for name in names)]
 
 
 def group_slices(groups: Sequence[int], count: int) -> list[slice]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..tensors.names import places_of
 from ..tensors.parameters import check_matches, named_parameters, numel
 
 _PREFIX = "model."
@@ -45,7 +46,8 @@ class SubspaceModule(nn.Module):
     model : nn.Module
         Its trainable parameters must be those of the subspace: by name where the subspace knows
         names, else in order. Its own weights stay as they are until `write_back`; frozen ones are
-        used as they are; buffers (batch-norm statistics) are used and updated in place.
+        used as they are; buffers (batch-norm statistics) are used and updated in place. Wrappers
+        of it (``torch.compile``) are kept; ``nn.DataParallel`` runs on one device.
     subspace : Subspace, GroupedSubspace or ImplicitSubspace
 
     Attributes
@@ -109,7 +111,11 @@ class SubspaceModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the model's output at w0 + P theta; differentiable in theta."""
-        return functional_call(self.model, self.weights(), args, kwargs)
+        model, prefix = self.model, ""
+        while isinstance(model, nn.DataParallel):  # whose replicas could not be given weights
+            model, prefix = model.module, prefix + "module."
+        weights = {name.removeprefix(prefix): w for name, w in self.weights().items()}
+        return functional_call(model, weights, args, kwargs)
 
     def weights(self) -> dict[str, Tensor]:
         """Return w0 + P theta as the model's parameters, differentiable in theta.
@@ -232,17 +238,18 @@ def _matching_names(model: nn.Module, subspace: _Subspace) -> list[str]:
     params, names = named_parameters(model.named_parameters(), "model")
     assert names is not None
     if subspace.names is not None and subspace.shapes is not None:
-        by_name = dict(zip(names, params, strict=True))
-        for name in subspace.names:
-            if name not in by_name:
+        places = places_of(subspace.names, names)
+        for name, place in zip(subspace.names, places, strict=True):
+            if place is None:
                 raise ValueError(
                     f"model: expected a trainable parameter {name}, as in the subspace; it has "
                     f"{', '.join(names)}"
                 )
-        extra = [name for name in names if name not in set(subspace.names)]
+        extra = set(range(len(names))) - set(places)
         if extra:
-            raise ValueError(f"model: the subspace has no parameter {extra[0]}")
-        params, names = [by_name[name] for name in subspace.names], subspace.names
+            raise ValueError(f"model: the subspace has no parameter {names[min(extra)]}")
+        order = [place for place in places if place is not None]
+        params, names = [params[i] for i in order], [names[i] for i in order]
     if subspace.shapes is not None:
         check_matches(params, subspace.shapes, names, "subspace", "model")
     elif numel(params) != subspace.numel:

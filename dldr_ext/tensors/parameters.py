@@ -7,6 +7,10 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .names import first_other_name
+from .storage import first_shared
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -28,41 +32,47 @@ def named_parameters(
     -------
     list of Tensor
         Each tensor once (tied parameters are one object, hence count once). A frozen
-        ``nn.Parameter`` beside trainable ones is left out; if all are frozen (a copy kept for
-        averaging, say) all are kept. A plain tensor is always kept.
+        ``nn.Parameter`` beside trainable ones is left out, whatever its dtype and layout; if all
+        are frozen (a copy kept for averaging, say) all are kept but integers, which were never
+        trained. A plain tensor is always kept.
     list of str or None
         The names, if every tensor came with one.
 
     Raises
     ------
     TypeError
-        Not an iterable of tensors; sparse; a dtype other than float32, bfloat16, float16, float64.
+        Not an iterable of tensors; sparse; a dtype other than float32, bfloat16, float16, float64;
+        a subclass of tensors that holds others (quantized ones).
     ValueError
-        No tensor at all; tensors on several devices.
+        No tensor at all; tensors on several devices; one of a lazy module that has not run yet;
+        weights that share memory without being one parameter.
     """
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
         kind = "a single tensor" if isinstance(params, Tensor) else type_name(params)
         raise TypeError(f"{argument}: expected an iterable of tensors or of dicts, got {kind}")
     entries: dict[int, tuple[Tensor, str | None]] = {}
     for name, tensor in _entries(params, argument):
-        _check_tensor(
-            tensor, f"{argument}[{len(entries)}]" if name is None else f"{argument}: {name}"
-        )
+        if not isinstance(tensor, Tensor):
+            label = label_of(argument, len(entries), name)
+            raise TypeError(f"{label}: expected a tensor, got {type_name(tensor)}")
         entries.setdefault(id(tensor), (tensor, name))
     if not entries:
         raise ValueError(f"{argument}: expected at least one tensor, got an empty list")
     pairs = list(entries.values())
-    if any(tensor.requires_grad for tensor, _ in pairs):
-        pairs = [pair for pair in pairs if not _frozen(pair[0])]
+    left_out = _frozen if any(tensor.requires_grad for tensor, _ in pairs) else _never_trained
+    pairs = [pair for pair in pairs if not left_out(pair[0])] or pairs
     tensors = [tensor for tensor, _ in pairs]
-    names = [name for _, name in pairs if name is not None]
-    for i, tensor in enumerate(tensors):
+    for i, (tensor, name) in enumerate(pairs):
+        _check_tensor(tensor, label_of(argument, i, name))
         if tensor.device != tensors[0].device:
             raise ValueError(
                 f"{argument}: expected all tensors on one device, got {argument}[0] on "
                 f"{tensors[0].device} and {argument}[{i}] on {tensor.device}"
             )
-    return tensors, names if len(names) == len(tensors) else None
+    names = [name for _, name in pairs]
+    weights = [i for i, t in enumerate(tensors) if isinstance(t, nn.Parameter) or t.requires_grad]
+    check_memory(tensors, names, argument, weights)
+    return tensors, [name for name in names if name is not None] if all(names) else None
 
 
 def unique_parameters(params: Iterable[Any], argument: str = "params") -> list[Tensor]:
@@ -142,6 +152,77 @@ def check_matches(
         )
 
 
+def check_names(
+    names: Sequence[str] | None,
+    expected: Sequence[str] | None,
+    what: str = "trajectory",
+    argument: str = "params",
+) -> None:
+    """Check names against those that ``what`` was made with, where both are known.
+
+    Wrappers of modules in front of names make no difference.
+
+    Raises
+    ------
+    ValueError
+        Naming the first that differs.
+    """
+    if names is None or expected is None:
+        return
+    i = first_other_name(names, expected)
+    if i is not None:
+        raise ValueError(
+            f"{argument}[{i}]: expected the name {expected[i]}, as in the {what}, got {names[i]}"
+        )
+
+
+def check_memory(
+    tensors: Sequence[Tensor],
+    names: Sequence[str | None] | None,
+    argument: str = "params",
+    indices: Sequence[int] | None = None,
+) -> None:
+    """Check that no two weights share memory: they would count and be written twice.
+
+    Parameters
+    ----------
+    tensors : sequence of Tensor
+    names : sequence of str or None
+    argument : str
+        What to call the list in messages.
+    indices : sequence of int, optional
+        Which of them to look at. Default: all.
+
+    Raises
+    ------
+    ValueError
+        Naming the first two that share memory, or one whose elements do.
+    """
+    looked_at = range(len(tensors)) if indices is None else indices
+    shared = first_shared([local_shard(tensors[i]).detach() for i in looked_at])
+    if shared is None:
+        return
+    first, second = (
+        label_of(argument, looked_at[i], names[looked_at[i]] if names else None) for i in shared
+    )
+    if first == second:
+        raise ValueError(
+            f"{first}: expected memory for each element, got some that share theirs (stride "
+            f"{tensors[looked_at[shared[0]]].stride()}, as after expand): make it a parameter of "
+            "its own with p.data = p.data.clone(), or of the shape before expand"
+        )
+    raise ValueError(
+        f"{second}: expected memory of its own, got that of {first}: they would count twice and "
+        "overwrite each other; tie the parameter itself (b.weight = a.weight, not "
+        "b.weight.data = a.weight.data), or part them with p.data = p.data.clone()"
+    )
+
+
+def label_of(argument: str, i: int, name: str | None) -> str:
+    """Return how messages call an entry of a list: ``params[0] (0.weight)``."""
+    return f"{argument}[{i}]" if name is None else f"{argument}[{i}] ({name})"
+
+
 def numel(params: Iterable[Tensor]) -> int:
     """Return the number of elements of all tensors together."""
     return sum(p.numel() for p in params)
@@ -194,19 +275,39 @@ def _entries(params: Iterable[Any], argument: str) -> Iterable[tuple[str | None,
             yield None, entry
 
 
-def _check_tensor(tensor: Any, label: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{label}: expected a tensor, got {type_name(tensor)}")
+def _check_tensor(tensor: Tensor, label: str) -> None:
+    if is_lazy(tensor):
+        raise ValueError(
+            f"{label}: not initialised yet: run the model once, on a batch of any size, so that "
+            "its lazy modules know their shapes"
+        )
     if tensor.layout != torch.strided:
         raise TypeError(f"{label}: expected a dense tensor, got {tensor.layout}")
     if tensor.dtype not in DTYPES:
+        way_out = (
+            "; keep it as a real parameter (torch.view_as_real) and use torch.view_as_complex in "
+            "forward"
+            if tensor.is_complex()
+            else ""
+        )
         raise TypeError(
             f"{label}: expected a dtype of {dtype_names(DTYPES)}, got {dtype_name(tensor.dtype)}"
+            f"{way_out}"
+        )
+    if hasattr(tensor, "__tensor_flatten__") and not is_dtensor(tensor):
+        raise TypeError(
+            f"{label}: expected an ordinary tensor, got {type_name(tensor)}, which holds others: "
+            "freeze it (requires_grad_(False)), or make it a parameter of its values"
         )
 
 
 def _frozen(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+
+
+def _never_trained(tensor: Tensor) -> bool:
+    number = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+    return isinstance(tensor, nn.Parameter) and not number
 
 
 def _named(names: Sequence[str] | None, i: int) -> str:

@@ -15,7 +15,7 @@ from ..collectives.process_group import Ranks
 from ..collectives.transaction import all_or_none
 from ..files.artifacts import Reader, read_columns
 from ..tensors.formats import STORED, wide_dtype
-from ..tensors.parameters import check_matches, dtype_name, numel
+from ..tensors.parameters import check_matches, check_names, dtype_name, numel
 from .stores import (
     DiskStore,
     EmptyStore,
@@ -200,11 +200,7 @@ def matching(file: Reader, params: Sequence[Tensor], names: list[str] | None) ->
     check_matches(params, saved.shapes, saved.names, what)
     if names is None:
         return saved
-    for i, (name, expected) in enumerate(zip(names, saved.names or names, strict=True)):
-        if name != expected:
-            raise ValueError(
-                f"params[{i}]: expected the name {expected}, as in the {what}, got {name}"
-            )
+    check_names(names, saved.names, what)
     return saved._replace(names=names)
 
 

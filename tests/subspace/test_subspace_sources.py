@@ -200,7 +200,7 @@ def test_dependent_snapshots(orthonormal, kept):
         (
             ([{"w": torch.ones(3), "num_batches_tracked": torch.tensor(3)}] * 2, 1),
             TypeError,
-            r"snapshots\[0\]: num_batches_tracked: expected a dtype of .* got int64",
+            r"snapshots\[0\]\[1\] \(num_batches_tracked\): expected a dtype of .* got int64",
         ),
         (
             (torch.tensor([[1.0, 2], [3, torch.nan]]), 1),

@@ -50,7 +50,7 @@ def test_frozen_parameters_are_left_out_unless_all_are():
         ([torch.ones(2, dtype=torch.int64)], TypeError, "float16, float64, got int64"),
         ([torch.ones(2), torch.ones(2, device="meta")], ValueError, r"params\[1\] on meta"),
         ([{"lr": 1}], ValueError, r"expected a parameter group with the key 'params'.*\['lr'\]"),
-        ([("w", 1)], TypeError, "params: w: expected a tensor, got int"),
+        ([("w", 1)], TypeError, r"params\[0\] \(w\): expected a tensor, got int"),
     ],
 )
 def test_refused(params, error, message):
