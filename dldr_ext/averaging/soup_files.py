@@ -11,9 +11,9 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ..checkpoints.formats import Entry
+from ..checkpoints.formats import Entry, abridged
 from ..checkpoints.reader import CheckpointReader
-from ..checkpoints.series import STATISTICS, Series, abridged, finite
+from ..checkpoints.series import STATISTICS, Series, finite
 from ..files.partial import PartialFile
 from .soups import Soup, greedy_soup
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
+import io
 import json
 import math
-import re
-import warnings
+import os
+import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
-from pathlib import Path, PosixPath
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.serialization import safe_globals
 
 from ..tensors.formats import SAFETENSORS_NAMES
 from ..tensors.names import plain_names
-from . import state_dicts
+from . import pickles, state_dicts
 from .discovery import INDEX_SUFFIXES
 from .errors import CheckpointError, reason
 
@@ -29,15 +28,17 @@ from .errors import CheckpointError, reason
 Fits = Callable[[Mapping[str, Tensor]], bool]
 _INDEX_LIMIT = 1 << 28  # bytes; the index of a model of 100,000 tensors has 10 MB
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
-_SCALAR: Any = np.float64(0).__reduce__()[0]  # called as numpy 1 or numpy 2 calls it
-# Harmless types that scripts save beside the weights (options, a best accuracy).
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
-    PosixPath,
-    np.dtype,
-    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "b1")),
-]
+_SAFETENSORS_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save wrote first, before torch 1.6
+_OTHERS = {  # how files begin that are not checkpoints of torch
+    b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for: git lfs pull",
+    b"<!DOCTYPE": "an HTML page",
+    b"<html": "an HTML page",
+    b"\x1f\x8b": "a gzip archive: gunzip it",
+    b"\x89HDF": "an HDF5 file",
+    b"GGUF": "a GGUF file",
+}
+_SHOWN = 5  # names in a note
 
 
 class Entry(NamedTuple):
@@ -47,9 +48,13 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     file: Path
-    offset: int | None  # bytes before its first element; None: the file is loaded whole
+    offset: int  # bytes before its first element
     name: str  # in the file
-    key: str | None = None  # where the state dict is in it
+    record: str | None = None  # of a zip file that is compressed: what the offset counts in
+    swapped: bool = False  # the bytes of each number, big-endian
+    conj: bool = False  # the conjugate of what is stored
+    neg: bool = False  # minus what is stored
+    problem: str | None = None  # why it cannot be read as numbers
 
     def nbytes(self) -> int:
         """Return the bytes of its elements."""
@@ -57,10 +62,19 @@ class Entry(NamedTuple):
         return count * self.dtype.itemsize
 
     def place(self) -> tuple[Any, ...]:
-        """Return a key that is equal for two names of one tensor."""
-        if self.offset is None:
-            return (self.file, self.name)
-        return (self.file, self.offset, self.dtype, self.shape, self.stride)
+        """Return a key that is equal for two tensors of the same numbers in any order.
+
+        That of a transposed or reshaped view is that of the tensor.
+        """
+        dims: list[list[int]] = []
+        pairs = zip(self.stride, self.shape, strict=True)
+        for step, size in sorted((pair for pair in pairs if pair[1] != 1), reverse=True):
+            if dims and dims[-1][0] == step * size:
+                dims[-1] = [step, dims[-1][1] * size]
+            else:
+                dims.append([step, size])
+        where = (self.file, self.record, self.offset, self.dtype, self.conj, self.neg)
+        return (*where, *map(tuple, dims))
 
 
 class Contents(NamedTuple):
@@ -81,8 +95,8 @@ def read_contents(path: Path, key: str | None = None, fits: Fits | None = None) 
     Parameters
     ----------
     path : Path
-        A file written by ``torch.save`` (pickles are loaded with ``weights_only=True``), a
-        safetensors file, or a Hugging Face index of either. Told apart by what is in them.
+        A file written by ``torch.save`` (of which nothing is ever run), a safetensors file, or a
+        Hugging Face index of either. Told apart by what is in them.
     key, fits
         Where the state dict is in the file, and how to tell: see `state_dicts.find_state_dict`.
 
@@ -102,34 +116,6 @@ def read_contents(path: Path, key: str | None = None, fits: Fits | None = None) 
     except OSError as error:
         raise CheckpointError(error.filename or path, reason(error)) from error
     return contents._replace(entries=_by_plain_name(path, contents.entries))
-
-
-def load_whole(path: Path) -> Any:
-    """Load a file that can only be loaded whole; the latest one stays in memory."""
-    status = path.stat()
-    return _load_whole(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _load_whole(path: Path, size: int, changed: int) -> Any:
-    return _load(path, fake=False)
-
-
-def load_tensor(entry: Entry) -> Tensor:
-    """Return the tensor of an entry whose file is loaded whole."""
-    status = entry.file.stat()
-    return _load_tensors(entry.file, entry.key, status.st_size, status.st_mtime_ns)[entry.name]
-
-
-@lru_cache(maxsize=1)
-def _load_tensors(path: Path, key: str | None, size: int, changed: int) -> dict[str, Tensor]:
-    return _choice(path, _load_whole(path, size, changed), key, None).tensors
-
-
-def forget_loaded() -> None:
-    """Free what was loaded whole."""
-    _load_tensors.cache_clear()
-    _load_whole.cache_clear()
 
 
 def _under(path: Path, entries: dict[str, Entry], key: str | None) -> dict[str, Entry]:
@@ -185,15 +171,19 @@ def _read_index(path: Path, key: str | None) -> Contents:
 
 def _read_file(path: Path, key: str | None, fits: Fits | None = None) -> Contents:
     with open(path, "rb") as file:
-        start = file.read(9)
-    size = path.stat().st_size
-    if size == 0:
-        raise CheckpointError(path, "empty: 0 bytes")
-    if start.startswith(b"PK"):
-        return _read_torch(path, size, key, fits)
-    if start[8:] == b"{" or path.suffix == ".safetensors":
-        return _read_safetensors(path, key)
-    return _read_whole(path, key, fits, "in the format of before torch 1.6")
+        start = file.read(32)
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise CheckpointError(path, "empty: 0 bytes")
+        for magic, what in _OTHERS.items():
+            if start.startswith(magic):
+                raise CheckpointError(path, f"expected a checkpoint of torch, found {what}")
+        if start.startswith(b"PK"):
+            return _read_zip(path, size, key, fits)
+        if start[8:9] == b"{" or path.suffix == ".safetensors":
+            return _read_safetensors(path, key)
+        file.seek(0)
+        return _read_legacy(path, file, size, key, fits)
 
 
 def _read_safetensors(path: Path, key: str | None) -> Contents:
@@ -208,75 +198,192 @@ def _read_safetensors(path: Path, key: str | None) -> Contents:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     metadata = header.pop("__metadata__", None) or {}
-    entries, notes = {}, []
+    entries = {}
     for name, field in header.items():
-        if field["dtype"] not in _SAFETENSORS_DTYPES:
-            notes.append(f"{name}: left out, of the type {field['dtype']}")
-            continue
         shape = tuple(field["shape"])
+        dtype = _SAFETENSORS_DTYPES.get(field["dtype"])
         entries[name] = Entry(
-            _SAFETENSORS_DTYPES[field["dtype"]],
+            dtype or torch.uint8,
             shape,
             _contiguous_stride(shape),
             path,
             8 + length + field["data_offsets"][0],
             name,
+            problem=None if dtype else f"of the type {field['dtype']}",
         )
     return Contents(
         _under(path, entries, key),
         [path],
-        notes,
+        [],
         is_copy=state_dicts.is_copy(key or ""),
         progress=state_dicts.progress(metadata, lambda _: None),
         kind=metadata.get("dldr_ext.kind"),
     )
 
 
-def _read_torch(path: Path, size: int, key: str | None, fits: Fits | None) -> Contents:
+class _Records(NamedTuple):
+    """Where the storages of a file of ``torch.save`` begin, and the bytes that each has."""
+
+    begins: Mapping[str, tuple[int, int]]  # by key
+    records: Mapping[str, str]  # of a compressed file: the name of each
+    swapped: bool
+
+
+def _read_zip(path: Path, size: int, key: str | None, fits: Fits | None) -> Contents:
     try:
-        with zipfile.ZipFile(path) as archive:
-            compressed = any(
-                record.compress_type != zipfile.ZIP_STORED for record in archive.filelist
-            )
-            order = [name for name in archive.namelist() if name.endswith("/byteorder")]
-            swapped = bool(order) and archive.read(order[0]) != b"little"
-    except OSError:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            members = {member.filename: member for member in archive.filelist}
+            roots = [name.removesuffix("data.pkl") for name in members if _is_pickle(name)]
+            if len(roots) != 1 or f"{roots[0]}constants.pkl" in members:
+                raise CheckpointError(path, _other_archive(members))
+            root = roots[0]
+            order = members.get(f"{root}byteorder")
+            swapped = order is not None and _whole(archive, file, order) == b"big"
+            data = _whole(archive, file, members[f"{root}data.pkl"])
+            saved, storages = pickles.load(io.BytesIO(data))
+            begins, records = {}, {}
+            for storage in storages:
+                member = members.get(f"{root}data/{storage}")
+                if member is None:
+                    continue  # in a damaged file: noticed if a tensor needs it
+                if member.compress_type == zipfile.ZIP_STORED:
+                    begin = _begin_of_data(file, member.header_offset)
+                    begins[storage] = (begin, min(member.file_size, size - begin))
+                else:
+                    begins[storage] = (0, member.file_size)
+                    records[storage] = member.filename
+    except (OSError, CheckpointError):
         raise
-    except Exception as error:  # zipfile lets several through
-        raise CheckpointError(path, f"truncated or corrupt ({error})") from error
-    if compressed or swapped:
-        return _read_whole(path, key, fits, "compressed" if compressed else "big-endian")
-    saved = _load(path, fake=True)
-    choice = _choice(path, saved, key, fits)
-    entries, notes = {}, []
-    for name, tensor in choice.tensors.items():
-        if tensor.layout is not torch.strided or tensor.is_quantized:
-            notes.append(f"{name}: left out, not a dense tensor")
-            continue
-        storage = tensor.untyped_storage()
-        begin = storage._checkpoint_offset
-        first = int(tensor.storage_offset()) * tensor.itemsize
-        last = first + extent(tensor.shape, tensor.stride()) * tensor.itemsize
-        if begin is None or first < 0 or last > storage.nbytes() or begin + last > size:
-            raise CheckpointError(path, f"corrupt: {name} lies outside the file")
-        entries[name] = Entry(
-            tensor.dtype, tuple(tensor.shape), tensor.stride(), path, begin + first, name
+    except Exception as error:  # of zipfile, or of a damaged pickle: any
+        raise CheckpointError(path, f"truncated or corrupt ({_said(error)})") from error
+    return _contents(path, saved, key, fits, _Records(begins, records, swapped))
+
+
+def _is_pickle(name: str) -> bool:
+    return name == "data.pkl" or (name.count("/") == 1 and name.endswith("/data.pkl"))
+
+
+def _other_archive(members: Mapping[str, Any]) -> str:
+    if any(name.endswith("constants.pkl") for name in members):
+        return (
+            "expected a file of torch.save, found a TorchScript archive: save the state_dict() of "
+            "torch.jit.load"
         )
-    counted = state_dicts.progress(saved, partial(_number, path))
+    return f"expected a file of torch.save, found a zip archive of {abridged(list(members))}"
+
+
+def _whole(archive: zipfile.ZipFile, file: BinaryIO, member: zipfile.ZipInfo) -> bytes:
+    if member.compress_type != zipfile.ZIP_STORED:
+        return archive.read(member)
+    data = os.pread(file.fileno(), member.file_size, _begin_of_data(file, member.header_offset))
+    if member.CRC not in (0, zlib.crc32(data)):  # 0: torch.serialization.set_crc32_options(False)
+        raise zipfile.BadZipFile(f"the checksum of {member.filename} is another")
+    return data
+
+
+def _begin_of_data(file: BinaryIO, header: int) -> int:
+    start = os.pread(file.fileno(), 30, header)
+    if start[:4] != b"PK\3\4":
+        raise ValueError("a record does not begin where the archive says")
+    name, extra = int.from_bytes(start[26:28], "little"), int.from_bytes(start[28:30], "little")
+    return header + 30 + name + extra
+
+
+def _read_legacy(
+    path: Path, file: BinaryIO, size: int, key: str | None, fits: Fits | None
+) -> Contents:
+    """Read a file of before torch 1.6: pickles one after the other, then the storages.
+
+    Their numbers are little-endian on every machine.
+    """
+    if tarfile.is_tarfile(path):
+        raise CheckpointError(
+            path,
+            "expected a file of torch.save, found a tar archive; torch before 0.1.10 wrote such: "
+            "load it with torch.load(..., weights_only=False), if you trust it, and save it again",
+        )
+    try:
+        magic, _ = pickles.load(file)
+        if magic != _LEGACY_MAGIC:
+            raise CheckpointError(path, _other_pickle(magic))
+        for _ in ("version of the protocol", "sizes of types"):
+            pickles.load(file)
+        saved, storages = pickles.load(file)
+        keys, _ = pickles.load(file)
+        begins = {}
+        at = file.tell()
+        for storage in map(str, keys):
+            count = int.from_bytes(os.pread(file.fileno(), 8, at), "little")
+            length = count * storages[storage].dtype.itemsize
+            begins[storage] = (at + 8, min(length, size - at - 8))
+            at += 8 + length
+    except (OSError, CheckpointError):
+        raise
+    except Exception as error:
+        raise CheckpointError(path, f"truncated or corrupt ({_said(error)})") from error
+    return _contents(path, saved, key, fits, _Records(begins, {}, swapped=False))
+
+
+def _other_pickle(found: Any) -> str:
+    what = found.name if isinstance(found, pickles.Stub) else type(found).__name__
+    return (
+        f"expected a file of torch.save, found a pickle of a {what}: load it, if you trust it, and "
+        "write its state dict with torch.save"
+    )
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:160]
+
+
+def _contents(
+    path: Path, saved: Any, key: str | None, fits: Fits | None, records: _Records
+) -> Contents:
+    """Return what a file of ``torch.save`` holds."""
+    try:
+        choice = state_dicts.find_state_dict(saved, key, fits)
+    except ValueError as error:
+        raise CheckpointError(path, str(error)) from error
+    entries = {n: _entry(path, n, tensor, records) for n, tensor in choice.tensors.items()}
+    notes = [f"left out (not tensors): {abridged(choice.others)}"] if choice.others else []
+    counted = state_dicts.progress(saved, partial(_number, path, records))
     return Contents(entries, [path], notes, choice.notes, choice.is_copy, counted)
 
 
-def _number(path: Path, tensor: Tensor) -> float | None:
+def _number(path: Path, records: _Records, tensor: Tensor) -> float | None:
     """Return the only element of a tensor in a file; None for what is not a plain number."""
-    begin = tensor.untyped_storage()._checkpoint_offset
-    if begin is None or tensor.is_complex():
+    entry = _entry(path, "a number", tensor, records)
+    if entry.problem is not None or tensor.is_complex():
         return None
-    with open(path, "rb") as file:
-        file.seek(begin + int(tensor.storage_offset()) * tensor.itemsize)
-        data = bytearray(file.read(tensor.itemsize))
-    if len(data) < tensor.itemsize:
-        return None
-    return float(torch.frombuffer(data, dtype=tensor.dtype)[0])
+    with zipfile.ZipFile(path).open(entry.record) if entry.record else open(path, "rb") as file:
+        file.seek(entry.offset)
+        data = file.read(tensor.itemsize)
+    data = data[::-1] if entry.swapped else data
+    return float(torch.frombuffer(bytearray(data), dtype=tensor.dtype)[0])
+
+
+def _entry(path: Path, name: str, tensor: Tensor, records: _Records) -> Entry:
+    place, shape, stride = pickles.place_of(tensor), tuple(tensor.shape), tensor.stride()
+    if place.storage is None:
+        stride = _contiguous_stride(shape)
+        return Entry(tensor.dtype, shape, stride, path, 0, name, problem=place.problem)
+    storage = place.storage
+    begin, size = records.begins.get(storage.key, (0, -1))
+    first = storage.begin * storage.dtype.itemsize + place.begin * tensor.itemsize
+    if first + extent(shape, stride) * tensor.itemsize > size:
+        raise CheckpointError(path, f"truncated or corrupt: {name} lies outside the file")
+    return Entry(
+        tensor.dtype,
+        shape,
+        stride,
+        path,
+        begin + first,
+        name,
+        records.records.get(storage.key),
+        records.swapped,
+        place.conj,
+        place.neg,
+    )
 
 
 def extent(shape: torch.Size | tuple[int, ...], stride: tuple[int, ...]) -> int:
@@ -286,57 +393,15 @@ def extent(shape: torch.Size | tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def _read_whole(path: Path, key: str | None, fits: Fits | None, why: str) -> Contents:
-    """Return the contents of a file without offsets: to be loaded whole each time it is read."""
-    entries = {}
-    saved = load_whole(path)
-    choice = _choice(path, saved, key, fits)
-    for name, tensor in choice.tensors.items():
-        if tensor.layout is torch.strided and not tensor.is_quantized:
-            shape = tuple(tensor.shape)
-            stride = _contiguous_stride(shape)
-            entries[name] = Entry(tensor.dtype, shape, stride, path, None, name, choice.key)
-    note = f"{path}: {why}: loaded whole each time it is read, which takes memory"
-    counted = state_dicts.progress(saved, lambda tensor: float(tensor.real))
-    return Contents(entries, [path], [note], choice.notes, choice.is_copy, counted)
-
-
-def _load(path: Path, *, fake: bool) -> Any:
-    try:
-        with safe_globals(_HARMLESS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of another pickle protocol
-            if not fake:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            from torch._subclasses.fake_tensor import FakeTensorMode
-
-            with FakeTensorMode():  # storages then only know where they lie in the file
-                return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle may raise anything
-        text = str(error)
-        refused = re.search(r"GLOBAL `?([\w.]+)", text)
-        if refused is not None:
-            raise CheckpointError(
-                path,
-                f"holds Python objects such as {refused[1]}, which could run code and are not "
-                "loaded: save model.state_dict()",
-            ) from error
-        said = re.search(r"WeightsUnpickler error:\s*(.*)", text) or re.search(r"(.+)", text)
-        detail = type(error).__name__ if said is None else said[1]
-        raise CheckpointError(path, f"truncated or corrupt ({detail[:160]})") from error
-
-
-def _choice(path: Path, saved: Any, key: str | None, fits: Fits | None) -> state_dicts.Choice:
-    try:
-        return state_dicts.find_state_dict(saved, key, fits)
-    except ValueError as error:
-        raise CheckpointError(path, str(error)) from error
-
-
 def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     stride, step = [], 1
     for size in reversed(shape):
         stride.append(step)
         step *= max(size, 1)
     return tuple(reversed(stride))
+
+
+def abridged(names: Sequence[str]) -> str:
+    """List the first few names, and the number of others."""
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown or "nothing"

@@ -8,32 +8,36 @@ from __future__ import annotations
 
 import math
 import os
+import zipfile
+import zlib
+from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import torch
 from torch import Tensor
 
 from .errors import CheckpointError, reason
-from .formats import Entry, extent, forget_loaded, load_tensor
+from .formats import Entry, extent
 
 _BUFFER = 1 << 23  # bytes
+_OPEN = 64  # files
 
 
 class CheckpointReader:
-    """A reader of stretches of tensors, which keeps the latest file open: a context manager."""
+    """A reader of stretches of tensors, which keeps the latest files open: a context manager."""
 
     def __init__(self) -> None:
         self._buffer = bytearray(_BUFFER)
-        self._path: Path | None = None
-        self._handle = -1
+        self._files: OrderedDict[tuple[Path, str | None], BinaryIO] = OrderedDict()
 
     def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
-        forget_loaded()
+        while self._files:
+            self._files.popitem()[1].close()
 
     def read(self, entry: Entry, begin: int, out: Tensor) -> None:
         """Read the elements ``begin``, ``begin + 1``, ... of a tensor, in logical order.
@@ -50,13 +54,10 @@ class CheckpointReader:
         CheckpointError
             The file cannot be read or ends too early.
         """
-        if entry.offset is None:
-            try:
-                tensor = load_tensor(entry)
-            except (OSError, KeyError) as error:
-                raise CheckpointError(entry.file, f"changed while it was read ({error})") from error
-            out.copy_(tensor.detach().reshape(-1)[begin : begin + len(out)])
-            return
+        if entry.problem is not None:
+            raise CheckpointError(
+                entry.file, f"{entry.name}: expected a tensor of numbers, found {entry.problem}"
+            )
         shape, stride = _without_ones(entry)
         if extent(shape, stride) == math.prod(shape) and all(a >= b for a, b in pairwise(stride)):
             self._read_contiguous(entry, begin, out)
@@ -92,33 +93,51 @@ class CheckpointReader:
 
     def _elements(self, entry: Entry, begin: int, count: int) -> Tensor:
         """Return stored elements; they are valid until the next call."""
-        assert entry.offset is not None
         size = count * entry.dtype.itemsize
         if size > len(self._buffer):
             self._buffer = bytearray(size)
         view = memoryview(self._buffer)[:size]
         at, done = entry.offset + begin * entry.dtype.itemsize, 0
         try:
-            self._open(entry.file)
+            file = self._open(entry)
+            if entry.record is not None:
+                file.seek(at)  # forward without starting again
             while done < size:
-                got = os.preadv(self._handle, [view[done:]], at + done)
+                rest = view[done:]
+                got = (
+                    os.preadv(file.fileno(), [rest], at + done)
+                    if entry.record is None
+                    else file.readinto(rest)  # type: ignore[attr-defined]
+                )
                 if got == 0:
                     raise CheckpointError(entry.file, f"truncated: {entry.name} ends early")
                 done += got
         except OSError as error:
             raise CheckpointError(entry.file, reason(error)) from error
-        return torch.frombuffer(self._buffer, dtype=entry.dtype, count=count)
+        except (zipfile.BadZipFile, KeyError, zlib.error, EOFError) as error:
+            raise CheckpointError(entry.file, f"corrupt: {entry.name} ({error})") from error
+        values = torch.frombuffer(self._buffer, dtype=entry.dtype, count=count)
+        if entry.swapped:
+            width = entry.dtype.itemsize // (2 if entry.dtype.is_complex else 1)
+            values = values.view(torch.uint8).view(-1, width).flip(1).view(-1).view(entry.dtype)
+        values = values.conj() if entry.conj else values
+        return values.neg() if entry.neg else values
 
-    def _open(self, path: Path) -> None:
-        if path != self._path:
-            handle = os.open(path, os.O_RDONLY)
-            self._close()
-            self._path, self._handle = path, handle
+    def _open(self, entry: Entry) -> BinaryIO:
+        key = (entry.file, entry.record)
+        if key not in self._files:
+            if len(self._files) == _OPEN:
+                self._files.popitem(last=False)[1].close()
+            self._files[key] = _opened(entry)
+        self._files.move_to_end(key)
+        return self._files[key]
 
-    def _close(self) -> None:
-        if self._path is not None:
-            os.close(self._handle)
-            self._path = None
+
+def _opened(entry: Entry) -> BinaryIO:
+    if entry.record is None:
+        return open(entry.file, "rb", buffering=0)
+    with zipfile.ZipFile(entry.file) as archive:  # the record keeps the file open
+        return cast(BinaryIO, archive.open(entry.record))
 
 
 def _without_ones(entry: Entry) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -20,12 +20,11 @@ from ..tensors.parameters import DTYPES, dtype_name, dtype_names, named_paramete
 from . import state_dicts
 from .discovery import find_checkpoints
 from .errors import CheckpointError
-from .formats import Contents, Entry, read_contents
+from .formats import Contents, Entry, abridged, read_contents
 from .reader import CheckpointReader
 from .state_dicts import is_logged
 
 STATISTICS = ("running_mean", "running_var")
-_SHOWN = 5  # names in a note
 
 
 class Layout(NamedTuple):
@@ -153,7 +152,7 @@ class Series:
                     raise error.at(index) from error.__cause__
                 self.skipped.append(error.at(index))
                 continue
-            self.notes += contents.notes
+            self.notes += [note for note in contents.notes if note not in self.notes]
             self.passed_over += contents.passed_over
             self.paths.append(path)
             self.contents.append(contents)
@@ -343,8 +342,12 @@ def _layout_of_file(
     for name, entry in contents.entries.items():
         if not selected(name, include, exclude):
             left_out.setdefault("by the patterns", []).append(name)
+        elif entry.problem is not None:
+            left_out.setdefault(entry.problem, []).append(name)
         elif not entry.dtype.is_floating_point:
             left_out.setdefault("not floating-point", []).append(name)
+        elif entry.dtype not in DTYPES:
+            left_out.setdefault(f"of dtype {dtype_name(entry.dtype)}", []).append(name)
         elif name.rpartition(".")[2] in STATISTICS:
             left_out.setdefault("statistics of batch norm, not weights", []).append(name)
         elif not entry.shape and is_logged(name):
@@ -401,6 +404,10 @@ def _row(
                 path,
                 f"expected the tensor {names[0]} of the {whose}, which is not among "
                 f"{abridged(list(entries))}",
+            )
+        if entry.problem is not None:
+            raise CheckpointError(
+                path, f"{names[0]}: expected a tensor of numbers, found {entry.problem}"
             )
         if entry.shape != shape:
             raise CheckpointError(
@@ -463,9 +470,3 @@ def _prefix(path: Path, entries: dict[str, Entry], layout: Layout) -> tuple[str,
     return originals[0], [
         f"weights taken from {originals[0]}* among {listed}; the key names another"
     ]
-
-
-def abridged(names: Sequence[str]) -> str:
-    """List the first few names, and the number of others."""
-    shown = ", ".join(names[:_SHOWN])
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown or "nothing"

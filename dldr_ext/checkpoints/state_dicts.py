@@ -59,6 +59,7 @@ class Choice(NamedTuple):
     key: str  # where they are: as a key it leads to the same tensors
     is_copy: bool  # an average or a teacher of the weights, by the key
     notes: list[str]
+    others: Sequence[str] = ()  # the names of what is among them and not a tensor
 
 
 class _Kind(IntEnum):
@@ -75,6 +76,7 @@ class _Candidate(NamedTuple):
     path: tuple[str, ...]
     tensors: dict[str, Tensor]
     kind: _Kind
+    others: list[str]
 
 
 def find_state_dict(
@@ -119,7 +121,7 @@ def find_state_dict(
         raise ValueError(f"{key}: expected a state dict, found {_describe(inside)}")
     if len(usable) == 1:
         path = ".".join(filter(None, (key, *usable[0].path)))
-        return Choice(usable[0].tensors, path, is_copy(key), [])
+        return Choice(usable[0].tensors, path, is_copy(key), [], usable[0].others)
     together = {
         ".".join((*candidate.path, name)): tensor
         for candidate in usable
@@ -218,7 +220,7 @@ def _best(saved: Any, fits: Callable[[Mapping[str, Tensor]], bool] | None) -> Ch
         where = repr(".".join(chosen.path)) if chosen.path else "the top of the file"
         notes = [f"weights taken from {where}, not {_places(others)}; the key names another"]
     key = ".".join(chosen.path)
-    return Choice(chosen.tensors, key, chosen.kind == _Kind.COPY, notes)
+    return Choice(chosen.tensors, key, chosen.kind == _Kind.COPY, notes, chosen.others)
 
 
 def _candidates(saved: Any, path: tuple[str, ...] = ()) -> Iterator[_Candidate]:
@@ -233,7 +235,8 @@ def _candidates(saved: Any, path: tuple[str, ...] = ()) -> Iterator[_Candidate]:
         return
     tensors = {name: value for name, value in items.items() if isinstance(value, Tensor)}
     if tensors:
-        yield _Candidate(path, tensors, _kind(path, tensors))
+        others = [name for name in items if name not in tensors]
+        yield _Candidate(path, tensors, _kind(path, tensors), others)
     if len(path) < _DEPTH:
         for name, value in items.items():
             yield from _candidates(value, (*path, name))
