@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..collectives.process_group import as_list, failing_together, ranks_for
 from ..subspace.base import AffineSubspace
+from ..tensors.buffers import checked_buffers
 from ..tensors.parameters import flatten
 from .algebra.bfgs import Direction, InverseHessian, Pair, Rule
 from .algebra.line_search import SearchResult
@@ -27,7 +28,7 @@ from .step.grad_scale import ScaleKeeper
 from .step.iterate import Iterate
 from .step.line_trials import Trials, read_together, search
 from .step.objective import Objective
-from .step.replay import Replay, buffer_list
+from .step.replay import Replay
 from .step.restore_point import RestorePoint
 
 # Losses of one function at one point differ by less, relative: by rounding, and the ranks' order.
@@ -110,8 +111,9 @@ class PBFGS(SubspaceOptimizer):
     residual_momentum : float
         Momentum of that part, in [0, 1).
     buffers : module, iterable of Tensor, or None
-        Tensors that an evaluation changes (batch-norm statistics): pass the model. Every
-        evaluation of a step sees them as before the step.
+        What an evaluation changes besides random state (batch-norm statistics): pass the model.
+        Every evaluation of a step sees its buffers, found by name, as before the step, so that
+        they are updated once a step; tensors that are plain attributes of a module are not seen.
     grad_scaler : torch.amp.GradScaler or None
         For float16 gradients: a closure that calls backward itself calls it on
         ``scaler.scale(loss)`` and returns ``loss``; for the other style the optimizer does so.
@@ -237,7 +239,7 @@ class PBFGS(SubspaceOptimizer):
                 residual_lr=residual_lr,
                 residual_momentum=residual_momentum,
             ) | {"metric": metric}
-            replayed, self._scale = buffer_list(buffers), ScaleKeeper(grad_scaler)
+            replayed, self._scale = checked_buffers(buffers), ScaleKeeper(grad_scaler)
             super().__init__(params, subspace, defaults, theta0, ranks)
         self._replay = Replay(self._params[0].device, replayed)
         self._evaluator.scaler = self._scale.scaler

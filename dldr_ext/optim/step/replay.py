@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ...tensors.buffers import Buffers, SavedBuffers
 
 
 class Replay:
@@ -15,20 +15,17 @@ class Replay:
     tensors that a forward pass changes, such as the running statistics of batch norm.
     """
 
-    def __init__(self, device: torch.device, buffers: list[Tensor]) -> None:
+    def __init__(self, device: torch.device, buffers: Buffers) -> None:
         self._device = device if device.type == "cuda" else None
         self._buffers = buffers
-        self._saved = [b.detach().clone() for b in buffers]
-        self._kept = self._saved
+        self._saved = self._kept = SavedBuffers(buffers)
         self._before: list[Tensor] = []
         self._after: list[Tensor] = []
 
     def begin(self) -> None:
         """Remember where the step starts; to be called before its first evaluation."""
         self._before = self._random_state()
-        self._kept = self._saved
-        for saved, buffer in zip(self._saved, self._buffers, strict=True):
-            saved.copy_(buffer)
+        self._saved = self._kept = SavedBuffers(self._buffers)
 
     def mark(self) -> None:
         """Remember the random state as the first evaluation leaves it."""
@@ -37,17 +34,15 @@ class Replay:
     def rewind(self) -> None:
         """Go back to the start of the step; to be called before every further evaluation."""
         self._set_random_state(self._before)
-        for saved, buffer in zip(self._saved, self._buffers, strict=True):
-            buffer.copy_(saved)
+        self._saved.put_back()
 
     def keep(self) -> None:
         """Remember the buffers as the weights accepted so far leave them."""
-        self._kept = [b.detach().clone() for b in self._buffers]
+        self._kept = SavedBuffers(self._buffers)
 
     def restore_buffers(self) -> None:
         """Put back the buffers as before the step, or as at the last `keep` since."""
-        for kept, buffer in zip(self._kept, self._buffers, strict=True):
-            buffer.copy_(kept)
+        self._kept.put_back()
 
     def finish(self) -> None:
         """Set the random state as one evaluation leaves it, however many there were."""
@@ -61,21 +56,3 @@ class Replay:
         torch.set_rng_state(states[0])
         if self._device is not None:
             torch.cuda.set_rng_state(states[1], self._device)
-
-
-def buffer_list(buffers: nn.Module | Iterable[Tensor] | None) -> list[Tensor]:
-    """Return the tensors meant by the argument ``buffers`` of an optimizer."""
-    if buffers is None:
-        return []
-    if isinstance(buffers, nn.Module):
-        return list(buffers.buffers())
-    if isinstance(buffers, Tensor) or not isinstance(buffers, Iterable):
-        raise TypeError(
-            "buffers: expected a module, an iterable of tensors or None, got "
-            f"{type(buffers).__name__}"
-        )
-    result = list(buffers)
-    for i, buffer in enumerate(result):
-        if not isinstance(buffer, Tensor):
-            raise TypeError(f"buffers[{i}]: expected a tensor, got {type(buffer).__name__}")
-    return result
