@@ -36,7 +36,7 @@ def write_mean(
     path : Path
         An earlier file is replaced once all is written.
     weights : sequence of float, optional
-        One for each checkpoint in the list that the series was made of, divided by their sum.
+        As for `normalized_weights`.
     progress : callable, optional
         Called with the bytes read so far and in all.
 
@@ -52,7 +52,7 @@ def write_mean(
     ValueError
         Weights that do not fit.
     """
-    factors = _normalized(series, weights)
+    factors = None if weights is None else normalized_weights(series, weights)
     rows = [_matching_entries(series, t) for t in range(len(series))]
     tensors = {}
     for name, first, last in zip(series.contents[0].entries, rows[0], rows[-1], strict=True):
@@ -181,15 +181,26 @@ def _matching_entries(series: Series, t: int) -> list[Entry]:
     return [entries[name] for name in first]
 
 
-def _normalized(series: Series, weights: Sequence[float] | None) -> list[float] | None:
-    if weights is None:
-        return None
-    given = len(series) + len(series.skipped)
+def normalized_weights(series: Series, weights: Sequence[float]) -> list[float]:
+    """Return the weight of each checkpoint in a mean.
+
+    Parameters
+    ----------
+    series : Series
+    weights : sequence of float
+        One for each path that the series was made of, those in a folder in the order of the series.
+        A file that was given twice has the sum of both.
+    """
+    given = len(series) + len(series.skipped) + len(series.repeats)
     if len(weights) != given:
         raise ValueError(
-            f"weights: expected {given} numbers, one for each checkpoint, got {len(weights)}"
+            f"weights: expected {given} numbers, one for each checkpoint, got {len(weights)} for "
+            f"{abridged([str(path) for path in series.paths])}"
         )
-    kept = [float(weights[index]) for index in series.indices]
+    totals = list(map(float, weights))
+    for repeat, first in series.repeats.items():
+        totals[first] += totals[repeat]
+    kept = [totals[index] for index in series.indices]
     if not all(map(math.isfinite, kept)) or sum(kept) == 0:
         raise ValueError(f"weights: expected finite numbers whose sum is not 0, got {kept}")
     return [weight / sum(kept) for weight in kept]

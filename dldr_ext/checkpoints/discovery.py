@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import CheckpointError, reason
+from .foreign import in_folder
+from .order import in_order, named_progress, natural_key
+from .state_dicts import is_copy
 
-SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+SUFFIXES = (
+    ".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".th", ".pt.tar", ".pth.tar", ".ckpt.tar"
+)  # fmt: skip
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
-# A folder of one model, as Hugging Face's libraries write it: optimizer.pt and others lie beside.
-_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+#: Of a folder of torch.distributed.checkpoint.
+METADATA = ".metadata"
+# A folder of one model, as libraries write it: optimizer.pt and others lie beside.
+_MODEL = re.compile(
+    r"(?:model|adapter_model|pytorch_lora_weights)(?:\.[\w-]+)?\.safetensors"
+    r"|(?:pytorch_model|diffusion_pytorch_model|open_clip_pytorch_model|open_clip_model"
+    r"|adapter_model|pytorch_lora_weights)(?:\.[\w-]+)?\.(?:safetensors|bin)"
+    r"|mp_rank_00_model_states\.pt"
+)
+_SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.\w+")
+_COMPONENTS = {"unet", "vae", "transformer", "text_encoder", "text_encoder_2", "controlnet"}
+# What a run saves beside the weights.
+_BESIDE = re.compile(
+    r"(?:optimi[sz]er|optim|opt|(?:lr_)?sched(?:uler)?|(?:grad_)?scaler|rng|rng_states?"
+    r"|random_states?|training_args|args|sampler|dataloader|zero_pp_rank|tokenizer|vocab)(?![a-z]).*"
+    r"|.*[_.-](?:optimi[sz]er|optim|opt|optim_states|scheduler|scaler|rng_state)(?:_\d+)?",
+    re.IGNORECASE,
+)
+_STEP_FOLDER = re.compile(
+    r"\d+|(?:.*[^a-z])?(?:check_?point|ckpt|epochs?|ep|e|global_?step|steps?|iter(?:ation)?s?|it"
+    r"|update)[-_=. ]*\d.*",
+    re.IGNORECASE,
+)
+_LAST = re.compile(r"(?<![a-z])(?:best|last|final|latest|newest)(?![a-z])", re.IGNORECASE)
+_DEPTH = 4  # of folders in folders
+_HEAD = 4096  # bytes at the start of a file, in which it says that this package wrote it
+
+
+class Found(NamedTuple):
+    """A checkpoint."""
+
+    path: Path  # what is read: a file, an index of shards, a folder of distributed checkpoints
+    entry: Path  # what stands for it in the folder of the run: the same, or a folder around it
+    argument: int  # the place of the path that it was found at
+    same: int | None = None  # the place in the list of an earlier one that is the same file
 
 
 def find_checkpoints(
@@ -23,68 +63,295 @@ def find_checkpoints(
     Parameters
     ----------
     paths : path or iterable of paths
-        A file is a checkpoint. A folder is one checkpoint if it holds an index of shards or
-        ``model.safetensors`` or ``pytorch_model.bin``; else it stands for the checkpoint files in
-        it, or else for the checkpoint folders in it, in natural order (2 before 10). Where some of
-        the files are named by a number alone (``0.pt``, ``1.pt``, ...), only these count.
+        A file is a checkpoint. A folder is one checkpoint if it is one of
+        torch.distributed.checkpoint, or holds an index of shards or a file that libraries name so
+        (``model.safetensors``, ``adapter_model.bin``, ...), and no folders of steps beside; else it
+        stands for the checkpoint files in it, or else for the checkpoints in its folders. They are
+        in the order of the epochs, steps and numbers in their names (2 before 10), or else of their
+        times.
 
     Returns
     -------
     list of Path
-        One file for each checkpoint: the index, if it consists of shards.
+        One for each checkpoint: the index, if it consists of shards.
 
     Raises
     ------
     CheckpointError
-        A folder without checkpoints, or one that cannot be listed.
+        A folder without checkpoints, one that cannot be listed, one of several runs.
     ValueError
         No path at all.
     """
+    return [found.path for found in discover(paths)[0] if found.same is None]
+
+
+def discover(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> tuple[list[Found], list[str]]:
+    """Return the checkpoints as `find_checkpoints` does, with notes on what was passed over."""
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
-    checkpoints = [checkpoint for path in paths for checkpoint in _expanded(Path(path))]
+    checkpoints: list[Found] = []
+    notes: list[str] = []
+    seen: dict[object, int] = {}
+    for argument, path in enumerate(map(Path, paths)):
+        inside = _Folder(path, notes).checkpoints() if path.is_dir() else [(path, path)]
+        for file, entry in inside:
+            identity = _identity(file)
+            same = None if identity is None else seen.setdefault(identity, len(checkpoints))
+            if same is not None and same < len(checkpoints):
+                notes.append(f"{entry} is the same as {checkpoints[same].entry}: counts once")
+            else:
+                same = None
+            checkpoints.append(Found(file, entry, argument, same))
     if not checkpoints:
         raise ValueError("checkpoints: expected at least one file or folder, got none")
-    return checkpoints
+    return checkpoints, list(dict.fromkeys(notes))
 
 
-def natural_key(path: str | os.PathLike[str]) -> list[tuple[int, int, str]]:
-    """Return a sort key by which 2 comes before 10."""
-    parts = re.findall(r"\d+|\D+", os.fspath(path))
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+class _Empty(CheckpointError):
+    """A folder that holds no checkpoint."""
 
 
-def _expanded(path: Path) -> list[Path]:
-    """Return the checkpoints in a folder; a file stands for itself."""
-    if not path.is_dir():
-        return [path]
-    try:
-        inside = sorted(path.iterdir(), key=natural_key)
-    except OSError as error:
-        raise CheckpointError(path, reason(error)) from error
-    model = _model_file(inside)
-    if model is not None:
-        return [model]
-    files = [p for p in inside if p.suffix in SUFFIXES and p.is_file()]
-    numbered = [p for p in files if p.stem.isdecimal()]
-    if files:
-        return numbered or files
-    models = [_model_file(folder.iterdir()) for folder in inside if folder.is_dir()]
-    checkpoints = [model for model in models if model is not None]
-    if not checkpoints:
-        raise CheckpointError(
-            path,
+class _Folder:
+    """A folder, and the checkpoints in it: of each what is read, and what stands for it."""
+
+    def __init__(self, path: Path, notes: list[str], depth: int = _DEPTH) -> None:
+        self.path, self._notes, self._depth = path, notes, depth
+        try:
+            self._inside = sorted(path.iterdir(), key=natural_key)
+        except OSError as error:
+            raise CheckpointError(path, reason(error)) from error
+        self._names = {p.name for p in self._inside}
+
+    def checkpoints(self) -> list[tuple[Path, Path]]:
+        """Return them in the order of their names; there is at least one."""
+        if METADATA in self._names:
+            return [(self.path, self.path)]
+        files = self._files()
+        model = self._model(files)
+        steps = [p for p in self._inside if _STEP_FOLDER.fullmatch(p.name) and p.is_dir()]
+        others = [p for p in files if not _MODEL.fullmatch(p.name)]
+        numbered = [p for p in others if _number(p) and not _is_apart(p)]
+        if len(numbered) > 1 and not self._names & {"random_states_0.pkl"}:
+            self._pass_over("beside files of steps", [*filter(None, [model]), *steps])
+            return self._selected(others)
+        if model is not None and all(p.name.startswith("global_step") for p in steps):
+            rest = [p for p in files if p.name.partition(".")[0] != model.name.partition(".")[0]]
+            self._pass_over(f"beside {model.name}", rest)
+            return [(model, self.path)]
+        if found := self._each(steps):
+            rest = [p for p in (*files, *self._folders()) if p not in steps]
+            self._pass_over("beside folders of steps", rest)
+            return [(self._only(path, inside), path) for path, inside in found.items()]
+        if model is not None:
+            return [(model, self.path)]
+        if files:
+            return self._selected(files)
+        return self._of_folders()
+
+    def _files(self) -> list[Path]:
+        """Return the files that may be checkpoints."""
+        files: list[Path] = []
+        own: list[Path] = []
+        lost: list[Path] = []
+        for path in self._inside:
+            if not path.name.endswith(SUFFIXES):
+                continue
+            if path.is_file():
+                (own if _is_own(path) else files).append(path)
+            elif path.is_symlink() and not path.exists():
+                lost.append(path)
+        self._pass_over("written by dldr", own)
+        self._pass_over("links to nothing", lost)
+        self._check_whole(files)
+        beside = [path for path in files if _BESIDE.fullmatch(_stem(path))]
+        if len(beside) == len(files):
+            return files
+        if not any(_MODEL.fullmatch(path.name) for path in files):
+            self._pass_over("no weights, by their names", beside)
+        return [path for path in files if path not in beside]
+
+    def _check_whole(self, files: list[Path]) -> None:
+        """Refuse parts of a model that nothing says how to put together."""
+        if any(re.match(r"zero_pp_rank_\d+_mp_rank_\d+_model_states", p.name) for p in files):
+            raise CheckpointError(
+                self.path,
+                "expected whole weights, found the parts of DeepSpeed's ZeRO stage 3: write them "
+                "whole with the zero_to_fp32.py beside them",
+            )
+        parts = [
+            p for p in files if re.match(r"mp_rank_\d+_model_states|consolidated\.\d+\.", p.name)
+        ]
+        if len(parts) > 1:
+            raise CheckpointError(
+                self.path,
+                f"expected whole weights, found {len(parts)} model-parallel parts "
+                f"({_listed(parts)}): put them together with the library that wrote them",
+            )
+        for path in files:
+            shard = _SHARD.fullmatch(path.name)
+            if shard and not any(name.endswith(INDEX_SUFFIXES) for name in self._names):
+                raise CheckpointError(
+                    self.path,
+                    f"expected the index of the shards ({shard[1]}{path.suffix}.index.json), found "
+                    f"{path.name} without one",
+                )
+
+    def _model(self, files: list[Path]) -> Path | None:
+        """Return the file that a folder of one model is read from, None for another folder."""
+        indices = [p for p in self._inside if p.name.endswith(INDEX_SUFFIXES)]
+        shards = {name for path in indices for name in _shards(path)}
+        files[:] = [p for p in files if p.name not in shards]
+        found = indices or [p for p in files if _MODEL.fullmatch(p.name)]
+        adapter = "adapter_config.json" in self._names
+
+        def key(path: Path) -> tuple[bool, int, bool, str]:
+            is_adapter = path.name.startswith("adapter_model")
+            return is_adapter != adapter, path.name.count("."), ".bin" in path.name, path.name
+
+        return min(found, key=key, default=None)
+
+    def _folders(self) -> list[Path]:
+        """Return the folders in which checkpoints may be."""
+        return [
+            p
+            for p in self._inside
+            if not p.name.startswith((".", "__")) and not _BESIDE.fullmatch(p.name) and p.is_dir()
+        ]
+
+    def _each(self, folders: Sequence[Path]) -> dict[Path, list[tuple[Path, Path]]]:
+        """Return the checkpoints in each folder that has any."""
+        found: dict[Path, list[tuple[Path, Path]]] = {}
+        errors: list[CheckpointError] = []
+        for path in folders if self._depth else ():
+            notes: list[str] = []
+            try:
+                found[path] = _Folder(path, notes, self._depth - 1).checkpoints()
+                # What is said of each folder is said once.
+                self._notes += [note.replace(str(path), str(self.path / "*")) for note in notes]
+            except _Empty:
+                continue
+            except CheckpointError as error:
+                errors.append(error)
+        if errors and not found:
+            raise errors[0]
+        self._notes += [f"passed over {error}" for error in errors]
+        return found
+
+    def _selected(self, files: list[Path]) -> list[tuple[Path, Path]]:
+        """Return those of the files that are steps of the run, in order, each once."""
+        once: dict[object, Path] = {}
+        for path in sorted(files, key=lambda p: (p.is_symlink(), _is_apart(p), not _number(p))):
+            first = once.setdefault(_identity(path) or path, path)
+            if first is not path:
+                self._notes.append(f"{path} is the same file as {first.name}: counts once")
+        kept = [path for path in files if path in once.values()]
+        steps = [p for p in kept if _stem(p).isdecimal()]
+        if len(steps) < 2:
+            steps = [p for p in kept if not _is_apart(p)]
+        if steps:
+            self._pass_over("not among the steps of the run", [p for p in kept if p not in steps])
+        chosen = steps or kept
+        return [(chosen[i], chosen[i]) for i in in_order(chosen)[0]]
+
+    def _of_folders(self) -> list[tuple[Path, Path]]:
+        """Return the checkpoints in folders that are not named after steps."""
+        found = self._each(self._folders())
+        if len(found) > 1 and not all(_is_apart(path) for path in found):
+            apart = [path for path in found if _is_apart(path)]
+            self._pass_over("not among the steps of the run", apart)
+            found = {path: inside for path, inside in found.items() if path not in apart}
+        if not found:
+            if problem := in_folder(self._inside):
+                raise CheckpointError(self.path, problem)
+            raise _Empty(self.path, self._nothing())
+        if len(found) == 1:
+            return next(iter(found.values()))
+        names = [path.name for path in found]
+        if "model_index.json" in self._names or not _COMPONENTS.isdisjoint(names):
+            raise CheckpointError(
+                self.path,
+                f"expected one model, found those of a pipeline: {', '.join(names)}: name one, as "
+                f"{self.path / names[0]}, or {self.path.parent / '*' / names[0]}",
+            )
+        if any(len(inside) > 1 for inside in found.values()):
+            counted = ", ".join(f"{path.name} ({len(inside)})" for path, inside in found.items())
+            raise CheckpointError(
+                self.path,
+                f"expected one run, found checkpoints in several folders: {counted}: name one",
+            )
+        folders = list(found)
+        return [(found[folders[i]][0][0], folders[i]) for i in in_order(folders)[0]]
+
+    def _only(self, folder: Path, inside: list[tuple[Path, Path]]) -> Path:
+        if len(inside) > 1:
+            names = [path.relative_to(folder) for path, _ in inside]
+            raise CheckpointError(
+                folder,
+                f"expected one checkpoint, found {', '.join(map(str, names[:5]))}: name the same "
+                f"one of each folder, as {self.path / '*' / names[0]}",
+            )
+        return inside[0][0]
+
+    def _nothing(self) -> str:
+        kinds = sorted({p.suffix for p in self._inside if p.suffix})
+        seen = f" ({', '.join(kinds[:8])})" if kinds else ""
+        return (
             f"expected a folder with checkpoints ({', '.join(SUFFIXES)} or an index of shards), "
-            f"found {len(inside)} other entries",
+            f"found {len(self._inside)} other entries{seen}"
         )
-    return checkpoints
+
+    def _pass_over(self, why: str, paths: Sequence[Path]) -> None:
+        if paths:
+            self._notes.append(
+                f"passed over in {self.path}, {why}: {_listed(paths)} (count if they are named)"
+            )
 
 
-def _model_file(inside: Iterable[Path]) -> Path | None:
-    """Return the file that a folder of one model is read from, None for another folder."""
-    names = {p.name: p for p in inside}
-    for suffix in INDEX_SUFFIXES:
-        for name, path in sorted(names.items()):
-            if name.endswith(suffix):
-                return path
-    return next((names[name] for name in _MODEL_FILES if name in names), None)
+def _stem(path: Path) -> str:
+    suffix = max((s for s in SUFFIXES if path.name.endswith(s)), key=len, default="")
+    return path.name.removesuffix(suffix)
+
+
+def _number(path: Path) -> bool:
+    return re.search(r"\d", _stem(path)) is not None
+
+
+def _is_apart(path: Path) -> bool:
+    """Tell whether a name is that of the best or last one, or of a copy, not of a step."""
+    stem = _stem(path)
+    if _LAST.search(stem):
+        return not named_progress(stem)
+    return is_copy(stem)
+
+
+def _shards(index: Path) -> set[str]:
+    """Return the names of the shards that an index lists; if it is damaged, reading says so."""
+    try:
+        return set(map(str, json.loads(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return set()
+
+
+def _is_own(path: Path) -> bool:
+    """Tell whether this package wrote a file: an earlier soup, a subspace, ..."""
+    try:
+        with open(path, "rb") as file:
+            return b'"dldr_ext.kind"' in file.read(_HEAD)
+    except OSError:
+        return False  # which reading it will say
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what is equal for two names of the same file, links included."""
+    try:
+        status = (path / METADATA if path.is_dir() else path).stat()
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if status.st_ino else None
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    names = [path.name for path in paths]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
@@ -17,10 +19,11 @@ from torch import Tensor, nn
 
 from ..tensors.names import plain_names
 from ..tensors.parameters import DTYPES, dtype_name, dtype_names, named_parameters
-from . import state_dicts
-from .discovery import find_checkpoints
+from . import foreign, state_dicts
+from .discovery import Found, discover
 from .errors import CheckpointError
 from .formats import Contents, Entry, abridged, read_contents
+from .order import in_order, natural_key
 from .reader import CheckpointReader
 from .state_dicts import is_logged
 
@@ -54,13 +57,19 @@ class Series:
         of its tensors.
     skip_bad : bool
         Go on without checkpoints that cannot be used; they are then in `skipped`.
+    as_given : bool
+        Keep the order of ``paths``, and put in order only what is in one folder: by the epoch and
+        the step that files store, then by the numbers in names, then by time. False: put all in
+        order.
 
     Attributes
     ----------
     paths : list of Path
         The checkpoints in use, T of them.
     indices : list of int
-        The place of each in the list that was given.
+        The place of each in the list that was given, each folder in the place of its checkpoints.
+    repeats : dict of int to int
+        Places in that list of the same files once more, which do not count, and of the first.
     contents : list of Contents
         All tensors in each.
     names : list of str
@@ -109,22 +118,35 @@ class Series:
         exclude: str | Sequence[str] = (),
         key: str | None = None,
         skip_bad: bool = False,
+        as_given: bool = True,
     ) -> None:
         include = [include] if isinstance(include, str) else list(include)
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
         self.notes: list[str] = []
-        self.passed_over: list[str] = []
         self.skipped: list[CheckpointError] = []
         self.paths: list[Path] = []
         self.contents: list[Contents] = []
         self.indices: list[int] = []
         self._rows: list[list[Entry]] = []
+        found, self.passed_over = discover(paths)
+        self.repeats = {i: one.same for i, one in enumerate(found) if one.same is not None}
         layout = None if model is None else _layout_of_model(model, include, exclude)
         copies = False  # what the first checkpoint has
         fits = None if layout is None else partial(_fits, layout=layout)
-        for index, path in enumerate(find_checkpoints(paths)):
+        for index, one in enumerate(found):
+            if one.same is not None:
+                continue
+            path = one.path
             try:
+                if problem := foreign.of_path(path):
+                    raise CheckpointError(path, problem)
                 contents = read_contents(path, key, fits)
+                if contents.kind == "soup":
+                    self.passed_over.append(f"{path} is an average itself, and counts as one")
+                elif contents.kind is not None:
+                    raise CheckpointError(
+                        path, f"expected a checkpoint, found a {contents.kind} saved by dldr_ext"
+                    )
                 if model is None:
                     in_file, notes = _layout_of_file(path, contents, include, exclude)
                     if layout is None:
@@ -139,32 +161,61 @@ class Series:
                     is_copy = is_copy or state_dicts.is_copy(prefix)
                 row = _row(path, contents, layout, prefix, model is not None)
                 if self.paths and is_copy != copies:
-                    one, other = ("a copy (EMA, teacher, ...)", "weights in training")
+                    one_kind, other = ("a copy (EMA, teacher, ...)", "weights in training")
                     raise CheckpointError(
                         path,
-                        f"expected {one if copies else other}, as in the first checkpoint, found "
-                        f"{other if copies else one}: name with the key what to take",
+                        f"expected {one_kind if copies else other}, as in the first checkpoint, "
+                        f"found {other if copies else one_kind}: name with the key what to take",
                     )
                 copies = is_copy
-                self._rows.append(row)
             except CheckpointError as error:
                 if not skip_bad:
                     raise error.at(index) from error.__cause__
                 self.skipped.append(error.at(index))
                 continue
+            self._rows.append(row)
             self.notes += [note for note in contents.notes if note not in self.notes]
             self.passed_over += contents.passed_over
             self.paths.append(path)
             self.contents.append(contents)
             self.indices.append(index)
-        self.passed_over = list(dict.fromkeys(self.passed_over))
-        self.notes += self.passed_over
         if layout is None or not self.paths:
             raise ValueError(f"checkpoints: none can be used; the first: {self.skipped[0]}")
+        self._put_in_order(found, as_given)
+        self.passed_over = list(dict.fromkeys(self.passed_over))
+        self.notes += self.passed_over
         self.names, self.shapes = layout.names, layout.shapes
         sizes = [math.prod(shape) for shape in self.shapes]
         self._starts = [0, *accumulate(sizes)]
         self.numel = self._starts[-1]
+
+    def _put_in_order(self, found: list[Found], as_given: bool) -> None:
+        """Sort the checkpoints of each run by the steps that they tell."""
+        runs: dict[object, list[int]] = {}
+        for t, index in enumerate(self.indices):
+            run = found[index].argument if as_given else found[index].entry.parent
+            runs.setdefault(run, []).append(t)
+        blocks = list(runs.values())
+        if not as_given:
+            if all(len(block) == 1 for block in blocks):
+                blocks = [list(range(len(self)))]
+            blocks.sort(key=lambda block: natural_key(self.paths[block[0]].parent))
+        order: list[int] = []
+        for block in blocks:
+            entries = [found[self.indices[t]].entry for t in block]
+            stored = [_stored_progress(self.paths[t], self.contents[t]) for t in block]
+            places, notes = in_order(entries, stored)
+            order += [block[i] for i in places]
+            self.notes += notes
+            if len({found[self.indices[t]].argument for t in block}) == 1:
+                # Of a folder: its checkpoints have their places in it from now on.
+                in_folder = [self.indices[t] for t in block]
+                for t, i in zip((block[i] for i in places), in_folder, strict=True):
+                    self.indices[t] = i
+        self.paths = [self.paths[t] for t in order]
+        self.contents = [self.contents[t] for t in order]
+        self.indices = [self.indices[t] for t in order]
+        self._rows = [self._rows[t] for t in order]
 
     def __len__(self) -> int:
         """Return the number of checkpoints, T."""
@@ -280,6 +331,15 @@ class Series:
             del of_each[t]
 
 
+def _stored_progress(path: Path, contents: Contents) -> Mapping[str, float]:
+    """Return the epoch and step that a checkpoint tells; transformers has them beside it."""
+    try:
+        state = json.loads((path.parent / "trainer_state.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return contents.progress
+    return {**state_dicts.progress(state, lambda _: None), **contents.progress}
+
+
 def finite(values: Tensor) -> bool:
     """Tell whether all values are finite."""
     # Their sum is finite only if they are, and takes less time.
@@ -325,6 +385,10 @@ def _layout_of_model(model: nn.Module, include: list[str], exclude: list[str]) -
     aliases: dict[int, list[str]] = {}
     for name, (_, tensor) in zip(plain_names([name for name, _ in every]), every, strict=True):
         aliases.setdefault(id(tensor), []).append(name)
+    saved = Counter(other for name in parameters for other in state_dicts.saved_names(name))
+    for name, parameter in parameters.items():  # a name that two adapters may have is of neither
+        own = [other for other in state_dicts.saved_names(name) if saved[other] == 1]
+        aliases[id(parameter)] += own
     return Layout(
         list(parameters),
         [tuple(tensor.shape) for tensor in parameters.values()],

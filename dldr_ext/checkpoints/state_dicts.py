@@ -48,6 +48,12 @@ _COUNTERS = {
 }  # fmt: skip
 _COUNTED_IN = ("meta", "extra_state", "train_iterator", "trainer", "trainer_state",
                "training_state", "train_state", "progress", "info")  # fmt: skip
+# PEFT keeps a tensor for each adapter, whose name it leaves out of files.
+_ADAPTER = re.compile(
+    r"\.((?:lora|ia3|oft|boft|hada|lokr|vera|randlora|road|bone|miss|fourierft|trainable_tokens)_\w+"
+    r"|ia3_\w+|prompt_encoder)\.\w+(?=\.|$)"
+)
+_SAVED_WHOLE = re.compile(r"\.modules_to_save\.\w+(?=\.)")
 _DEPTH = 5  # of nested dicts
 Value = TypeVar("Value")
 
@@ -200,6 +206,15 @@ def _within(saved: Any, key: str) -> dict[str, Tensor]:
         return under(_best(saved, None).tensors, key) if key else {}
     except ValueError:
         return {}
+
+
+def saved_names(name: str) -> list[str]:
+    """Return the names under which PEFT may have saved a tensor of a live model, if others."""
+    saved = _SAVED_WHOLE.sub("", _ADAPTER.sub(r".\1", f".{name}"))[1:]
+    others = [saved, saved.removesuffix(".weight")] if "magnitude" in saved else [saved]
+    if saved == "prompt_encoder.embedding.weight":
+        others.append("prompt_embeddings")
+    return [other for other in others if other != name]
 
 
 def _best(saved: Any, fits: Callable[[Mapping[str, Tensor]], bool] | None) -> Choice:

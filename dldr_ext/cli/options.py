@@ -20,7 +20,6 @@ from rich.progress import (
 )
 
 from ..checkpoints import Series
-from ..checkpoints.discovery import find_checkpoints, natural_key
 from ..ops.library import device_problem
 
 INTERRUPTED = 130
@@ -105,9 +104,8 @@ def usable_device(name: str) -> torch.device:
 
 
 def open_series(paths: list[Path], as_given: bool, **options: Any) -> Series:
-    """Open checkpoints, in natural order unless ``as_given``."""
-    files = find_checkpoints(paths)
-    return Series(files if as_given else sorted(files, key=natural_key), **options)
+    """Open checkpoints, in the order of their steps unless ``as_given``."""
+    return Series(paths, as_given=as_given, **options)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..averaging.soup_files import write_greedy_soup, write_mean
+from ..averaging.copies import copy_notes
+from ..averaging.soup_files import normalized_weights, write_greedy_soup, write_mean
 from .options import (
     AsGiven,
     AsJson,
@@ -34,7 +35,7 @@ def soup(
     ),
     weights: Annotated[
         str | None,
-        typer.Option(help="One for each checkpoint, as 1,1,2; divided by their sum."),
+        typer.Option(help="One for each path as typed, as 1,1,2; divided by their sum."),
     ] = None,
     metric: Annotated[
         str | None,
@@ -72,13 +73,16 @@ def soup(
     with one_line_errors(), ByteBar(quiet or as_json) as bar:
         series = open_series(checkpoints, as_given, key=key, skip_bad=skip_bad)
         facts |= {"skipped": [str(error) for error in series.skipped], "members": series.paths}
+        if factors is not None:
+            facts["weights"] = normalized_weights(series, factors)
+        notes = [*series.passed_over, *copy_notes(series)]
         if score is not None:
             best = write_greedy_soup(series, output, score)
             facts |= {"members": [series.paths[t] for t in best.members], "score": best.score}
-            facts["notes"] = series.passed_over
+            facts["notes"] = notes
         else:
             progress = partial(bar, "average")
-            facts["notes"] = [*series.passed_over, *write_mean(series, output, factors, progress)]
+            facts["notes"] = [*notes, *write_mean(series, output, factors, progress)]
     facts["members"] = list(map(str, facts["members"]))
     for line in facts["skipped"]:
         typer.echo(f"dldr: left out {line}", err=True)
@@ -87,6 +91,8 @@ def soup(
     elif not quiet:
         reached = f", score {facts['score']:g}" if "score" in facts else ""
         typer.echo(f"{len(facts['members'])} checkpoints{reached}: {output}")
+        for weight, member in zip(facts.get("weights", ()), facts["members"], strict=False):
+            typer.echo(f"{weight:.4g} x {member}")
         for note in facts["notes"]:
             typer.echo(f"note: {note}")
 

@@ -571,8 +571,8 @@ class Trajectory:
         Parameters
         ----------
         paths : path or iterable of paths
-            Files written by ``torch.save`` (loaded with ``weights_only=True``), safetensors files,
-            indices of shards; or folders of these, whose numbers are put in order (2 before 10).
+            Files written by ``torch.save``, safetensors files, indices of shards; or folders of
+            these, put in the order of their steps: see docs/checkpoints.md.
         model : nn.Module
             Names the parameters and their order: its trainable ones are recorded. May be on the
             meta device; its weights do not matter and stay as they are.
