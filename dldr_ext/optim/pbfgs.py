@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,8 +32,11 @@ from .step.objective import Objective
 from .step.replay import Replay
 from .step.restore_point import RestorePoint
 
+_log = logging.getLogger("dldr_ext")
 # Losses of one function at one point differ by less, relative: by rounding, and the ranks' order.
 _SAME = 1e-6
+# And two evaluations at one point by more than this only where they are not of one function.
+_OTHER = 1e-2
 
 
 @dataclass
@@ -241,12 +245,14 @@ class PBFGS(SubspaceOptimizer):
             ) | {"metric": metric}
             replayed, self._scale = checked_buffers(buffers), ScaleKeeper(grad_scaler)
             super().__init__(params, subspace, defaults, theta0, ranks)
-        self._replay = Replay(self._params[0].device, replayed)
+        self._replay = Replay(replayed)
+        self._evaluator.alone = True
         self._evaluator.scaler = self._scale.scaler
         self._inverse_hessian = InverseHessian(self._initial(), by_op=self._is_far())
         self._pairs = CurvaturePairs()
         self._restore_point = RestorePoint()
         self._learnt_early: Curvature = "none"  # since the last record
+        self._said_other_loss = False
         self._forget_decrease()
 
     @torch.no_grad()
@@ -287,7 +293,7 @@ class PBFGS(SubspaceOptimizer):
             raise TypeError(f"PBFGS: step: closure: expected a callable, got {closure!r}")
         self._check_untouched()
         self._scale.begin()
-        self._replay.begin()
+        self._replay.begin(closure)
         try:
             first = self._evaluator.first(closure)
             self._replay.mark()
@@ -298,7 +304,7 @@ class PBFGS(SubspaceOptimizer):
             raise
         self._replay.finish()
         self._scale.end(self._status)
-        self._guard.remember()
+        self._remember()
         if self._ranks is not None:
             mean = torch.full_like(first, loss) if isinstance(first, Tensor) else loss
             return cast(LossT, mean)
@@ -468,12 +474,25 @@ class PBFGS(SubspaceOptimizer):
             self._iterate.trial(result.alpha)
             return result.status, math.nan
         after, slope = trials.settle(result.alpha, gradient=wanted), 0.0
+        if abs(after - result.loss) > _OTHER * max(abs(after), abs(result.loss)):
+            self._say_other_loss(result.loss, after)
         if wanted:
             gradients, point = self._problem.gradients(), self._iterate.point
             kept = self._pairs.keep(gradients, point, self._scale.value)
             # NaN and infinity reach the slope whatever they are multiplied with.
             slope = float(torch.dot(kept, self._iterate.direction)) if look else 0.0
         return policy.after_search(after, slope) or result.status, after
+
+    def _say_other_loss(self, first: float, second: float) -> None:
+        """Say once that the closure is not one function of the weights."""
+        if not self._said_other_loss:
+            self._said_other_loss = True
+            _log.warning(
+                "PBFGS: the closure gave %.6g and then %.6g at the same weights: it draws random "
+                "numbers that are not replayed, or its loss depends on grad mode; its losses do "
+                "not compare",
+                first, second,
+            )  # fmt: skip
 
     def _stay(self, status: Status) -> Status:
         """End an iteration that did not move."""
@@ -586,7 +605,7 @@ class PBFGS(SubspaceOptimizer):
             self._set_theta(self._first_theta("PBFGS", "current"))
             weights = flatten(self._params, self._iterate.point.dtype)
             self._iterate.stay_outside(self._to_basis(self._theta), weights)
-            self._guard.remember()
+            self._remember()
         self._pairs.drop()
         self._restore_point.forget()
         self._forget_decrease()

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
 from ...tensors.buffers import Buffers, SavedBuffers
+from ...tensors.random_state import RandomState, process_generators, reachable
 
 
 class Replay:
     """The random numbers and buffers that every evaluation of one step is to see.
 
-    Covers torch's random state on the CPU and on the parameters' CUDA device. Buffers are
-    tensors that a forward pass changes, such as the running statistics of batch norm.
+    Random numbers are those of the generators of the process and of those that the closure reaches
+    (`tensors.random_state`). Buffers are tensors that a forward pass changes, such as the running
+    statistics of batch norm.
     """
 
-    def __init__(self, device: torch.device, buffers: Buffers) -> None:
-        self._device = device if device.type == "cuda" else None
+    def __init__(self, buffers: Buffers) -> None:
         self._buffers = buffers
         self._saved = self._kept = SavedBuffers(buffers)
-        self._before: list[Tensor] = []
-        self._after: list[Tensor] = []
+        self._before = self._after = RandomState(())
 
-    def begin(self) -> None:
+    def begin(self, closure: Callable[..., Any]) -> None:
         """Remember where the step starts; to be called before its first evaluation."""
-        self._before = self._random_state()
+        self._before = RandomState([*process_generators(), *reachable(closure)])
         self._saved = self._kept = SavedBuffers(self._buffers)
 
     def mark(self) -> None:
         """Remember the random state as the first evaluation leaves it."""
-        self._after = self._random_state()
+        self._after = RandomState(self._before.generators)
 
     def rewind(self) -> None:
         """Go back to the start of the step; to be called before every further evaluation."""
-        self._set_random_state(self._before)
+        self._before.restore()
         self._saved.put_back()
 
     def keep(self) -> None:
@@ -46,13 +46,4 @@ class Replay:
 
     def finish(self) -> None:
         """Set the random state as one evaluation leaves it, however many there were."""
-        self._set_random_state(self._after)
-
-    def _random_state(self) -> list[Tensor]:
-        cpu = torch.get_rng_state()
-        return [cpu] if self._device is None else [cpu, torch.cuda.get_rng_state(self._device)]
-
-    def _set_random_state(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if self._device is not None:
-            torch.cuda.set_rng_state(states[1], self._device)
+        self._after.restore()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from optim_problems import bits, closure_of, random_subspace, whole_space
 from torch import Tensor, nn
 
-from dldr_ext import PBFGS, Status
+from dldr_ext import PBFGS, InSubspace, Status
+from dldr_ext.tensors.random_state import RandomState
 
 SEARCHES = ["armijo", "strong_wolfe"]
 STYLES = ["forward", "usual"]
@@ -103,3 +110,78 @@ def test_random_state_is_that_of_the_first_evaluation_alone(search: str) -> None
     torch.set_rng_state(state)
     torch.rand(1)
     assert torch.equal(after, torch.get_rng_state())
+
+
+GENERATOR, RNG, OLD, OWN = (
+    torch.Generator(),
+    np.random.default_rng(0),
+    np.random.RandomState(0),
+    random.Random(0),
+)
+DRAWS: dict[str, Callable[[], float]] = {
+    "torch": lambda: torch.rand(()).item(),
+    "torch.Generator": lambda: torch.rand((), generator=GENERATOR).item(),
+    "numpy": np.random.rand,
+    "numpy, normal": np.random.randn,
+    "numpy Generator": lambda: RNG.random(),
+    "numpy RandomState": OLD.rand,
+    "random": random.random,
+    "random.Random": OWN.random,
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        PBFGS,
+        lambda params, subspace: PBFGS(params, subspace, curvature="consecutive"),
+        lambda params, subspace: PBFGS(params, subspace, max_iter=3),
+        lambda params, subspace: InSubspace(
+            params, subspace, torch.optim.LBFGS, line_search_fn="strong_wolfe", max_iter=3
+        ),
+    ],
+)
+def test_every_generator_draws_the_same_in_all_evaluations(make: Any, draw: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(16, 6)
+    model = nn.Linear(6, 1)
+    optimizer = make(model.parameters(), random_subspace(model.parameters(), 5, torch.float32))
+    drawn: list[float] = []
+    last, state = None, RandomState([torch.default_generator, GENERATOR, np.random, RNG, OLD, OWN])
+    random.seed(0)
+
+    def closure() -> Tensor:
+        drawn.append(draw())
+        return model(x + drawn[-1]).square().mean()
+
+    firsts = []
+    for _ in range(3):
+        drawn.clear()
+        optimizer.step(closure)
+        assert len(drawn) > 1 and set(drawn) == {drawn[0]} and drawn[0] != last
+        last = drawn[0]
+        firsts.append(last)
+    # The next step goes on as after one evaluation of each step.
+    state.restore()
+    random.seed(0)
+    assert [draw() for _ in range(3)] == firsts
+
+
+@pytest.mark.parametrize("noise", [0.0, 5.0])
+def test_what_is_not_replayed_is_noticed_where_a_point_is_evaluated_twice(
+    noise: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = PBFGS([x], whole_space([x]), line_search_fn="strong_wolfe", max_ls=2)
+    calls: list[float] = []
+
+    def closure() -> Tensor:
+        calls.append(x.item())
+        extra = noise if x.item() in calls[:-1] else 0.0
+        return 50.0 - x.sum() + 1e3 * nn.functional.relu(x - 1.5).sum() + extra
+
+    with caplog.at_level(logging.WARNING, logger="dldr_ext"):
+        optimizer.step(closure)
+    assert calls == [0.0, 1.0, 10.0, 1.0] and optimizer.status is Status.DECREASED
+    assert caplog.text.count("gave 49 and then 54 at the same weights") == (noise > 0.0)

@@ -1,0 +1,133 @@
+"""Random number generators: which ones a function reaches, and their states."""
+
+from __future__ import annotations
+
+import functools
+import random
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dldr_ext import virtual_batch
+from dldr_ext.tensors.random_state import RandomState, process_generators, reachable
+
+GENERATOR = torch.Generator()
+
+
+def noisy(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.rand((), generator=GENERATOR)
+
+
+class Noise(nn.Module):
+    def __init__(self, rng: Any) -> None:
+        super().__init__()
+        self.settings = {"draws": [rng]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return noisy(x)
+
+
+class Experiment:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def loss(self) -> torch.Tensor:
+        return self.model(torch.ones(2)).sum()
+
+
+def test_generators_are_found_wherever_the_closure_reaches_them() -> None:
+    rng = np.random.default_rng(0)
+    model = nn.Sequential(nn.Identity(), Noise(rng))
+    experiment = Experiment(model)
+
+    def decorated() -> Any:
+        @torch.no_grad()
+        def loss() -> torch.Tensor:
+            return model(torch.ones(2)).sum()
+
+        return loss
+
+    for function in (
+        experiment.loss,
+        functools.partial(experiment.loss),
+        lambda: model(torch.ones(2)),
+        lambda m=model: m(torch.ones(2)),
+        decorated(),
+        virtual_batch(model, [torch.ones(2)]),
+    ):
+        assert {id(found) for found in reachable(function)} == {id(rng), id(GENERATOR)}
+
+
+def test_generators_of_methods_loaders_and_modules() -> None:
+    rng, old, own = np.random.default_rng(0), np.random.RandomState(0), random.Random(0)
+    for method, generator in ((rng.random, rng), (old.rand, old), (own.random, own)):
+        assert reachable(method) == [generator]
+    loader: Any = torch.utils.data.DataLoader([1, 2], shuffle=True, generator=GENERATOR)
+    assert reachable(virtual_batch(torch.sum, loader, weights=[1, 1])) == [GENERATOR]
+    constants = types.ModuleType("constants")
+    constants.rng = rng
+    function = types.FunctionType(
+        compile("constants.rng.random()", "", "eval"), {"constants": constants}
+    )
+    assert reachable(function) == [rng]
+
+
+def test_what_has_no_state_or_cannot_be_looked_into_is_passed_over() -> None:
+    class Broken:
+        def __getattribute__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+    system, broken, itself = random.SystemRandom(), Broken(), []
+    itself.append(itself)
+    assert reachable(lambda: (system, broken, itself)) == []
+
+
+@pytest.mark.parametrize("normal", [False, True])
+def test_states_are_restored(normal: bool) -> None:
+    """Also half-way through a pair of normal numbers, one of which waits."""
+    given = [torch.Generator(), np.random.default_rng(0), np.random.RandomState(0), random.Random()]
+    generators = [*process_generators(), *given]
+
+    def draw() -> list[float]:
+        gen, rng, old, own = given
+        return [
+            torch.rand(()).item(),
+            np.random.randn() if normal else np.random.rand(),
+            random.random(),
+            torch.rand((), generator=gen).item(),
+            rng.random(),
+            old.randn(),
+            own.gauss(0.0, 1.0),
+        ]
+
+    for _ in range(3):
+        state = RandomState(generators)
+        first = draw()
+        assert first != draw()
+        state.restore()
+        assert draw() == first
+        state.restore()
+        state.restore()
+        assert draw() == first
+
+
+def test_numpy_seeded_or_given_another_bit_generator_between_states() -> None:
+    np.random.seed(1)
+    state = RandomState([np.random])
+    first = np.random.rand()
+    np.random.seed(2)
+    state.restore()
+    assert np.random.rand() == first
+    before = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(3))
+        state = RandomState([np.random])
+        first = np.random.rand()
+        state.restore()
+        assert np.random.rand() == first
+    finally:
+        np.random.set_bit_generator(before)
