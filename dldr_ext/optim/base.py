@@ -52,6 +52,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         ranks: Ranks | None = None,
     ) -> None:
         name = type(self).__name__
+        self._check_mode()
         # Leaves hold the gradients. What is written is the same but for DTensors: their shards.
         self._leaves = trainable(name, params)
         self._params = [local_shard(p) for p in self._leaves]
@@ -59,7 +60,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._check_subspace(name, subspace)
         super().__init__(self._leaves, defaults)
         self._status = Status.INITIAL
-        self._evaluator = Evaluator(self._leaves)
+        self._evaluator = Evaluator(name, self._leaves)
         if ranks is not None:
             self._evaluator.inside = ranks.evaluation
         self._enter(subspace, check_metric(name, defaults["metric"], subspace))
@@ -175,7 +176,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._evaluator.calls = new["closure_calls"]
             self._evaluator.gradient_calls = new["gradient_calls"]
             self._adopt(new["method"])
-            self._guard.remember()
+            self._remember()
 
     def resync(self) -> None:
         """Accept weights that something else wrote, and go on from their projection.
@@ -306,12 +307,26 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _check_untouched(self) -> None:
         """Refuse weights that something else wrote since the last step."""
+        self._check_mode()
         if self._ranks is not None:
             # In place: others hold the list. A module may have moved its shards.
             self._params[:] = [local_shard(p) for p in self._leaves]
             if self._steps and self._steps % _COMPARE_EVERY == 0:
                 self._compare(f"step {self._steps}")
         self._guard.check(type(self).__name__, self._expected_weights)
+
+    def _check_mode(self) -> None:
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__}: expected a call outside of torch.inference_mode, where no "
+                "gradient can be made and no tensor changed later, got one inside; step under "
+                "torch.inference_mode(False), with batches that were not made inside either"
+            )
+
+    def _remember(self) -> None:
+        """Take weights and gradients as they are for those that the optimizer has left."""
+        self._guard.remember()
+        self._evaluator.remember_gradients()
 
     def _to_basis(self, vector: Tensor, copy: bool = False) -> Tensor:
         """Return a d-vector as the ops take it: on the basis's device, in the ops' precision."""
@@ -398,7 +413,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if point.numel():  # of several ranks one may have no weights
                 ops.trial_(self._params, point, point, 0.0)
             self._start_at(point)
-            self._guard.remember()
+            self._remember()
         first = self._ranks is None or self._ranks.rank == 0
         if first and not distance <= _MOVED * norm:
             _log.warning(

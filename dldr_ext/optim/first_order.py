@@ -46,7 +46,7 @@ class FirstOrder(SubspaceOptimizer):
             the last step (see `resync`). Nothing has moved then.
         """
         self._check_untouched()
-        first = mean = None if closure is None else self._evaluator.first(closure)
+        first = mean = None if closure is None else self._first(closure)
         c = None
         if self._ranks is not None or self._evaluator.has_gradient():
             c, mean = self._gradient(first)
@@ -62,8 +62,12 @@ class FirstOrder(SubspaceOptimizer):
         else:
             moved = self._move(closure, mean, c)
             self._record(loss, Status.ACCEPTED, gradient_norm=size, **moved)
-        self._guard.remember()
+        self._remember()
         return returned(first, mean)
+
+    def _first(self, closure: Closure) -> Loss:
+        """Evaluate the closure where the weights are."""
+        return self._evaluator.first(closure)
 
     def _gradient(self, loss: Loss | None) -> tuple[Tensor, Loss | None]:
         """Project the gradients in place, c = P^T g, (d,) float64, and take the loss's mean."""

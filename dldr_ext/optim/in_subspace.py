@@ -16,6 +16,7 @@ from ..subspace.base import AffineSubspace
 from .first_order import FirstOrder
 from .metric import Metric
 from .step.closure import Closure, Loss
+from .step.replay import Replay
 
 
 class InSubspace(FirstOrder):
@@ -91,8 +92,11 @@ class InSubspace(FirstOrder):
             placeholder = torch.zeros(1, device="cpu", requires_grad=True)
             probe = optimizer([placeholder], **options)  # checks the options
             self._make, self._options = optimizer, options
+            # One that searches compares losses: all are to see the same random numbers.
+            self._replay = Replay([]) if issubclass(optimizer, torch.optim.LBFGS) else None
             defaults = probe.defaults | {"metric": metric}
             super().__init__(params, subspace, defaults, theta0, ranks)
+        self._evaluator.alone = self._replay is not None
         self._renew()
 
     def _facts(self, theta0: Tensor | str | None) -> Facts:
@@ -111,6 +115,14 @@ class InSubspace(FirstOrder):
             self._renew()
             self._load_inner(state["_inner"])
 
+    def _first(self, closure: Closure) -> Loss:
+        if self._replay is not None:
+            self._replay.begin(closure)
+        loss = super()._first(closure)
+        if self._replay is not None:
+            self._replay.mark()
+        return loss
+
     def _move(self, closure: Closure | None, loss: Loss | None, c: Tensor) -> dict[str, Any]:
         units, group = self._units(), self.param_groups[0]
         self._variable.copy_(self._theta / units)
@@ -123,6 +135,8 @@ class InSubspace(FirstOrder):
             with torch.device("cpu"):  # theta's, whatever the default for the user's tensors
                 self._inner.step() if inner is None else self._inner.step(inner)
         finally:
+            if self._replay is not None and closure is not None:
+                self._replay.finish()
             self._follow()
             self._guard.remember()
         return {
@@ -140,13 +154,19 @@ class InSubspace(FirstOrder):
             if evaluated:
                 return evaluated.pop()
             self._follow()
+            self._rewind()
             with device:
-                again = self._evaluator.first(closure)
+                again = self._evaluator.again(closure, graph=True, rewind=self._rewind)
+                self._evaluator.backward(again)
             c, mean = self._gradient(again)
             self._variable.grad = c * self._units()
             return mean
 
         return evaluate
+
+    def _rewind(self) -> None:
+        if self._replay is not None:
+            self._replay.rewind()
 
     def _follow(self) -> None:
         """Put theta and the weights where the inner optimizer has moved theta / s."""

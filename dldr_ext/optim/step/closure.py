@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .write_guard import GradientWatch
+
+_log = logging.getLogger("dldr_ext")
 Loss = Tensor | float
 Closure = Callable[[], Loss]
 # A step returns what the closure does, a tensor or a number.
@@ -32,11 +37,13 @@ class Evaluator:
     """The calls of closures of both styles.
 
     The usual style calls backward itself; the forward-only style returns a loss with a graph, and
-    gradients are still None after it. Which one a closure has is found out in `first`. A virtual
-    batch calls backward where grad mode is on.
+    leaves no gradient of its own. Which one a closure has is found out in `first`. A virtual batch
+    calls backward where grad mode is on.
 
     Attributes
     ----------
+    owner : str
+        What to call the optimizer in messages.
     calls : int
         Evaluations so far.
     gradient_calls : int
@@ -45,20 +52,26 @@ class Evaluator:
         Style of the closure given to the last `first`.
     cheap_without_gradient : bool
         That closure can be asked for the loss alone.
+    alone : bool
+        The gradients are to be those of one evaluation, as a search needs them. Otherwise they are
+        what the closure leaves, added to earlier ones unless it zeroes them, as torch has it.
     scaler : torch.amp.GradScaler or None
         Scales the losses that this class calls backward on.
     inside : callable
         Makes the context that closures are called in.
     """
 
-    def __init__(self, params: list[Tensor]) -> None:
-        self._params = params
+    def __init__(self, owner: str, params: list[Tensor]) -> None:
+        self.owner, self._params = owner, params
+        self._gradients = GradientWatch(params)
+        self.alone = False
         self.scaler: torch.amp.GradScaler | None = None
         self.inside: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.calls = 0
         self.gradient_calls = 0
         self.forward_only = False
         self.cheap_without_gradient = False
+        self._needs_grad_mode = self._said_dropped = False
 
     def first(self, closure: Closure) -> Loss:
         """Evaluate the loss and the gradients.
@@ -66,14 +79,22 @@ class Evaluator:
         Raises
         ------
         ValueError
-            The closure left no gradient, and its loss has no graph.
+            The closure left no gradient, and its loss has no graph; gradients that came before it
+            cannot be taken in.
         """
-        loss = self._call(closure, graph=True)
-        self.forward_only = not self.has_gradient()
+        if self.alone or self.forward_only or isinstance(closure, VirtualBatch):
+            self._gradients.forget_left()
+        with self._gradients.watching():
+            loss = self._call(closure, grad_mode=True)
+        self.forward_only = not self._gradients.new()
         self.cheap_without_gradient = self.forward_only or isinstance(closure, VirtualBatch)
         if not self.forward_only:
+            if self.alone:
+                self._refuse_carried("the loss that it returns")
             self.gradient_calls += 1
         elif isinstance(loss, Tensor) and loss.requires_grad:
+            self._refuse_foreign()
+            self._drop_gradients()
             self.backward(loss)
         else:
             raise ValueError(
@@ -81,42 +102,118 @@ class Evaluator:
                 "loss without either: it was detached, computed under torch.no_grad, or depends on "
                 "none of the parameters"
             )
+        self.remember_gradients()
         return loss
 
-    def again(self, closure: Closure, graph: bool) -> Loss:
+    def again(self, closure: Closure, graph: bool, rewind: Callable[[], None]) -> Loss:
         """Evaluate the loss; with a graph (forward-only style) or the gradients if asked for.
 
-        The usual style gives gradients whether asked or not.
+        The usual style gives gradients whether asked or not. ``rewind`` puts back what an
+        evaluation changes besides.
         """
         graph = graph or not self.cheap_without_gradient
-        loss = self._call(closure, graph)
-        if graph and not self.forward_only:
-            self.gradient_calls += 1
+        if not graph:
+            return self._without_gradient(closure, rewind)
+        self._refuse_carried("each evaluation of a step")
+        self._drop_gradients()
+        try:
+            loss = self._call(closure, grad_mode=True)
+        finally:
+            self.remember_gradients()
+        self.gradient_calls += not self.forward_only
         return loss
 
     def backward(self, loss: Loss) -> None:
         """Make the gradients of a loss that came with a graph, in the forward-only style."""
         if self.forward_only and isinstance(loss, Tensor) and loss.requires_grad:
             self.gradient_calls += 1
-            with torch.enable_grad():
-                self._scaled_backward(loss)
+            self._scaled_backward(loss)
+            self.remember_gradients()
 
     def has_gradient(self) -> bool:
         """Return whether any parameter has a gradient."""
         return any(p.grad is not None for p in self._params)
 
-    def _scaled_backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+    def remember_gradients(self) -> None:
+        """Take the gradients as they are for old ones, which are in nobody's way."""
+        self._gradients.remember()
 
-    def _call(self, closure: Closure, graph: bool) -> Loss:
-        if graph:  # gradients of one evaluation alone, even if the closure does not zero them
-            for p in self._params:
-                p.grad = None
+    def _without_gradient(self, closure: Closure, rewind: Callable[[], None]) -> Loss:
+        """Evaluate the loss alone: without grad mode, unless the closure takes derivatives."""
+        if not self._needs_grad_mode:
+            try:
+                return self._call(closure, grad_mode=False)
+            except Exception as error:
+                if not _is_about_gradients(error):
+                    raise
+            rewind()
+        loss = self._call(closure, grad_mode=True, backward=_nothing)
+        if not self._needs_grad_mode:
+            self._needs_grad_mode = True
+            _log.warning(
+                "%s: the closure takes derivatives inside its loss and fails under torch.no_grad, "
+                "which trials are made under; from now on they are made with grad mode on",
+                self.owner,
+            )
+        return loss.detach() if isinstance(loss, Tensor) else loss
+
+    def _scaled_backward(self, loss: Tensor) -> None:
+        # Not under the caller's autocast, nor under the closure's: what the forward pass has cast
+        # its graph casts back.
+        with torch.enable_grad(), _without_autocast():
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def _drop_gradients(self) -> None:
+        for p in self._params:
+            p.grad = None
+
+    def _refuse_carried(self, whose: str) -> None:
+        i = self._gradients.carried
+        if i is not None:
+            raise ValueError(
+                f"{self.owner}: closure: expected gradients of {whose} alone, got them added to "
+                f"what params[{i}].grad held before (micro-batches that went through backward "
+                "before the step?): the closure is evaluated at several points, each time with its "
+                "own loss. Put all micro-batches into one closure with dldr_ext.virtual_batch, or "
+                "zero the gradients in the closure or before the step"
+            )
+
+    def _refuse_foreign(self) -> None:
+        """Refuse gradients that a closure which calls no backward would lose."""
+        if self.alone and self._said_dropped:
+            return
+        i = self._gradients.foreign()
+        if i is None:
+            return
+        way_out = (
+            "take them in by a closure that calls backward itself or by dldr_ext.virtual_batch; "
+            "drop them by zero_grad() before the step"
+        )
+        if not self.alone:
+            raise ValueError(
+                f"{self.owner}: closure: expected no gradients from before the step beside a "
+                f"closure that calls no backward, got some in params[{i}].grad: {way_out}"
+            )
+        self._said_dropped = True
+        _log.warning(
+            "%s: gradients that came before the step (params[%d].grad) are dropped: the closure "
+            "calls no backward, so that its loss alone is what a step sees; %s",
+            self.owner, i, way_out,
+        )  # fmt: skip
+
+    def _call(
+        self,
+        closure: Closure,
+        grad_mode: bool,
+        backward: Callable[[Tensor], Any] | None = None,
+    ) -> Loss:
         self.calls += 1
+        # Under the caller's autocast casts of the weights as they were would be used again.
+        torch.clear_autocast_cache()
         loss: Loss
-        with torch.set_grad_enabled(graph), self.inside():
+        with torch.set_grad_enabled(grad_mode), self.inside():
             if isinstance(closure, VirtualBatch):
-                loss = closure(self._scaled_backward)
+                loss = closure(backward or self._scaled_backward)
             else:
                 loss = closure()
         if isinstance(loss, bool) or not isinstance(loss, (Tensor, float, int)):
@@ -130,6 +227,25 @@ class Evaluator:
                 f"{tuple(loss.shape)} and dtype {loss.dtype}"
             )
         return loss
+
+
+def _is_about_gradients(error: Exception) -> bool:
+    """Return whether an error is one that missing gradients make: by its text or its line."""
+    lines = traceback.extract_tb(error.__traceback__)
+    return "grad" in str(error) or (bool(lines) and "grad" in (lines[-1].line or ""))
+
+
+def _nothing(_: Tensor) -> None:
+    """Stand for a backward pass that is not wanted."""
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class VirtualBatch:

@@ -102,7 +102,7 @@ class Trials:
         self._replay.rewind()
         self._iterate.trial(alpha)
         self._alpha, self._graph = alpha, graph or not evaluator.cheap_without_gradient
-        self._loss = evaluator.again(self._closure, graph)
+        self._loss = evaluator.again(self._closure, graph, self._replay.rewind)
 
 
 def search(

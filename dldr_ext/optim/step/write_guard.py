@@ -1,11 +1,17 @@
-"""Detection of weights that something else wrote."""
+"""Detection of weights and gradients that something else wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from ...tensors.parameters import local_shard
 
 
 class WriteGuard:
@@ -21,6 +27,8 @@ class WriteGuard:
 
     def remember(self) -> None:
         """Take the weights as they are for those that should be there."""
+        # Under the caller's autocast the casts of the weights before would be used again.
+        torch.clear_autocast_cache()
         self._seen = self._now()
 
     def check(self, owner: str, expected: Callable[[], Tensor]) -> None:
@@ -61,3 +69,116 @@ class WriteGuard:
     def _now(self) -> list[int]:
         # No tuples: the garbage collector would look at all of them, in each step.
         return [p._version for p in self._params] + [p.data_ptr() for p in self._params]
+
+
+class GradientWatch:
+    """What became of the parameters' gradients: new ones, and those that were there before.
+
+    A gradient is known by its object and autograd's version counter.
+
+    Attributes
+    ----------
+    carried : int or None
+        The first parameter for which a backward pass in the last `watching` added to a gradient
+        other than zero from before it.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._params = params
+        self.carried: int | None = None
+        self._ran = False
+        self.remember()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_params": self._params}  # references to gradients cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**{key[1:]: value for key, value in state.items()})  # type: ignore[misc]
+
+    def remember(self) -> None:
+        """Take the gradients as they are for those that the optimizer's own work has left."""
+        self._left = _seen(self._params)
+
+    def forget_left(self) -> None:
+        """Drop the gradients that are as at the last `remember`."""
+        for p, same in zip(self._params, self._same(self._left), strict=True):
+            if same:
+                p.grad = None
+
+    def foreign(self) -> int | None:
+        """Return the first parameter with a gradient, not zero, that came since `remember`."""
+        same = self._same(self._left)
+        return next((i for i, p in enumerate(self._params) if not same[i] and any_of(p.grad)), None)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look at what backward passes do to gradients that came since `remember`."""
+        self.carried, self._ran = None, False
+        self._before = _seen(self._params)
+        held: dict[int, Tensor | bool] = {}
+        nodes, handles = [], []
+        for i, (p, same) in enumerate(zip(self._params, self._same(self._left), strict=True)):
+            if p.grad is not None and not same and p.requires_grad:
+                with torch.enable_grad():  # the node lives as long as something refers to it
+                    nodes.append(get_gradient_edge(p).node)
+                handles.append(nodes[-1].register_prehook(self._hook(i, p, held)))
+        try:
+            yield
+        except BaseException:
+            if not handles:  # what it has left is its own
+                self.remember()
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.carried = next((i for i in sorted(held) if held[i]), None)
+
+    def new(self) -> bool:
+        """Return whether what ran in the last `watching` has left gradients of its own."""
+        if self._ran:
+            return True
+        pairs = list(zip(self._params, *self._before, strict=True))
+        if any(p.grad is not None and not _is(p.grad, before) for p, before, _ in pairs):
+            return True
+        # Written in place, by no backward pass: computed some other way, or zeroed.
+        gradients = ((p.grad, version) for p, _, version in pairs if p.grad is not None)
+        return any(any_of(grad) for grad, version in gradients if grad._version != version)
+
+    def _hook(self, i: int, p: Tensor, held: dict[int, Tensor | bool]) -> Callable[[Any], None]:
+        def before_accumulation(_: Any) -> None:
+            self._ran = True
+            # Zeroed in between, what came before is gone.
+            held[i] = any_of(p.grad) & held.get(i, True)
+
+        return before_accumulation
+
+    def _same(self, known: _Seen) -> list[bool]:
+        """Return which parameters have a gradient as they had it then."""
+        return [
+            p.grad is not None and _is(p.grad, before) and p.grad._version == version
+            for p, before, version in zip(self._params, *known, strict=True)
+        ]
+
+
+# References and version counters: no pairs, which the garbage collector would all look at.
+_Seen = tuple[list["weakref.ref[Tensor] | None"], list[int]]
+
+
+def _seen(params: Sequence[Tensor]) -> _Seen:
+    gradients = [p.grad for p in params]
+    return (
+        [None if g is None else weakref.ref(g) for g in gradients],
+        [0 if g is None else g._version for g in gradients],
+    )
+
+
+def _is(gradient: Tensor, reference: weakref.ref[Tensor] | None) -> bool:
+    return reference is not None and reference() is gradient
+
+
+def any_of(gradient: Tensor | None) -> Tensor | bool:
+    """Return whether a gradient has elements other than zero, on its device."""
+    if gradient is None:
+        return False
+    gradient = gradient.detach()
+    return local_shard(gradient).any() if gradient.layout is torch.strided else True

@@ -1,0 +1,382 @@
+"""Gradients that were there before a closure, and those that it changes after backward."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from optim_problems import Batches, bits, flat, random_subspace, whole_space
+from torch import Tensor, nn
+
+from dldr_ext import PBFGS, PSGD, InSubspace, virtual_batch
+
+SGD = torch.optim.SGD
+Backward = Callable[[int, float], Tensor]
+
+
+def first_order(params: list[nn.Parameter], name: str) -> torch.optim.Optimizer:
+    """SGD itself, and what is SGD where P = I."""
+    if name == "torch":
+        return SGD(params, lr=0.3, momentum=0.5)
+    if name == "PSGD":
+        return PSGD(params, whole_space(params), lr=0.3, momentum=0.5)
+    return InSubspace(params, whole_space(params), SGD, lr=0.3, momentum=0.5)
+
+
+def last_in_closure(batches: Batches, optimizer: Any, part: Backward) -> None:
+    """As Lightning does it."""
+    optimizer.zero_grad()
+    part(0, 0.25)
+    part(1, 0.25)
+    optimizer.step(lambda: part(2, 0.5))
+
+
+def zeroed_in_place(batches: Batches, optimizer: Any, part: Backward) -> None:
+    optimizer.zero_grad(set_to_none=False)
+    part(0, 0.5)
+    optimizer.step(lambda: part(1, 0.5))
+
+
+def zeroed_afterwards(batches: Batches, optimizer: Any, part: Backward) -> None:
+    part(0, 0.5)
+    optimizer.step(lambda: part(1, 0.5))
+    batches.model.zero_grad()
+
+
+def never_zeroed(batches: Batches, optimizer: Any, part: Backward) -> None:
+    optimizer.step(lambda: part(0, 0.1))
+
+
+def no_closure(batches: Batches, optimizer: Any, part: Backward) -> None:
+    optimizer.zero_grad()
+    part(0, 0.5)
+    part(1, 0.5)
+    optimizer.step()
+
+
+def backward_twice(batches: Batches, optimizer: Any, part: Backward) -> None:
+    optimizer.zero_grad()
+    part(0, 0.5)
+
+    def closure() -> Tensor:
+        part(1, 0.25)
+        return part(2, 0.25)
+
+    optimizer.step(closure)
+
+
+def written_in_place(batches: Batches, optimizer: Any, part: Backward) -> None:
+    """Gradients that no backward pass has put there, into memory that is kept."""
+
+    def closure() -> Tensor:
+        loss = batches.forward(1)()
+        for p, g in zip(batches.params, torch.autograd.grad(loss, batches.params), strict=True):
+            p.grad = torch.empty_like(p) if p.grad is None else p.grad
+            p.grad.copy_(g)
+        return loss
+
+    optimizer.step(closure)
+
+
+def clipped_by_norm(batches: Batches, optimizer: Any, part: Backward) -> None:
+    optimizer.zero_grad()
+    part(0, 0.5)
+
+    def closure() -> Tensor:
+        loss = part(1, 0.5)
+        nn.utils.clip_grad_norm_(batches.params, 0.05)
+        return loss
+
+    optimizer.step(closure)
+
+
+def clipped_by_value(batches: Batches, optimizer: Any, part: Backward) -> None:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = part(1, 1.0)
+        nn.utils.clip_grad_value_(batches.params, 0.01)
+        return loss
+
+    optimizer.step(closure)
+
+
+def hooked(batches: Batches, optimizer: Any, part: Backward) -> None:
+    optimizer.zero_grad()
+    handles = [p.register_hook(lambda g: g.clamp(-0.01, 0.01)) for p in batches.params]
+
+    def halve(p: Tensor) -> None:
+        p.grad.mul_(0.5)
+
+    handles += [p.register_post_accumulate_grad_hook(halve) for p in batches.params]
+    part(0, 1.0)
+    optimizer.step(lambda: part(1, 1.0))
+    for handle in handles:
+        handle.remove()
+
+
+def some_without(batches: Batches, optimizer: Any, part: Backward) -> None:
+    """A frozen layer for one micro-batch: some have a gradient from before, others none."""
+    optimizer.zero_grad()
+    loss = batches.forward(0)() * 0.5
+    batches.params[0].grad = torch.autograd.grad(loss, batches.params[:1])[0]
+    optimizer.step(lambda: part(1, 0.5))
+
+
+LOOPS = [
+    last_in_closure, zeroed_in_place, zeroed_afterwards, never_zeroed, no_closure, backward_twice,
+    written_in_place, clipped_by_norm, clipped_by_value, hooked, some_without,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("name", ["PSGD", "InSubspace"])
+def test_a_loop_steps_as_with_torchs_sgd(name: str, loop: Any, dtype: torch.dtype) -> None:
+    runs = []
+    for made in ("torch", name):
+        batches = Batches(1, dtype=dtype)
+        optimizer = first_order(batches.params, made)
+
+        def part(i: int, weight: float, batches: Batches = batches) -> Tensor:
+            loss = batches.forward(i)() * weight
+            loss.backward()
+            return loss
+
+        start = flat(batches.params)
+        for _ in range(4):
+            loop(batches, optimizer, part)
+        runs.append(flat(batches.params))
+        assert not torch.equal(runs[-1], start)
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_forward_only_closures_do_not_lose_what_came_before_them() -> None:
+    batches = Batches(0)
+    batches.usual(0)()  # before the optimizer: of another training
+    optimizer = PSGD(batches.params, random_subspace(batches.params, 4), lr=0.1)
+    for step in range(2):
+        optimizer.step(batches.forward(step))  # the last step's gradients are in nobody's way
+    optimizer.step()
+    optimizer.step(batches.forward(2))
+    before = bits(batches.params)
+    batches.usual(1)()
+    with pytest.raises(ValueError, match=r"no gradients from before the step.*params\[0\].grad"):
+        optimizer.step(batches.forward(3))
+    assert bits(batches.params) == before
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step(batches.forward(3))
+    assert bits(batches.params) != before
+
+
+def test_a_virtual_batch_takes_in_what_came_before_it_once() -> None:
+    ours, theirs = Batches(0), Batches(0)
+    subspace = random_subspace(ours.params, 4)
+    one, other = (PSGD(b.params, subspace, lr=0.1) for b in (ours, theirs))
+    halves = [(ours, 1), (ours, 2)]
+    closure = virtual_batch(lambda part: part[0].forward(part[1])(), halves, weights=[1, 1])
+    for _ in range(3):
+        theirs.model.zero_grad()
+        for batches in (ours, theirs):
+            if batches is ours:
+                batches.model.zero_grad()
+            batches.forward(0)().backward()
+        one.step(closure)
+        other.step(lambda: [(theirs.forward(i)() / 2).backward() for i in (1, 2)] and 0.0)
+    one.step(closure)
+    theirs.model.zero_grad()
+    other.step(lambda: [(theirs.forward(i)() / 2).backward() for i in (1, 2)] and 0.0)
+    torch.testing.assert_close(flat(ours.params), flat(theirs.params), rtol=1e-9, atol=1e-9)
+
+
+SEARCHING: list[Any] = [
+    lambda params, subspace: PBFGS(params, subspace),
+    lambda params, subspace: PBFGS(params, subspace, curvature="consecutive", damping=None),
+    lambda params, subspace: PBFGS(params, subspace, line_search_fn=None, lr=0.1),
+    lambda params, subspace: InSubspace(params, subspace, torch.optim.LBFGS, lr=0.1, max_iter=3),
+]
+
+
+@pytest.mark.parametrize("zero", [{"set_to_none": True}, {"set_to_none": False}])
+@pytest.mark.parametrize("make", SEARCHING)
+def test_a_search_refuses_gradients_that_were_accumulated_before(make: Any, zero: Any) -> None:
+    batches = Batches(0)
+    optimizer = make(batches.params, random_subspace(batches.params, 4))
+
+    def last() -> Tensor:
+        loss = batches.forward(1)() / 2
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        before = bits(batches.params)
+        optimizer.zero_grad(**zero)
+        (batches.forward(0)() / 2).backward()
+        for _ in range(2):  # it stays refused
+            with pytest.raises(ValueError, match=r"params\[0\].grad held before.*virtual_batch"):
+                optimizer.step(last)
+            assert bits(batches.params) == before
+        optimizer.step(batches.usual(2))
+        assert optimizer.status.moved
+
+
+def zeroing(batches: Batches, optimizer: Any) -> Tensor:
+    optimizer.zero_grad()
+    loss = batches.forward(0)()
+    loss.backward()
+    return loss
+
+
+def zeroing_in_place(batches: Batches, optimizer: Any) -> Tensor:
+    batches.model.zero_grad(set_to_none=False)
+    loss = batches.forward(0)()
+    loss.backward()
+    return loss
+
+
+def attacking(batches: Batches, optimizer: Any) -> Tensor:
+    """The attack's gradients are added to what was there, and all of it is zeroed."""
+    batches.forward(1)().backward()
+    batches.model.zero_grad(set_to_none=False)
+    batches.forward(2)().backward()
+    return zeroing(batches, optimizer)
+
+
+def assigning(batches: Batches, optimizer: Any) -> Tensor:
+    loss = batches.forward(0)()
+    for p, g in zip(batches.params, torch.autograd.grad(loss, batches.params), strict=True):
+        p.grad = g
+    return loss
+
+
+def never_zeroing(batches: Batches, optimizer: Any) -> Tensor:
+    loss = batches.forward(0)()
+    loss.backward()
+    return loss
+
+
+def zeroing_at_the_end_of_the_loop(batches: Batches, optimizer: Any) -> Tensor:
+    return never_zeroing(batches, optimizer)
+
+
+CLOSURES = [
+    zeroing, zeroing_in_place, attacking, assigning, never_zeroing, zeroing_at_the_end_of_the_loop,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("closure", CLOSURES)
+@pytest.mark.parametrize("make", SEARCHING)
+def test_closures_that_a_search_takes_as_ever(make: Any, closure: Any) -> None:
+    runs = []
+    for forward_only in (True, False):
+        batches = Batches(0)
+        subspace = random_subspace(batches.params, 4)
+        batches.usual(3)()  # left by what trained before
+        optimizer = make(batches.params, subspace)
+        for _ in range(3):
+            if forward_only:
+                optimizer.step(batches.forward(0))
+                continue
+            if closure in (zeroing, zeroing_in_place, attacking, assigning):
+                batches.usual(3)()  # left between two steps
+            optimizer.step(lambda o=optimizer, b=batches: closure(b, o))
+            if closure is zeroing_at_the_end_of_the_loop:
+                batches.model.zero_grad(set_to_none=False)
+        assert optimizer.status.moved
+        runs.append(flat(batches.params))
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-9, atol=1e-9)
+
+
+def test_after_a_closure_that_failed_its_gradients_are_not_taken_for_earlier_ones() -> None:
+    batches = Batches(0)
+    optimizer = PBFGS(batches.params, random_subspace(batches.params, 4))
+    for failing in (0, 1):  # in the first evaluation, in a trial
+        calls = iter(range(9))
+
+        def closure(failing: int = failing, calls: Any = calls) -> Tensor:
+            loss = never_zeroing(batches, None)
+            if next(calls) == failing:
+                raise MemoryError("batch too large")
+            return loss
+
+        with pytest.raises(MemoryError):
+            optimizer.step(closure)
+        optimizer.step(lambda: never_zeroing(batches, None))
+        assert optimizer.status.moved
+
+
+def test_a_search_says_once_that_a_forward_only_closure_drops_gradients(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    batches = Batches(0)
+    optimizer = PBFGS(batches.params, random_subspace(batches.params, 4))
+    with caplog.at_level(logging.WARNING, logger="dldr_ext"):
+        optimizer.step(batches.forward(0))
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step(batches.forward(0))
+        assert not caplog.records
+        for _ in range(2):
+            batches.usual(1)()
+            optimizer.step(batches.forward(0))
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "are dropped: the closure calls no backward" in caplog.text
+    assert "dldr_ext.virtual_batch" in caplog.text
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_a_copy_knows_its_own_gradients(copied: Any) -> None:
+    batches = Batches(0)
+    optimizer = PSGD(batches.params, random_subspace(batches.params, 4), lr=0.1)
+    optimizer.step(batches.forward(0))
+    (other,) = copied([optimizer])
+    params = other.param_groups[0]["params"]
+    before = bits(params)
+    other.step(lambda: sum(p.square().sum() for p in params))
+    assert bits(params) != before
+
+
+def test_resync_takes_gradients_for_old_ones() -> None:
+    batches = Batches(0)
+    optimizer = PSGD(batches.params, random_subspace(batches.params, 4), lr=0.1)
+    ordinary = SGD(batches.params, lr=0.1)
+    ordinary.step(batches.usual(0))
+    optimizer.resync()
+    optimizer.step(batches.forward(0))
+    assert optimizer.status.moved
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["PSGD", "InSubspace"])
+def test_lightning_accumulates(name: str) -> None:
+    lightning = pytest.importorskip("lightning")
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 6)
+    data = torch.utils.data.TensorDataset(inputs, (inputs[:, 0] > 0).long())
+
+    class Module(lightning.LightningModule):
+        def __init__(self, made: str) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.model, self.made = nn.Linear(6, 2), made
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return first_order(list(self.model.parameters()), self.made)
+
+    runs = []
+    for made in ("torch", name):
+        module = Module(made)
+        trainer = lightning.Trainer(
+            max_epochs=1, accumulate_grad_batches=4, gradient_clip_val=0.2, accelerator="cpu",
+            logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4))
+        runs.append(flat(module.model.parameters()))
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-5, atol=1e-6)
