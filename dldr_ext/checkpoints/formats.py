@@ -55,6 +55,8 @@ class Entry(NamedTuple):
     conj: bool = False  # the conjugate of what is stored
     neg: bool = False  # minus what is stored
     problem: str | None = None  # why it cannot be read as numbers
+    # Of a tensor that lies in several parts: where each begins in it, along its dimensions.
+    parts: tuple[tuple[tuple[int, ...], Entry], ...] = ()
 
     def nbytes(self) -> int:
         """Return the bytes of its elements."""
@@ -205,7 +207,7 @@ def _read_safetensors(path: Path, key: str | None) -> Contents:
         entries[name] = Entry(
             dtype or torch.uint8,
             shape,
-            _contiguous_stride(shape),
+            contiguous_stride(shape),
             path,
             8 + length + field["data_offsets"][0],
             name,
@@ -221,7 +223,7 @@ def _read_safetensors(path: Path, key: str | None) -> Contents:
     )
 
 
-class _Records(NamedTuple):
+class Records(NamedTuple):
     """Where the storages of a file of ``torch.save`` begin, and the bytes that each has."""
 
     begins: Mapping[str, tuple[int, int]]  # by key
@@ -247,7 +249,7 @@ def _read_zip(path: Path, size: int, key: str | None, fits: Fits | None) -> Cont
                 if member is None:
                     continue  # in a damaged file: noticed if a tensor needs it
                 if member.compress_type == zipfile.ZIP_STORED:
-                    begin = _begin_of_data(file, member.header_offset)
+                    begin = begin_of_data(file, member.header_offset)
                     begins[storage] = (begin, min(member.file_size, size - begin))
                 else:
                     begins[storage] = (0, member.file_size)
@@ -256,7 +258,7 @@ def _read_zip(path: Path, size: int, key: str | None, fits: Fits | None) -> Cont
         raise
     except Exception as error:  # of zipfile, or of a damaged pickle: any
         raise CheckpointError(path, f"truncated or corrupt ({_said(error)})") from error
-    return _contents(path, saved, key, fits, _Records(begins, records, swapped))
+    return _contents(path, saved, key, fits, Records(begins, records, swapped))
 
 
 def _is_pickle(name: str) -> bool:
@@ -275,13 +277,14 @@ def _other_archive(members: Mapping[str, Any]) -> str:
 def _whole(archive: zipfile.ZipFile, file: BinaryIO, member: zipfile.ZipInfo) -> bytes:
     if member.compress_type != zipfile.ZIP_STORED:
         return archive.read(member)
-    data = os.pread(file.fileno(), member.file_size, _begin_of_data(file, member.header_offset))
+    data = os.pread(file.fileno(), member.file_size, begin_of_data(file, member.header_offset))
     if member.CRC not in (0, zlib.crc32(data)):  # 0: torch.serialization.set_crc32_options(False)
         raise zipfile.BadZipFile(f"the checksum of {member.filename} is another")
     return data
 
 
-def _begin_of_data(file: BinaryIO, header: int) -> int:
+def begin_of_data(file: BinaryIO, header: int) -> int:
+    """Return where the data of a zip record begin, whose header is at a place in the file."""
     start = os.pread(file.fileno(), 30, header)
     if start[:4] != b"PK\3\4":
         raise ValueError("a record does not begin where the archive says")
@@ -321,7 +324,7 @@ def _read_legacy(
         raise
     except Exception as error:
         raise CheckpointError(path, f"truncated or corrupt ({_said(error)})") from error
-    return _contents(path, saved, key, fits, _Records(begins, {}, swapped=False))
+    return _contents(path, saved, key, fits, Records(begins, {}, swapped=False))
 
 
 def _other_pickle(found: Any) -> str:
@@ -337,22 +340,22 @@ def _said(error: Exception) -> str:
 
 
 def _contents(
-    path: Path, saved: Any, key: str | None, fits: Fits | None, records: _Records
+    path: Path, saved: Any, key: str | None, fits: Fits | None, records: Records
 ) -> Contents:
     """Return what a file of ``torch.save`` holds."""
     try:
         choice = state_dicts.find_state_dict(saved, key, fits)
     except ValueError as error:
         raise CheckpointError(path, str(error)) from error
-    entries = {n: _entry(path, n, tensor, records) for n, tensor in choice.tensors.items()}
+    entries = {n: entry_of(path, n, tensor, records) for n, tensor in choice.tensors.items()}
     notes = [f"left out (not tensors): {abridged(choice.others)}"] if choice.others else []
     counted = state_dicts.progress(saved, partial(_number, path, records))
     return Contents(entries, [path], notes, choice.notes, choice.is_copy, counted)
 
 
-def _number(path: Path, records: _Records, tensor: Tensor) -> float | None:
+def _number(path: Path, records: Records, tensor: Tensor) -> float | None:
     """Return the only element of a tensor in a file; None for what is not a plain number."""
-    entry = _entry(path, "a number", tensor, records)
+    entry = entry_of(path, "a number", tensor, records)
     if entry.problem is not None or tensor.is_complex():
         return None
     with zipfile.ZipFile(path).open(entry.record) if entry.record else open(path, "rb") as file:
@@ -362,10 +365,11 @@ def _number(path: Path, records: _Records, tensor: Tensor) -> float | None:
     return float(torch.frombuffer(bytearray(data), dtype=tensor.dtype)[0])
 
 
-def _entry(path: Path, name: str, tensor: Tensor, records: _Records) -> Entry:
+def entry_of(path: Path, name: str, tensor: Tensor, records: Records) -> Entry:
+    """Return the entry of a tensor that `pickles.load` gave."""
     place, shape, stride = pickles.place_of(tensor), tuple(tensor.shape), tensor.stride()
     if place.storage is None:
-        stride = _contiguous_stride(shape)
+        stride = contiguous_stride(shape)
         return Entry(tensor.dtype, shape, stride, path, 0, name, problem=place.problem)
     storage = place.storage
     begin, size = records.begins.get(storage.key, (0, -1))
@@ -393,7 +397,8 @@ def extent(shape: torch.Size | tuple[int, ...], stride: tuple[int, ...]) -> int:
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the stride of a tensor whose elements lie in logical order."""
     stride, step = [], 1
     for size in reversed(shape):
         stride.append(step)

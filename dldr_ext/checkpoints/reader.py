@@ -58,6 +58,9 @@ class CheckpointReader:
             raise CheckpointError(
                 entry.file, f"{entry.name}: expected a tensor of numbers, found {entry.problem}"
             )
+        if entry.parts:
+            self._read_parts(entry, begin, out)
+            return
         shape, stride = _without_ones(entry)
         if extent(shape, stride) == math.prod(shape) and all(a >= b for a, b in pairwise(stride)):
             self._read_contiguous(entry, begin, out)
@@ -89,6 +92,25 @@ class CheckpointReader:
             count = extent(cut.shape, stride)
             source = self._elements(entry, shift + at * stride[far], count)
             cut.copy_(source.as_strided(cut.shape, stride))
+        out.copy_(rows.view(-1)[begin - first * row :][: len(out)])
+
+    def _read_parts(self, entry: Entry, begin: int, out: Tensor) -> None:
+        """Read whole rows of the parts that overlap, each into its place in rows of the whole."""
+        row = math.prod(entry.shape[1:])
+        first, last = begin // row, -(-(begin + len(out)) // row)
+        rows = torch.empty((last - first, *entry.shape[1:]), dtype=out.dtype, device="cpu")
+        for offset, part in entry.parts:
+            start, stop = max(first, offset[0]), min(last, offset[0] + part.shape[0])
+            if start >= stop or 0 in part.shape:
+                continue
+            width = math.prod(part.shape[1:])
+            values = torch.empty((stop - start) * width, dtype=out.dtype, device="cpu")
+            self.read(part, (start - offset[0]) * width, values)
+            columns = [slice(start - first, stop - first)]
+            for at, size in zip(offset[1:], part.shape[1:], strict=True):
+                columns.append(slice(at, at + size))
+            place = rows[tuple(columns)]
+            place.copy_(values.view(place.shape))
         out.copy_(rows.view(-1)[begin - first * row :][: len(out)])
 
     def _elements(self, entry: Entry, begin: int, count: int) -> Tensor:

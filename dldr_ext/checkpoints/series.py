@@ -21,6 +21,7 @@ from ..tensors.names import plain_names
 from ..tensors.parameters import DTYPES, dtype_name, dtype_names, named_parameters
 from . import foreign, state_dicts
 from .discovery import Found, discover
+from .distributed import read_folder
 from .errors import CheckpointError
 from .formats import Contents, Entry, abridged, read_contents
 from .order import in_order, natural_key
@@ -140,7 +141,8 @@ class Series:
             try:
                 if problem := foreign.of_path(path):
                     raise CheckpointError(path, problem)
-                contents = read_contents(path, key, fits)
+                read = read_folder if path.is_dir() else read_contents
+                contents = read(path, key, fits)
                 if contents.kind == "soup":
                     self.passed_over.append(f"{path} is an average itself, and counts as one")
                 elif contents.kind is not None:

@@ -158,6 +158,11 @@ def is_logged(name: str) -> bool:
     return bool(words) and "." not in name and _LOGGED.issuperset(words)
 
 
+def may_count(key: str) -> bool:
+    """Tell whether a key may be that of a counter of progress."""
+    return any(key in keys for keys in _COUNTERS.values())
+
+
 def progress(
     saved: Any, number: Callable[[Tensor], float | None], depth: int = 2
 ) -> dict[str, float]:
