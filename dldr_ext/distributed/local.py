@@ -15,7 +15,7 @@ from ..collectives.dtensors import entries, local_columns, local_shards, replica
 from ..collectives.partition import Layout, Run, layout_of
 from ..collectives.process_group import Ranks, resolve_group
 from ..subspace.dense import Subspace
-from ..tensors.parameters import flatten, local_shard
+from ..tensors.parameters import check_names, flatten, local_shard, named_parameters
 from .partitioned import PartitionedSubspace, read_partition
 
 
@@ -94,7 +94,8 @@ class LocalSubspace(PartitionedSubspace):
             Placements that have no part here, such as ``Partial``; weights of which some are held
             by more ranks than others.
         """
-        tensors = entries(params)[0]
+        tensors, names = entries(params)
+        check_names(names, subspace.names, "subspace")
         replicas, columns = replicas_of(tensors), local_columns(tensors).to(subspace.device)
         result = cls(
             subspace.basis[:, columns],
@@ -190,6 +191,7 @@ class LocalSubspace(PartitionedSubspace):
             raise ValueError(
                 f"params: expected the shapes {shapes}, as in {path}, got {layout.shapes}"
             )
+        check_names(names, arguments["names"], f"subspace {path}")
         if "scale" in arguments:
             raise ValueError(f"{path}: expected a basis that is not quantised, got one of 8 bits")
         arguments |= {
@@ -234,8 +236,9 @@ class LocalSubspace(PartitionedSubspace):
             self.local._write(tensors, theta, origin)
 
     def _weights(self, params: Iterable[Any] | Tensor) -> list[Tensor]:
-        tensors = [params] if isinstance(params, Tensor) else list(params)
-        return super()._weights([local_shard(p) if isinstance(p, Tensor) else p for p in tensors])
+        tensors, names = named_parameters([params] if isinstance(params, Tensor) else params)
+        shards = [local_shard(p) for p in tensors]
+        return super()._weights(shards if names is None else zip(names, shards, strict=True))
 
     @property
     def _total(self) -> int:

@@ -15,7 +15,7 @@ from .. import ops
 from ..collectives.consistency import Facts, described, digest, samples
 from ..collectives.process_group import Ranks, failing_together
 from ..subspace.base import AffineSubspace
-from ..tensors.parameters import check_matches, dtype_name, local_shard, numel
+from ..tensors.parameters import check_matches, check_names, dtype_name, local_shard, numel
 from .algebra.transfer import overlap
 from .metric import check_metric
 from .options import trainable
@@ -54,7 +54,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         self._check_mode()
         # Leaves hold the gradients. What is written is the same but for DTensors: their shards.
-        self._leaves = trainable(name, params)
+        self._leaves, self._names = trainable(name, params)
         self._params = [local_shard(p) for p in self._leaves]
         self._ranks = ranks
         self._check_subspace(name, subspace)
@@ -273,6 +273,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _enter(self, subspace: AffineSubspace, spread: Tensor | None) -> None:
         self._subspace, self._spread = subspace, spread
+        # Parameters without names have those of the first subspace that has some.
+        self._names = subspace.names if self._names is None else self._names
         self._problem = Problem(
             self._evaluator, self._leaves, subspace, self._ranks, self._vector_device
         )
@@ -370,6 +372,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             )
         if subspace.shapes is not None:
             check_matches(params, subspace.shapes, subspace.names, what="subspace")
+        check_names(self._names, subspace.names, "subspace", f"{name}: params")
         if numel(params) != subspace.numel:
             raise ValueError(
                 f"{name}: params: expected {subspace.numel} elements in all, as in the subspace, "

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..tensors.parameters import unique_parameters
+from ..tensors.parameters import named_parameters
 
 Init = TypeVar("Init", bound=Callable[..., None])
 
@@ -87,8 +87,8 @@ def names_options(init: Init) -> Init:
     return checked  # type: ignore[return-value]
 
 
-def trainable(name: str, params: Iterable[Any]) -> list[Tensor]:
-    """Return the list of parameters; one group only, since theta has one learning rate."""
+def trainable(name: str, params: Iterable[Any]) -> tuple[list[Tensor], list[str] | None]:
+    """Return the list of parameters and their names; one group, as theta has one learning rate."""
     if not isinstance(params, Tensor) and isinstance(params, Iterable):
         params = list(params)
         for group in params:
@@ -98,11 +98,11 @@ def trainable(name: str, params: Iterable[Any]) -> list[Tensor]:
                     f"{name}: params: expected no options of single parameter groups, got "
                     f"{options}: the coordinates of a subspace belong to all parameters"
                 )
-    result = unique_parameters(params)
+    result, names = named_parameters(params)
     for i, p in enumerate(result):
         if not p.requires_grad:
             raise ValueError(f"{name}: params[{i}]: expected requires_grad=True, got False")
-    return result
+    return result, names
 
 
 def _meant(word: Any, choices: Iterable[Any]) -> str:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives.consistency import digest
-from ..tensors.parameters import check_matches, check_memory, flatten, numel, unique_parameters
+from ..tensors.parameters import (
+    check_matches,
+    check_memory,
+    check_names,
+    flatten,
+    named_parameters,
+    numel,
+)
 from .parametrize import SubspaceModule
 
 if TYPE_CHECKING:
@@ -136,7 +143,7 @@ class AffineSubspace(ABC):
         Raises
         ------
         TypeError, ValueError
-            As in `project`; parameters on another device.
+            As in `project`; parameters on another device, or named in another order.
 
         See Also
         --------
@@ -491,8 +498,10 @@ class AffineSubspace(ABC):
         """Write origin + P theta into a list of n elements."""
 
     def _weights(self, params: Iterable[Any] | Tensor) -> list[Tensor]:
-        listed = unique_parameters([params] if isinstance(params, Tensor) else params)
+        listed, names = named_parameters([params] if isinstance(params, Tensor) else params)
         self._check_list(listed, "params")
+        if names is not None and len(names) == len(self.names or ()):  # not of one flat vector
+            check_names(names, self.names, "subspace")
         if listed[0].device != self.device:
             raise ValueError(
                 f"params: expected device {self.device}, as the subspace, got {listed[0].device}"

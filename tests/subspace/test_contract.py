@@ -77,6 +77,26 @@ def refuses_gradients(space):
 
 
 class TestSubspace:
+    def test_named_weights_in_another_order_are_refused(self, space):
+        params = parameters(space.coordinate_dtype)
+        named = list(zip(NAMES, params, strict=True))
+        one = space.coordinates(named)
+        same(one, space.coordinates(params), space)
+        wrong = list(zip([NAMES[0], *NAMES[:0:-1]], params, strict=True))
+        before = [p.detach().clone() for p in params]
+        theta = torch.zeros(space.dim, dtype=space.coordinate_dtype)
+        for call in (
+            space.coordinates,
+            space.nearest,
+            space.with_origin,
+            lambda params: space.reconstruct_(params, theta),
+        ):
+            with pytest.raises(ValueError, match=r"params\[1\]: expected the name values.1, as in"):
+                call(wrong)
+        assert all(map(torch.equal, params, before))
+        space.reconstruct_([(f"module.{name}", p) for name, p in named], theta)
+        same(flat(params), space.reconstruct(theta), space)
+
     def test_attributes(self, space):
         assert (space.dim, space.numel) == (D, N)
         assert (space.shapes, space.names) == (SHAPES, NAMES)
