@@ -134,11 +134,16 @@ class InSubspace(FirstOrder):
             inner = None if closure is None else self._inner_closure(closure, loss)
             with torch.device("cpu"):  # theta's, whatever the default for the user's tensors
                 self._inner.step() if inner is None else self._inner.step(inner)
-        finally:
-            if self._replay is not None and closure is not None:
-                self._replay.finish()
-            self._follow()
+        except BaseException:
+            self._theta.copy_(before)
+            self._write_weights()
             self._guard.remember()
+            if self._replay is not None:  # torch's LBFGS does not go on from the middle of a step
+                self._renew()
+            raise
+        if self._replay is not None and closure is not None:
+            self._replay.finish()
+        self._follow()
         return {
             "alpha": float(options.get("lr", math.nan)),
             "step_length": float(torch.linalg.vector_norm(self._theta - before)),

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from .write_guard import GradientWatch
 
@@ -71,7 +72,7 @@ class Evaluator:
         self.gradient_calls = 0
         self.forward_only = False
         self.cheap_without_gradient = False
-        self._needs_grad_mode = self._said_dropped = False
+        self._needs_grad_mode = self._said_dropped = self._checked = False
 
     def first(self, closure: Closure) -> Loss:
         """Evaluate the loss and the gradients.
@@ -84,13 +85,15 @@ class Evaluator:
         """
         if self.alone or self.forward_only or isinstance(closure, VirtualBatch):
             self._gradients.forget_left()
-        with self._gradients.watching():
+        with self._gradients.watching(), self._measuring():
             loss = self._call(closure, grad_mode=True)
         self.forward_only = not self._gradients.new()
         self.cheap_without_gradient = self.forward_only or isinstance(closure, VirtualBatch)
         if not self.forward_only:
             if self.alone:
                 self._refuse_carried("the loss that it returns")
+                self._refuse_changed(self._gradients.factor)
+            self._check_belongs(loss)
             self.gradient_calls += 1
         elif isinstance(loss, Tensor) and loss.requires_grad:
             self._refuse_foreign()
@@ -116,10 +119,13 @@ class Evaluator:
             return self._without_gradient(closure, rewind)
         self._refuse_carried("each evaluation of a step")
         self._drop_gradients()
+        factor = self._gradients.factor
         try:
-            loss = self._call(closure, grad_mode=True)
+            with self._measuring():
+                loss = self._call(closure, grad_mode=True)
         finally:
             self.remember_gradients()
+        self._refuse_changed(factor)
         self.gradient_calls += not self.forward_only
         return loss
 
@@ -166,6 +172,43 @@ class Evaluator:
     def _drop_gradients(self) -> None:
         for p in self._params:
             p.grad = None
+
+    def _measuring(self) -> AbstractContextManager[None]:
+        # Over several ranks gradients may be averaged after backward, and losses as well.
+        alone = self.alone and not (dist.is_available() and dist.is_initialized())
+        return self._gradients.measuring() if alone else nullcontext()
+
+    def _refuse_changed(self, before: float | None) -> None:
+        """Refuse gradients changed after backward by other than one factor, ``before``."""
+        now = self._gradients.factor
+        if now is None or before is None:
+            return
+        if not abs(now - before) <= self._gradients.rounding * abs(before):
+            raise ValueError(
+                f"{self.owner}: closure: expected gradients of the loss that it returns, got some "
+                "that the closure has changed after backward, not by one factor in all evaluations "
+                "(clipping?): a search compares losses with gradients, and bounds the step itself. "
+                "Leave clipping to PSGD and InSubspace, or put what is meant into the loss"
+            )
+
+    def _check_belongs(self, loss: Loss) -> None:
+        """Look once, in the first step, at whether the gradients are those of the loss."""
+        if self._checked or not isinstance(loss, Tensor) or not loss.requires_grad:
+            return
+        self._checked = True
+        if self._gradients.carried is not None or torch.is_anomaly_enabled():
+            return
+        with torch.enable_grad(), _without_autocast():
+            if self._gradients.belong_to(loss):
+                return
+        text = (
+            "the closure calls backward, but not on the loss that it returns, and leaves other "
+            "gradients than that loss has; in a closure that only returns a loss take derivatives "
+            "by torch.autograd.grad, which leaves none"
+        )
+        if self.alone:
+            raise ValueError(f"{self.owner}: closure: {text}")
+        _log.warning("%s: %s; they are used as they are", self.owner, text)
 
     def _refuse_carried(self, whose: str) -> None:
         i = self._gradients.carried

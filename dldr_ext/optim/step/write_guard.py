@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,11 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from ...tensors.parameters import local_shard
+
+# Parameters that `GradientWatch.measuring` looks at, and how large they are at most.
+_SAMPLE, _SMALL = 8, 16384
+# Two gradients of one loss are as parallel as this, if they have many elements.
+_PARALLEL, _LONG = 0.9999, 32
 
 
 class WriteGuard:
@@ -81,12 +87,20 @@ class GradientWatch:
     carried : int or None
         The first parameter for which a backward pass in the last `watching` added to a gradient
         other than zero from before it.
+    factor : float or None
+        What gradients were multiplied by after backward in the last `measuring`: 1 if nothing was
+        done, NaN if it was something else, None if it is not known. Of some parameters.
+    rounding : float
+        Two factors that differ by no more, relative, are the same.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
         self.carried: int | None = None
+        self.factor: float | None = None
         self._ran = False
+        self._sample = _sample(params)
+        self.rounding = max((8 * torch.finfo(p.dtype).eps for p in self._sample), default=0.0)
         self.remember()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,16 +147,62 @@ class GradientWatch:
                 handle.remove()
         self.carried = next((i for i in sorted(held) if held[i]), None)
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Look at what becomes of gradients between backward and the end."""
+        self.factor = None
+        kept: dict[Tensor, tuple[Tensor, Tensor, int]] = {}
+
+        def keep(p: Tensor) -> None:
+            if p.grad is not None and p.grad.layout is torch.strided:
+                kept[p] = p.grad.detach().clone(), p.grad, p.grad._version
+
+        handles = [
+            p.register_post_accumulate_grad_hook(keep) for p in self._sample if p.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        changed = [
+            (was, p.grad)
+            for p, (was, tensor, version) in kept.items()
+            if p.grad is not None and (p.grad is not tensor or tensor._version != version)
+        ]
+        if kept:
+            self.factor = _factor(changed, self.rounding) if changed else 1.0
+
+    def belong_to(self, loss: Tensor) -> bool:
+        """Return whether the gradients are, but for a factor, those of a loss.
+
+        They are if it has been through backward, which cannot be done again then.
+        """
+        # Near the loss, for little work, and not so short as to be parallel by chance.
+        listed = sorted(reversed(self._params), key=lambda p: p.numel() < _LONG)
+        p = next((p for p in listed if any_of(p.grad)), None)
+        if p is None or p.grad is None or p.grad.layout is not torch.strided:
+            return True
+        try:
+            (own,) = torch.autograd.grad(loss, [p], retain_graph=True, allow_unused=True)
+        except RuntimeError:
+            return True
+        if own is None:
+            return False
+        a, b = (local_shard(g.detach()).reshape(-1).double() for g in (own, p.grad))
+        return bool(torch.dot(a, b).abs() >= _PARALLEL * a.norm() * b.norm())
+
     def new(self) -> bool:
         """Return whether what ran in the last `watching` has left gradients of its own."""
         if self._ran:
             return True
-        pairs = list(zip(self._params, *self._before, strict=True))
-        if any(p.grad is not None and not _is(p.grad, before) for p, before, _ in pairs):
+        references, versions = self._before
+        pairs = zip(self._params, references, strict=True)
+        if any(p.grad is not None and not _is(p.grad, before) for p, before in pairs):
             return True
         # Written in place, by no backward pass: computed some other way, or zeroed.
-        gradients = ((p.grad, version) for p, _, version in pairs if p.grad is not None)
-        return any(any_of(grad) for grad, version in gradients if grad._version != version)
+        gradients = ((p.grad, v) for p, v in zip(self._params, versions, strict=True))
+        return any(g is not None and g._version != v and bool(any_of(g)) for g, v in gradients)
 
     def _hook(self, i: int, p: Tensor, held: dict[int, Tensor | bool]) -> Callable[[Any], None]:
         def before_accumulation(_: Any) -> None:
@@ -182,3 +242,23 @@ def any_of(gradient: Tensor | None) -> Tensor | bool:
         return False
     gradient = gradient.detach()
     return local_shard(gradient).any() if gradient.layout is torch.strided else True
+
+
+def _sample(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return some of the smaller parameters, from all of the list."""
+    small = [p for p in params if p.numel() <= _SMALL]
+    return small[:: -(-len(small) // _SAMPLE)] if small else []
+
+
+def _factor(pairs: list[tuple[Tensor, Tensor]], rounding: float) -> float | None:
+    """Return what tensors were multiplied by to give others; NaN: something else was done."""
+    old, new = (
+        torch.cat([local_shard(pair[i].detach()).reshape(-1).double() for pair in pairs])
+        for i in (0, 1)
+    )
+    square, size = float(torch.dot(old, old)), float(torch.linalg.vector_norm(new))
+    if not (0.0 < square < math.inf and math.isfinite(size)):
+        return None
+    factor = float(torch.dot(old, new)) / square
+    rest = float(torch.linalg.vector_norm(new - factor * old))
+    return factor if rest <= rounding * size else math.nan

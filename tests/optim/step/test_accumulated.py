@@ -349,6 +349,125 @@ def test_resync_takes_gradients_for_old_ones() -> None:
     assert optimizer.status.moved
 
 
+def edited(change: Callable[[list[nn.Parameter], Tensor], Any]) -> Any:
+    """A closure that does something to its gradients after backward."""
+
+    def closure(batches: Batches) -> Tensor:
+        loss = zeroing(batches, batches.model)
+        change(batches.params, loss)
+        return loss
+
+    return closure
+
+
+def replaced(params: list[nn.Parameter], loss: Tensor) -> None:
+    for p in params:
+        p.grad = p.grad * (0.1 / loss.detach())
+
+
+def noisy(params: list[nn.Parameter], loss: Tensor) -> None:
+    for p in params:
+        p.grad.add_(torch.randn_like(p), alpha=0.1)
+
+
+EDITS = {
+    "norm": lambda params, _: nn.utils.clip_grad_norm_(params, 0.01),
+    "norm, one by one": lambda params, _: nn.utils.clip_grad_norm_(params, 0.01, foreach=False),
+    "value": lambda params, _: nn.utils.clip_grad_value_(params, 0.001),
+    "by another": replaced,
+    "noise": noisy,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("make", [SEARCHING[0], SEARCHING[3]])
+def test_a_search_refuses_gradients_that_its_closure_clips(make: Any, edit: str) -> None:
+    batches = Batches(0)
+    optimizer = make(batches.params, random_subspace(batches.params, 4))
+    closure = edited(EDITS[edit])
+    start = bits(batches.params)
+    with pytest.raises(ValueError, match=r"changed after backward.*clipping.*PSGD and InSubspace"):
+        for _ in range(3):
+            before = bits(batches.params)
+            optimizer.step(lambda: closure(batches))
+    assert bits(batches.params) == before == start
+    optimizer.step(batches.usual(0))
+    assert optimizer.status.moved
+
+
+@pytest.mark.parametrize("make", SEARCHING)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_search_takes_gradients_that_are_changed_alike(make: Any, dtype: torch.dtype) -> None:
+    """A sum divided by its parts; clipping that does not clip; what is found in no gradient."""
+    batches = Batches(0, dtype=dtype)
+    subspace = random_subspace(batches.params, 4, torch.float32)
+    optimizer = make(batches.params, subspace)
+
+    def mean() -> Tensor:
+        optimizer.zero_grad()
+        losses = [batches.forward(i)() for i in range(3)]
+        for loss in losses:
+            loss.backward()
+        for p in batches.params:
+            p.grad.div_(3)
+        nn.utils.clip_grad_norm_(batches.params, 1e3)
+        nn.utils.clip_grad_value_(batches.params, 1e3)
+        return sum(losses).detach() / 3
+
+    losses = [float(optimizer.step(mean)) for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def other_loss(batches: Batches) -> Tensor:
+    """An attack in a forward-only closure, whose backward leaves gradients of the weights."""
+    x = batches.inputs[0].clone().requires_grad_()
+    nn.functional.cross_entropy(batches.model(x), batches.targets[0]).backward()
+    attacked = x.detach() + 0.5 * x.grad.sign()
+    return nn.functional.cross_entropy(batches.model(attacked), batches.targets[0])
+
+
+def other_derivative(batches: Batches) -> Tensor:
+    """A penalty on derivatives taken by backward, which adds them to the gradients."""
+    x = batches.inputs[0].clone().requires_grad_()
+    batches.model(x).square().sum().backward(create_graph=True)
+    return x.grad.square().sum()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("loss", [other_loss, other_derivative])
+def test_gradients_that_are_not_those_of_the_loss(
+    loss: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = Batches(0)
+    subspace = random_subspace(batches.params, 4)
+    optimizer = PBFGS(batches.params, subspace)
+    before = bits(batches.params)
+    with pytest.raises(ValueError, match=r"not on the loss that it returns.*torch.autograd.grad"):
+        optimizer.step(lambda: loss(batches))
+    assert bits(batches.params) == before
+    first = PSGD(batches.params, subspace, lr=0.01)
+    with caplog.at_level(logging.WARNING, logger="dldr_ext"):
+        for _ in range(2):
+            first.step(lambda: loss(batches))
+    assert caplog.text.count("not on the loss that it returns") == 1
+
+
+@pytest.mark.parametrize("make", SEARCHING)
+def test_a_graph_that_is_kept_is_of_the_loss(make: Any) -> None:
+    batches = Batches(0)
+    optimizer = make(batches.params, random_subspace(batches.params, 4))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = batches.forward(0)()
+        (loss * 0.5).backward(retain_graph=True)
+        (loss * 0.5).backward(retain_graph=True)
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.status.moved
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["PSGD", "InSubspace"])
 def test_lightning_accumulates(name: str) -> None:
