@@ -31,8 +31,10 @@ class FirstOrder(SubspaceOptimizer):
         Parameters
         ----------
         closure : callable, optional
-            Returns the loss, with or without having called backward (see `PBFGS.step`). Without
-            it the gradients that the parameters hold are used.
+            Returns the loss, with or without having called backward (see `PBFGS.step`). One that
+            calls backward steps by what the parameters' gradients then are, as in torch's
+            optimizers: with what was accumulated before, and clipped. Without a closure the
+            gradients that the parameters hold are used.
 
         Returns
         -------
@@ -42,8 +44,9 @@ class FirstOrder(SubspaceOptimizer):
         Raises
         ------
         TypeError, ValueError
-            The closure does not return a scalar loss; something else wrote to the weights since
-            the last step (see `resync`). Nothing has moved then.
+            The closure does not return a scalar loss; it calls no backward, and there are
+            gradients from before it; something else wrote to the weights since the last step (see
+            `resync`). Nothing has moved then.
         """
         self._check_untouched()
         first = mean = None if closure is None else self._first(closure)

@@ -35,7 +35,8 @@ class InSubspace(FirstOrder):
     subspace : Subspace or GroupedSubspace
     optimizer : type
         A subclass of ``torch.optim.Optimizer``. One that evaluates the closure several times a
-        step (``torch.optim.LBFGS``) costs two passes for each evaluation.
+        step (``torch.optim.LBFGS``) costs two passes for each evaluation; all of LBFGS's draw the
+        same random numbers, and its closures are as those of `PBFGS`.
     metric : "auto", "trajectory" or None
         What theta is measured in: see `PBFGS`.
     theta0 : Tensor of shape (d,), "current" or None

@@ -162,9 +162,10 @@ class PBFGS(SubspaceOptimizer):
     A step that ends without moving (`Status`) leaves weights and buffers bitwise as they were; if
     it failed, H is back at its start. Where the loss or a gradient is not finite at weights whose
     loss or gradient nothing has looked at yet, the step goes back to the last point where both
-    were finite (RESTORED). Random numbers (torch's, CPU and the parameters' CUDA devices) are the
-    same in every evaluation of a step, and go on afterwards as after one evaluation. After an
-    accepted step the buffers are as the evaluation at the accepted weights leaves them.
+    were finite (RESTORED). Random numbers are the same in every evaluation of a step, and go on
+    afterwards as after one evaluation: torch's on the CPU and all CUDA devices, numpy's, those of
+    the module ``random``, and those of generators that the closure reaches. After an accepted step
+    the buffers are as the evaluation at the accepted weights leaves them.
 
     On a GPU, with "armijo" and without ``weight_decay``, ``grad_scaler`` and ``max_iter``, all
     d x d algebra runs there in one kernel as soon as H has learnt something, and the first trial,
@@ -266,9 +267,9 @@ class PBFGS(SubspaceOptimizer):
             same batch. Either it zeroes the gradients, calls backward and returns the loss (as for
             torch's LBFGS), or it only returns a loss with a graph: then the optimizer calls
             backward where a gradient is needed, gradients need not be zeroed, and the trials of
-            the search run under ``torch.no_grad()``, except where a trial is likely to be accepted
-            and its gradient is wanted next (same-batch curvature, once H has been updated). For a
-            batch in parts see `virtual_batch`.
+            the search run under ``torch.no_grad()``, except where the gradient of an accepted one
+            is wanted next (same-batch curvature), or where a closure that takes derivatives inside
+            its loss has failed so. For a batch in parts see `virtual_batch`.
 
         Returns
         -------
@@ -280,8 +281,9 @@ class PBFGS(SubspaceOptimizer):
         TypeError
             The closure is none, or does not return a scalar.
         ValueError
-            The loss has no graph and the closure left no gradients; it is not finite in the very
-            first step; something else wrote to the weights since the last step (see `resync`).
+            The loss has no graph and the closure left no gradients, or those of another loss,
+            clipped ones, or ones added to what was there before the step; it is not finite in the
+            very first step; something else wrote to the weights since the last step (see `resync`).
         Exception
             Whatever the closure raises. Weights and buffers are then as before the step.
 
