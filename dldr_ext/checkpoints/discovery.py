@@ -42,6 +42,13 @@ _STEP_FOLDER = re.compile(
     re.IGNORECASE,
 )
 _LAST = re.compile(r"(?<![a-z])(?:best|last|final|latest|newest)(?![a-z])", re.IGNORECASE)
+# Names for the state of a run wherever it stands, beside steps with numbers.
+_CURRENT = re.compile(
+    r"(?:checkpoint|ckpt|model|state|weights|network|net|snapshot|current|resume"
+    r"|(?:model|training|train)_state)",
+    re.IGNORECASE,
+)
+_UNFINISHED = re.compile(r"(?<![a-z])(?:tmp|temp|partial|incomplete)(?![a-z])", re.IGNORECASE)
 _DEPTH = 4  # of folders in folders
 _HEAD = 4096  # bytes at the start of a file, in which it says that this package wrote it
 
@@ -99,11 +106,12 @@ def discover(
         for file, entry in inside:
             identity = _identity(file)
             same = None if identity is None else seen.setdefault(identity, len(checkpoints))
-            if same is not None and same < len(checkpoints):
-                notes.append(f"{entry} is the same as {checkpoints[same].entry}: counts once")
-            else:
-                same = None
-            checkpoints.append(Found(file, entry, argument, same))
+            if same is None or same == len(checkpoints):
+                checkpoints.append(Found(file, entry, argument))
+                continue
+            notes.append(f"{entry} is the same as {checkpoints[same].entry}: counts once")
+            if checkpoints[same].argument != argument:
+                checkpoints.append(Found(file, entry, argument, same))
     if not checkpoints:
         raise ValueError("checkpoints: expected at least one file or folder, got none")
     return checkpoints, list(dict.fromkeys(notes))
@@ -119,7 +127,8 @@ class _Folder:
     def __init__(self, path: Path, notes: list[str], depth: int = _DEPTH) -> None:
         self.path, self._notes, self._depth = path, notes, depth
         try:
-            self._inside = sorted(path.iterdir(), key=natural_key)
+            visible = [p for p in path.iterdir() if p.name[0] != "." or p.name == METADATA]
+            self._inside = sorted(visible, key=natural_key)
         except OSError as error:
             raise CheckpointError(path, reason(error)) from error
         self._names = {p.name for p in self._inside}
@@ -131,6 +140,10 @@ class _Folder:
         files = self._files()
         model = self._model(files)
         steps = [p for p in self._inside if _STEP_FOLDER.fullmatch(p.name) and p.is_dir()]
+        self._pass_over(
+            "not whole, by their names", [p for p in steps if _UNFINISHED.search(p.name)]
+        )
+        steps = [p for p in steps if not _UNFINISHED.search(p.name)]
         others = [p for p in files if not _MODEL.fullmatch(p.name)]
         numbered = [p for p in others if _number(p) and not _is_apart(p)]
         if len(numbered) > 1 and not self._names & {"random_states_0.pkl"}:
@@ -156,7 +169,7 @@ class _Folder:
         own: list[Path] = []
         lost: list[Path] = []
         for path in self._inside:
-            if not path.name.endswith(SUFFIXES):
+            if not path.name.lower().endswith(SUFFIXES):
                 continue
             if path.is_file():
                 (own if _is_own(path) else files).append(path)
@@ -217,25 +230,27 @@ class _Folder:
         return [
             p
             for p in self._inside
-            if not p.name.startswith((".", "__")) and not _BESIDE.fullmatch(p.name) and p.is_dir()
+            if not p.name.startswith("__") and not _BESIDE.fullmatch(p.name) and p.is_dir()
         ]
 
     def _each(self, folders: Sequence[Path]) -> dict[Path, list[tuple[Path, Path]]]:
         """Return the checkpoints in each folder that has any."""
         found: dict[Path, list[tuple[Path, Path]]] = {}
         errors: list[CheckpointError] = []
+        said: dict[str, list[str]] = {}  # by what several folders say alike
         for path in folders if self._depth else ():
             notes: list[str] = []
             try:
                 found[path] = _Folder(path, notes, self._depth - 1).checkpoints()
-                # What is said of each folder is said once.
-                self._notes += [note.replace(str(path), str(self.path / "*")) for note in notes]
             except _Empty:
                 continue
             except CheckpointError as error:
                 errors.append(error)
+            for note in notes:
+                said.setdefault(note.replace(str(path), str(self.path / "*")), []).append(note)
         if errors and not found:
             raise errors[0]
+        self._notes += [alike if len(notes) > 1 else notes[0] for alike, notes in said.items()]
         self._notes += [f"passed over {error}" for error in errors]
         return found
 
@@ -250,6 +265,8 @@ class _Folder:
         steps = [p for p in kept if _stem(p).isdecimal()]
         if len(steps) < 2:
             steps = [p for p in kept if not _is_apart(p)]
+        if sum(map(_number, steps)) > 1:
+            steps = [p for p in steps if not _CURRENT.fullmatch(_stem(p))]
         if steps:
             self._pass_over("not among the steps of the run", [p for p in kept if p not in steps])
         chosen = steps or kept
@@ -310,8 +327,8 @@ class _Folder:
 
 
 def _stem(path: Path) -> str:
-    suffix = max((s for s in SUFFIXES if path.name.endswith(s)), key=len, default="")
-    return path.name.removesuffix(suffix)
+    suffix = max((s for s in SUFFIXES if path.name.lower().endswith(s)), key=len, default="")
+    return path.name[: len(path.name) - len(suffix)]
 
 
 def _number(path: Path) -> bool:

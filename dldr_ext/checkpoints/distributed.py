@@ -26,6 +26,7 @@ from .formats import (
     Records,
     abridged,
     begin_of_data,
+    by_plain_name,
     contiguous_stride,
     entry_of,
 )
@@ -87,6 +88,7 @@ class _Folder:
                 file.close()
         files = [self._path / METADATA, *self._files]
         notes = [f"left out (not tensors): {abridged(choice.others)}"] if choice.others else []
+        entries = by_plain_name(self._path, entries)
         return Contents(entries, files, notes, choice.notes, choice.is_copy, progress)
 
     def _path_of(self, name: str) -> tuple[str, ...]:

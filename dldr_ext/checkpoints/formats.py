@@ -117,7 +117,7 @@ def read_contents(path: Path, key: str | None = None, fits: Fits | None = None) 
         contents = _read_file(path, key, fits)
     except OSError as error:
         raise CheckpointError(error.filename or path, reason(error)) from error
-    return contents._replace(entries=_by_plain_name(path, contents.entries))
+    return contents._replace(entries=by_plain_name(path, contents.entries))
 
 
 def _under(path: Path, entries: dict[str, Entry], key: str | None) -> dict[str, Entry]:
@@ -132,7 +132,8 @@ def _under(path: Path, entries: dict[str, Entry], key: str | None) -> dict[str, 
     return found
 
 
-def _by_plain_name(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+def by_plain_name(path: Path, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Remove from names what wrappers of modules put into them."""
     try:
         names = plain_names(list(entries))
     except ValueError as error:
@@ -163,7 +164,7 @@ def _read_index(path: Path, key: str | None) -> Contents:
             raise CheckpointError(path, f"{name}: expected in {shard}, which lacks it")
         entries[name] = shards[shard].entries[name]
     return Contents(
-        _by_plain_name(path, _under(path, entries, key)),
+        by_plain_name(path, _under(path, entries, key)),
         [path, *(path.parent / shard for shard in shards)],
         [note for contents in shards.values() for note in contents.notes],
         is_copy=state_dicts.is_copy(key or ""),

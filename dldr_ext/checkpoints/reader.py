@@ -136,7 +136,7 @@ class CheckpointReader:
                 done += got
         except OSError as error:
             raise CheckpointError(entry.file, reason(error)) from error
-        except (zipfile.BadZipFile, KeyError, zlib.error, EOFError) as error:
+        except (zipfile.BadZipFile, KeyError, zlib.error, EOFError, RuntimeError) as error:
             raise CheckpointError(entry.file, f"corrupt: {entry.name} ({error})") from error
         values = torch.frombuffer(self._buffer, dtype=entry.dtype, count=count)
         if entry.swapped:

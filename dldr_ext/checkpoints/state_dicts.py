@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import IntEnum
+from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -47,13 +48,15 @@ _COUNTERS = {
     ),
 }  # fmt: skip
 _COUNTED_IN = ("meta", "extra_state", "train_iterator", "trainer", "trainer_state",
-               "training_state", "train_state", "progress", "info")  # fmt: skip
+               "training_state", "train_state", "progress", "info",
+               "optimizer_history")  # fmt: skip
 # PEFT keeps a tensor for each adapter, whose name it leaves out of files.
 _ADAPTER = re.compile(
     r"\.((?:lora|ia3|oft|boft|hada|lokr|vera|randlora|road|bone|miss|fourierft|trainable_tokens)_\w+"
     r"|ia3_\w+|prompt_encoder)\.\w+(?=\.|$)"
 )
 _SAVED_WHOLE = re.compile(r"\.modules_to_save\.\w+(?=\.)")
+_SHOWN = 8  # keys in a message
 _DEPTH = 5  # of nested dicts
 Value = TypeVar("Value")
 
@@ -178,6 +181,8 @@ def progress(
         Of nested dicts that are looked at.
     """
     found: dict[str, float] = {}
+    if isinstance(saved, list) and saved:
+        saved = saved[-1]
     if not isinstance(saved, Mapping):
         return found
     for what, keys in _COUNTERS.items():
@@ -311,7 +316,8 @@ def _words(key: str) -> list[str]:
 
 def _places(candidates: Sequence[_Candidate]) -> str:
     """Name where candidates are: under 'a', 'b' and at the top (names)."""
-    keys = ", ".join(repr(".".join(c.path)) for c in candidates if c.path)
+    paths = [repr(".".join(c.path)) for c in candidates if c.path]
+    keys = ", ".join(paths[:_SHOWN]) + (", ..." if len(paths) > _SHOWN else "")
     top = next((list(c.tensors) for c in candidates if not c.path), None)
     places = [f"under {keys}"] if keys else []
     if top is not None:
@@ -321,10 +327,11 @@ def _places(candidates: Sequence[_Candidate]) -> str:
 
 def _common(candidates: Sequence[_Candidate]) -> str:
     """Name the key under which all candidates lie."""
-    parents = [".".join(c.path[:-1]) for c in candidates]
-    if any(not c.path for c in candidates) or len(set(parents)) > 1:
+    if any(not candidate.path for candidate in candidates):
         return ""
-    return f", or {parents[0]!r} for all of them together"
+    levels = zip(*(candidate.path[:-1] for candidate in candidates), strict=False)
+    shared = takewhile(lambda keys: len(set(keys)) == 1, levels)
+    return f", or {'.'.join(keys[0] for keys in shared)!r} for all of them together"
 
 
 def _describe(saved: Any) -> str:

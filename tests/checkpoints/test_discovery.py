@@ -74,6 +74,14 @@ LAYOUTS = {
     "fairseq": (["checkpoint{}.pt"], ["checkpoint_best.pt", "checkpoint_last.pt"]),
     "mmengine": (["epoch_{}.pth"], ["latest.pth", "best_acc_epoch_1.pth.txt"]),
     "allennlp": (["model_state_epoch_{}.th"], ["best.th"]),
+    "torchvision": (["model_{}.pth"], ["checkpoint.pth"]),
+    "espnet": (["{}epoch.pth"], ["checkpoint.pth", "latest.pth"]),
+    "fsdp of lightning": (["epoch={}-step=5.ckpt/.metadata"], []),
+    "deepspeed of lightning": (["epoch={}.ckpt/checkpoint/mp_rank_00_model_states.pt"], []),
+    "composer": (["ep{}-ba100-rank0.pt"], ["latest-rank0.pt"]),
+    "torchtune": (["epoch_{}/adapter_model.safetensors"], []),
+    "capitals": (["Model_{}.PTH"], []),
+    "not finished": (["checkpoint-{}/model.safetensors"], ["tmp-checkpoint-12/model.safetensors"]),
     "final beside files": (["model_{}.safetensors"], ["model.safetensors"]),
 }  # fmt: skip
 
@@ -97,7 +105,7 @@ def test_layouts(tmp_path, name):
     notes = "\n".join(discover(run)[1])
     for path in beside:
         if path.endswith((".pt", ".pth", ".th", ".tar", ".safetensors")):
-            assert path in notes
+            assert path.partition("/")[0] in notes
 
 
 def test_one_checkpoint_of_each_kind(tmp_path):
@@ -197,8 +205,7 @@ def test_a_folder_under_two_names_counts_once(tmp_path):
     os.symlink(tmp_path / "checkpoint-2", tmp_path / "checkpoint-3")
     os.symlink(tmp_path / "nowhere", tmp_path / "checkpoint-4.pt")
     found, notes = discover(tmp_path)
-    assert [f.same for f in found] == [None, None, 1]
-    assert len(find_checkpoints(tmp_path)) == 2
+    assert len(found) == len(find_checkpoints(tmp_path)) == 2
     assert "checkpoint-3 is the same as" in "".join(notes) and "links to nothing" in "".join(notes)
 
 

@@ -134,6 +134,12 @@ def test_the_key_takes_one_or_all(tmp_path):
     saved = {"model": {"actor": state(), "critic": state()}, "old.net": state()}
     torch.save(saved, tmp_path / "1.pt")
     assert Series(tmp_path, key="model.critic").names == Series(tmp_path, key="old.net").names
+    nested = {"encoder": {"fc": {"w": torch.ones(2)}}, "head": {"w": torch.ones(3)}}
+    torch.save(nested, tmp_path / "2.pt")
+    with pytest.raises(CheckpointError, match=r"'head': name one as the key, or '' for"):
+        Series(tmp_path / "2.pt")
+    assert Series(tmp_path / "2.pt", key="").names == ["encoder.fc.w", "head.w"]
+    (tmp_path / "2.pt").unlink()
     together = Series(tmp_path, key="model")
     assert together.names[0] == "actor.0.weight" and together.numel == 2 * 24
     torch.save(state(prefix="module.student."), tmp_path / "1.pt")
@@ -235,6 +241,7 @@ def test_words():
         ({"extra_state": {"train_iterator": {"epoch": 5}}}, {"epoch": 5}),
         ({"args": {"epoch": 100}, "optimizer": {"step": 3}}, {}),
         ({"epoch": float("nan"), "step": TABLE}, {}),
+        ({"optimizer_history": [{"num_updates": 3}, {"num_updates": 40}]}, {"step": 40}),
         ([3], {}),
     ],
 )
