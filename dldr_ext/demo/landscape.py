@@ -77,8 +77,9 @@ def landscape(
     Landscape
     """
     progress(0.0)
-    end = subspace.coordinates(outcomes["pbfgs"].model.parameters())
-    sgd = subspace.coordinates(outcomes["sgd"].model.parameters())
+    with torch.no_grad():
+        end = subspace.coordinates(outcomes["pbfgs"].model.parameters())
+        sgd = subspace.coordinates(outcomes["sgd"].model.parameters())
     plane = torch.stack([subspace.direction(i) for i in (0, 1)], 1)  # float32
     sampled = _pairs(trajectory.snapshots[:] @ plane)
     paths = {name: outcomes[name].path for name in ("psgd", "pbfgs")}

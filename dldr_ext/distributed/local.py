@@ -15,7 +15,7 @@ from ..collectives.dtensors import entries, local_columns, local_shards, replica
 from ..collectives.partition import Layout, Run, layout_of
 from ..collectives.process_group import Ranks, resolve_group
 from ..subspace.dense import Subspace
-from ..tensors.parameters import check_names, flatten, local_shard, named_parameters
+from ..tensors.parameters import check_names, flatten, is_dtensor, local_shard, named_parameters
 from .partitioned import PartitionedSubspace, read_partition
 
 
@@ -238,6 +238,10 @@ class LocalSubspace(PartitionedSubspace):
     def _weights(self, params: Iterable[Any] | Tensor) -> list[Tensor]:
         tensors, names = named_parameters([params] if isinstance(params, Tensor) else params)
         shards = [local_shard(p) for p in tensors]
+        if torch.is_grad_enabled():  # so that a derivative that is asked for is refused
+            for i, p in enumerate(tensors):
+                if is_dtensor(p) and p.requires_grad:
+                    shards[i] = shards[i].detach().requires_grad_()
         return super()._weights(shards if names is None else zip(names, shards, strict=True))
 
     @property

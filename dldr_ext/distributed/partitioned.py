@@ -19,6 +19,7 @@ from ..files.column_checkpoint import is_dcp, read_subspace, saved_shape
 from ..pca.report import report
 from ..subspace.base import AffineSubspace
 from ..subspace.dense import KIND, VERSION, Subspace
+from ..tensors.derivatives import refuse, refuse_transforms, undefined
 
 METADATA = ("explained_variance_ratio", "singular_values", "choice")
 
@@ -74,14 +75,14 @@ class PartitionedSubspace(AffineSubspace):
         return {name: getattr(self, name) for name in METADATA}
 
     @override
+    @torch.no_grad()
     def project_many(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
         """Return the coordinates of the ranks' mean of several lists, shape (len(lists), d)."""
         c = self.ranks.sum_(self.partial_sum(lists, self.ranks.size), "coordinates")
         return c.to(self.coordinate_dtype)
 
     def _reconstruct(self, theta: Tensor) -> Tensor:
-        if theta.requires_grad and torch.is_grad_enabled():
-            raise ValueError("theta: expected a tensor that needs no gradient, got one that does")
+        refuse(f"{type(self).__name__}.reconstruct", theta=theta)
         result = torch.empty_like(self.origin)
         self._write([result], theta.detach(), self.origin)
         return result
@@ -123,7 +124,9 @@ class PartitionedSubspace(AffineSubspace):
             self.local.save(path.with_name(f"{path.stem}-{number}{path.suffix}"))
 
     def _project(self, tensors: Sequence[Any]) -> Tensor:
-        return self.project_many([tensors])[0]
+        where = f"{type(self).__name__}.project"
+        refuse_transforms(where, tensors=tensors)
+        return undefined(where, self.project_many([tensors])[0], tensors)
 
     def _products(self, lists: Sequence[Sequence[Tensor]]) -> Tensor:
         """Return products with this rank's columns alone, (len(lists), d) float64."""

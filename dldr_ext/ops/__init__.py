@@ -20,7 +20,7 @@ from .library import load
 
 load()
 
-from . import registrations  # noqa: E402, F401  (registers on import)
+from . import derivatives, registrations  # noqa: E402, F401  (register on import)
 from .functional import (  # noqa: E402
     form_basis,
     gram,

@@ -16,7 +16,7 @@ def fill_none(
     op: str, name: str, basis: Tensor, tensors: Sequence[Tensor | None]
 ) -> Sequence[Tensor]:
     """Replace the Nones of a list by one zero of stride 0."""
-    if not isinstance(tensors, (list, tuple)) or not any(t is None for t in tensors):
+    if not isinstance(tensors, (list, tuple)) or not any([t is None for t in tensors]):
         return tensors  # type: ignore[return-value]  # a list without None, or diagnosed later
     places = [i for i, t in enumerate(tensors) if t is None]
     if not isinstance(basis, Tensor) or basis.dim() != 2:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..tensors.derivatives import needed, refuse, refuse_transforms
 from ..tensors.parameters import type_name
 from .errors import call, check_list, fill_none
 
@@ -35,14 +36,14 @@ def project(
     Returns
     -------
     Tensor, shape (d,)
-        float32 (float64 for a float64 basis). Differentiable in the tensors (backward is
-        `reconstruct`).
+        float32 (float64 for a float64 basis). Differentiable in the tensors, in both modes and to
+        any order (backward is `reconstruct`); ``torch.func`` and ``torch.vmap`` go through.
 
     Raises
     ------
     TypeError, ValueError
         Another kind of argument than described, or another number of elements than the basis has
-        columns.
+        columns; a basis or scale that requires a gradient, since there is none.
 
     See Also
     --------
@@ -84,7 +85,8 @@ def project_many(
     Returns
     -------
     Tensor, shape (len(lists), d)
-        Row k is bitwise what `project` gives for ``lists[k]``. Not differentiable.
+        Row k is bitwise what `project` gives for ``lists[k]``. Differentiable as that is; then
+        the basis is read once for each list.
 
     Raises
     ------
@@ -115,6 +117,8 @@ def project_many(
         filled = fill_none("project_many", name, basis, listed)
         check_list("project_many", name, filled, basis)
         tensors += filled
+    if lists and needed(basis, scale, *tensors):
+        return torch.stack([project(basis, listed, scale=scale) for listed in lists])
     with torch.no_grad():
         return call(
             "project_many", _raw.project_many.default, basis, tensors, len(lists), scale=scale
@@ -138,12 +142,12 @@ def reconstruct(
     -------
     Tensor, shape (n,)
         float32 (float64 for a float64 basis). Differentiable in theta (backward is `project`) and
-        in origin.
+        in origin, as `project` is.
 
     Raises
     ------
     TypeError, ValueError
-        As in `project`; a basis that requires a gradient, since there is none.
+        As in `project`.
 
     See Also
     --------
@@ -158,8 +162,6 @@ def reconstruct(
     >>> ops.reconstruct(torch.ones(3), basis, torch.tensor([2.0, 5.0]))
     tensor([3., 4., 5.])
     """
-    if isinstance(basis, Tensor) and basis.requires_grad and torch.is_grad_enabled():
-        raise ValueError("reconstruct: basis: expected a tensor that needs no gradient, got one")
     return call("reconstruct", _raw.reconstruct.default, origin, basis, theta, scale=scale)
 
 
@@ -179,7 +181,8 @@ def reconstruct_(
         Written; n elements in all, any mix of dtypes, strides and memory formats. Leaves that
         require a gradient are written too (outside autograd).
     origin, basis, theta, scale
-        As in `reconstruct`.
+        As in `reconstruct`. Their values are read, as ``theta.data`` does: the derivative is that
+        of `reconstruct`, and dual numbers and tensors of a transform of torch.func are refused.
 
     Raises
     ------
@@ -201,6 +204,9 @@ def reconstruct_(
     >>> weight, bias
     (tensor([[3., 4.]]), tensor([5.], dtype=torch.bfloat16))
     """
+    refuse_transforms(
+        "reconstruct_", theta=theta, params=params, origin=origin, basis=basis, scale=scale
+    )
     with torch.no_grad():
         call("reconstruct_", _raw.reconstruct_.default, params, origin, basis, theta, scale=scale)
     _written(*params)
@@ -231,7 +237,8 @@ def reconstruct_residual(
     residual : Tensor, shape (n,)
         flat(tensors) - coordinates @ basis, the product summed alone and subtracted once: the
         gradient less its projection if ``coordinates`` is what `project` gives. Both float32
-        (float64 for a float64 basis). Not differentiable.
+        (float64 for a float64 basis). Differentiable as `reconstruct` is; then the basis is read
+        twice.
 
     Raises
     ------
@@ -252,6 +259,11 @@ def reconstruct_residual(
     """
     name = "reconstruct_residual"
     tensors = fill_none(name, "tensors", basis, tensors)
+    if isinstance(tensors, (list, tuple)) and needed(basis, scale, theta, coordinates, *tensors):
+        check_list(name, "tensors", tensors, basis)
+        direction = reconstruct(None, basis, theta, scale=scale)
+        gradient = torch.cat([t.reshape(-1).to(direction.dtype) for t in tensors])
+        return direction, gradient - reconstruct(None, basis, coordinates, scale=scale)
     with torch.no_grad():
         return call(
             name, _raw.reconstruct_residual.default, basis, theta, coordinates, tensors, scale=scale
@@ -284,6 +296,7 @@ def trial_(params: Sequence[Tensor], point: Tensor, direction: Tensor, alpha: fl
     >>> params
     [tensor([0.5000, 1.0000]), tensor([1.5000])]
     """
+    refuse_transforms("trial_", params=params, point=point, direction=direction)
     with torch.no_grad():
         call("trial_", _raw.trial_.default, params, point, direction, alpha)
     _written(*params)
@@ -306,7 +319,8 @@ def gram(snapshots: Tensor, *, scale: Tensor | None = None) -> Tensor:
     Raises
     ------
     TypeError, ValueError
-        Another kind of matrix, or a scale that does not belong to it.
+        Another kind of matrix, or a scale that does not belong to it; a tensor that requires a
+        gradient while gradients are recorded, since there is none.
 
     See Also
     --------
@@ -320,6 +334,7 @@ def gram(snapshots: Tensor, *, scale: Tensor | None = None) -> Tensor:
     tensor([[ 5.,  2.],
             [ 2., 10.]], dtype=torch.float64)
     """
+    refuse("gram", snapshots=snapshots, scale=scale)
     with torch.no_grad():
         return call("gram", _raw.gram.default, snapshots, scale=scale)
 
@@ -378,6 +393,9 @@ def gram_append_(
     tensor([[ 5.,  2.],
             [ 2., 10.]], dtype=torch.float64)
     """
+    refuse_transforms(
+        "gram_append_", snapshots=snapshots, gram=gram, params=params, anchor=anchor, scale=scale
+    )
     with torch.no_grad():
         call(
             "gram_append_",
@@ -426,6 +444,9 @@ def store_snapshot_(
     tensor([[0., 0., 0.],
             [1., 0., 2.]], dtype=torch.bfloat16)
     """
+    refuse_transforms(
+        "store_snapshot_", snapshots=snapshots, params=params, anchor=anchor, scale=scale
+    )
     with torch.no_grad():
         call(
             "store_snapshot_",
@@ -477,6 +498,7 @@ def gram_block_(
     tensor([[ 5.,  2.],
             [ 2., 10.]], dtype=torch.float64)
     """
+    refuse_transforms("gram_block_", snapshots=snapshots, gram=gram, scale=scale)
     with torch.no_grad():
         call("gram_block_", _raw.gram_block_.default, snapshots, gram, index, count, scale=scale)
     _written(gram)
@@ -509,7 +531,8 @@ def form_basis(
     Raises
     ------
     TypeError, ValueError
-        Coefficients of other snapshots or of more than 1,024 rows, an 8-bit ``dtype``.
+        Coefficients of other snapshots or of more than 1,024 rows, an 8-bit ``dtype``; a tensor
+        that requires a gradient while gradients are recorded.
 
     Examples
     --------
@@ -519,6 +542,7 @@ def form_basis(
     >>> ops.form_basis(snapshots, torch.tensor([[1.0, -1.0]], dtype=torch.float64))
     tensor([[ 1., -3.,  1.]])
     """
+    refuse("form_basis", snapshots=snapshots, coefficients=coefficients, scale=scale)
     with torch.no_grad():
         return call(
             "form_basis", _raw.form_basis.default, snapshots, coefficients, scale=scale, dtype=dtype

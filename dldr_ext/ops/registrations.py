@@ -1,9 +1,8 @@
-"""Fake (meta) kernels and autograd formulas of the ops, beside each other."""
+"""Fake (meta) kernels of the ops."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from ..tensors.alignment import empty_rows
 from ..tensors.formats import wide_dtype
 
 _check = torch._check
-_ops = torch.ops.dldr_ext
 
 
 def _check_list(
@@ -178,45 +176,3 @@ def _form_basis(
     return empty_rows(
         coefficients.shape[0], snapshots.shape[1], dtype=dtype, device=snapshots.device
     )
-
-
-# w = origin + P theta: d theta = P^T dw, d origin = dw. The basis and its scale are constants.
-def _reconstruct_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, basis, theta, scale = inputs
-    ctx.save_for_backward(basis, scale)
-    ctx.theta_dtype = theta.dtype
-
-
-def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    basis, scale = ctx.saved_tensors
-    theta = None
-    if ctx.needs_input_grad[2]:
-        theta = _ops.project(basis, [grad], scale=scale).to(ctx.theta_dtype)
-    return grad if ctx.needs_input_grad[0] else None, None, theta, None
-
-
-# c = P^T g is linear in g: dg = P dc. It makes reconstruct differentiable twice.
-def _project_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    basis, tensors, scale = inputs
-    ctx.save_for_backward(basis, scale)
-    ctx.like = [(t.shape, t.dtype) for t in tensors]
-
-
-def _project_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    basis, scale = ctx.saved_tensors
-    flat = _ops.reconstruct(None, basis, grad, scale=scale)
-    pieces = flat.split([shape.numel() for shape, _ in ctx.like])
-    tensors = [
-        piece.view(shape).to(dtype) for piece, (shape, dtype) in zip(pieces, ctx.like, strict=True)
-    ]
-    # torch drops arguments that equal their default before it counts the gradients of an op with
-    # a tensor list.
-    return (None, tensors) if scale is None else (None, tensors, None)
-
-
-torch.library.register_autograd(
-    "dldr_ext::reconstruct", _reconstruct_backward, setup_context=_reconstruct_setup
-)
-torch.library.register_autograd(
-    "dldr_ext::project", _project_backward, setup_context=_project_setup
-)

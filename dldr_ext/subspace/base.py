@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives.consistency import digest
+from ..tensors.derivatives import needed, refuse_transforms
 from ..tensors.parameters import (
     check_matches,
     check_memory,
@@ -97,7 +98,9 @@ class AffineSubspace(ABC):
         Returns
         -------
         Tensor, shape (d,)
-            float32 (float64 for a float64 basis); differentiable in the tensors.
+            float32 (float64 for a float64 basis); differentiable in the tensors, with torch.func
+            too (of a basis that is partitioned over ranks it has no derivative, and raises when
+            one is asked for).
 
         Raises
         ------
@@ -138,7 +141,8 @@ class AffineSubspace(ABC):
         Returns
         -------
         Tensor, shape (d,)
-            float32 (float64 for a float64 basis).
+            float32 (float64 for a float64 basis); differentiable in the parameters, as `project`
+            is in its tensors: under ``torch.no_grad()`` it is a number without a past.
 
         Raises
         ------
@@ -151,7 +155,12 @@ class AffineSubspace(ABC):
         reconstruct : The way back.
         """
         listed = self._weights(params)
-        c = self._project([flatten(listed, self.origin.dtype).sub_(self.origin)])
+        dtype = self.origin.dtype
+        if needed(*listed):
+            flat = torch.cat([p.reshape(-1).to(dtype) for p in listed])
+        else:
+            flat = flatten(listed, dtype)
+        c = self._project([flat.sub_(self.origin)])
         return self._solve(c) if exact else c
 
     def reconstruct(self, theta: Tensor) -> Tensor:
@@ -165,13 +174,13 @@ class AffineSubspace(ABC):
         Returns
         -------
         Tensor, shape (n,)
-            float32 (float64 for a float64 basis); differentiable in theta, unless the basis is
-            partitioned over ranks.
+            float32 (float64 for a float64 basis); differentiable in theta, with torch.func too.
 
         Raises
         ------
         TypeError, ValueError
-            Another shape, device or an integer dtype of theta.
+            Another shape, device or an integer dtype of theta; one that requires a gradient where
+            the basis is partitioned over ranks.
 
         See Also
         --------
@@ -222,11 +231,11 @@ class AffineSubspace(ABC):
         """
         return self._direction(index)
 
-    def nearest(self, params: Iterable[Any]) -> Tensor:
-        """Return the coordinates of the point of the subspace nearest to the weights.
+    def nearest(self, params: Iterable[Any] | Tensor) -> Tensor:
+        """Return the coordinates of the point of the subspace nearest to the weights, as values.
 
-        Those of `coordinates`, with ``exact`` where the basis has 8 bits: what an optimizer with
-        ``theta0="current"`` starts from.
+        Those of `coordinates`, with ``exact`` where the basis has 8 bits, and no gradient: what an
+        optimizer with ``theta0="current"`` starts from.
 
         Parameters
         ----------
@@ -238,7 +247,10 @@ class AffineSubspace(ABC):
         Tensor, shape (d,)
             In the dtype of the origin.
         """
-        return self.coordinates(params, exact=self._rounded)
+        listed = [params] if isinstance(params, Tensor) else list(params)
+        refuse_transforms("nearest", params=listed)
+        with torch.no_grad():
+            return self.coordinates(listed, exact=self._rounded)
 
     # For optimizers, which checked their lists once: no check but those of the ops.
 
@@ -383,7 +395,9 @@ class AffineSubspace(ABC):
         TypeError, ValueError
             As in `coordinates`.
         """
-        return self._moved_to(flatten(self._weights(params), self.origin.dtype))
+        weights = self._weights(params)
+        refuse_transforms("with_origin", params=weights)
+        return self._moved_to(flatten(weights, self.origin.dtype))
 
     @abstractmethod
     def quantize(self, format: str) -> AffineSubspace:

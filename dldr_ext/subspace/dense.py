@@ -17,6 +17,7 @@ from ..pca.dimension import checked_dim
 from ..pca.gram import orthonormalize_
 from ..pca.report import checked_facts
 from ..tensors.alignment import empty_rows
+from ..tensors.derivatives import refuse_transforms
 from ..tensors.formats import wide_dtype
 from ..tensors.parameters import DTYPES, dtype_name, dtype_names, flatten, named_parameters, numel
 from . import basis as basis_module
@@ -94,7 +95,7 @@ class Subspace(ReadableSubspace):
     >>> subspace.reconstruct_(layer.parameters(), torch.tensor([2.0, 5.0]))
     >>> layer.weight.data, layer.bias.data
     (tensor([[3., 4.]]), tensor([5.]))
-    >>> subspace.coordinates(layer.parameters())
+    >>> subspace.coordinates(layer.parameters()).detach()
     tensor([2., 5.])
     >>> layer(torch.ones(1, 2)).sum().backward()
     >>> subspace.project([p.grad for p in layer.parameters()])
@@ -113,6 +114,7 @@ class Subspace(ReadableSubspace):
         names: Iterable[str] | None = None,
         choice: Mapping[str, Any] | None = None,
     ) -> None:
+        refuse_transforms(type(self).__name__, basis=basis, origin=origin, scale=scale)
         self.basis = basis_module.checked_basis(basis)
         self.scale = basis_module.checked_scale(scale, self.basis)
         self.origin = basis_module.checked_origin(origin, self.basis)

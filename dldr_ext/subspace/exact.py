@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..pca import report as report_module
 from ..pca.gram import columns_together
+from ..tensors.derivatives import in_transform
 from ..tensors.parameters import type_name
 from .base import AffineSubspace
 
@@ -123,6 +124,11 @@ class ReadableSubspace(AffineSubspace):
     def _stored_gram(self) -> Tensor:
         """Return the Gram matrix of the stored rows, (d, d) float64 on the CPU; made once."""
         if self._gram is None:
+            if in_transform():  # in which new tensors belong to the transform, and may not be kept
+                raise ValueError(
+                    "exact: expected G to be known within a transform of torch.func: call project "
+                    "or coordinates with exact=True once before it"
+                )
             self._gram = _gram_of(self)
         return self._gram
 

@@ -23,6 +23,7 @@ from subspace_kinds import (
     values,
 )
 from torch import distributed as dist
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from dldr_ext import GroupedSubspace, ImplicitSubspace, Subspace
 
@@ -247,6 +248,88 @@ class TestSubspace:
             assert check(space.project, g)
             assert check(lambda g: space.project(g, exact=True), g, fast_mode=True)
 
+    @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # torch's, under torch.compile
+    def test_torch_func(self, space):
+        """Both modes, second order and batches, of project, coordinates and reconstruct."""
+        rows, theta = values(space), theta_for(space)
+        params = [p.detach().to(space.coordinate_dtype) for p in parameters()]
+        point = flat(params)
+
+        def coordinates(w):
+            return space.coordinates(w)
+
+        def project(w):
+            return space.project(w)
+
+        if space.spans_ranks:
+            refused = "expected a .*, since .* has no derivative"
+            for function, x in (
+                (coordinates, point), (project, point), (space.reconstruct, theta),
+            ):  # fmt: skip
+                for transform in (jacfwd, jacrev, vmap):
+                    with pytest.raises(ValueError, match=refused):
+                        transform(function)(x[None] if transform is vmap else x)
+            return
+        for function in (coordinates, project):
+            close(jacfwd(function)(point), rows, space)
+            close(jacrev(function)(point), rows, space)
+            pair = torch.stack([point, -point])
+            close(vmap(function)(pair)[1], function(-point), space)
+
+        def exact(w):
+            return space.coordinates(w, exact=True)
+
+        with pytest.raises(ValueError, match="exact: expected G to be known within a transform"):
+            jacrev(exact)(point)
+        exact(point)
+        close(jacrev(exact)(point), torch.linalg.pinv(rows.T), space, 10)
+
+        def cubes(theta):
+            return (space.reconstruct(theta) ** 3).sum()
+
+        expected = 6 * (rows * space.reconstruct(theta).double()) @ rows.T
+        close(hessian(cubes)(theta), expected, space, 10)
+        close(vmap(grad(cubes))(theta[None])[0], grad(cubes)(theta), space)
+        torch.compiler.reset()
+        compiled = torch.compile(grad(cubes), backend="aot_eager")
+        close(compiled(theta), grad(cubes)(theta), space)
+
+    def test_coordinates_of_parameters_have_a_derivative(self, space):
+        """As a penalty on the distance in the subspace needs it."""
+        params = parameters(space.coordinate_dtype)
+        c = space.coordinates(params)
+        assert c.requires_grad
+        with torch.no_grad():
+            assert torch.equal(space.coordinates(params), c)
+            assert not space.coordinates(params).requires_grad
+        if space.spans_ranks:
+            with pytest.raises(RuntimeError, match=r"Subspace.project has no derivative"):
+                c.sum().backward()
+            with pytest.raises(RuntimeError, match=r"Subspace.project has no derivative"):
+                space.project(params).sum().backward()
+            return
+        c.sum().backward()
+        close(flat(p.grad for p in params), values(space).sum(0), space)
+
+    def test_what_keeps_or_writes_values_refuses_transforms(self, space):
+        params, theta = parameters(space.coordinate_dtype), theta_for(space)
+        before = flat(params)
+
+        def write(theta):
+            space.reconstruct_(params, theta)
+            return theta.sum()
+
+        with pytest.raises(ValueError, match=r"\w+: expected a plain tensor"):
+            grad(write)(theta)
+        assert torch.equal(flat(params), before)
+        with pytest.raises(ValueError, match="with_origin: params: expected a plain tensor"):
+            grad(lambda w: space.with_origin(w).origin.sum())(before)
+        with pytest.raises(ValueError, match="nearest: params: expected a plain tensor"):
+            vmap(space.nearest)(before[None])
+        assert not space.nearest(params).requires_grad
+        space.reconstruct_(params, theta.requires_grad_())  # of a leaf its values
+        same(flat(params), space.to().reconstruct(theta.detach()), space)
+
     def test_parametrize(self, space):
         model = Holder(parameters())
         module, x = space.parametrize(model), parameters()
@@ -273,7 +356,7 @@ class TestSubspace:
         assert type(moved) is type(space) and torch.equal(space.origin, before)
         assert torch.equal(moved.origin, flat(params).to(space.origin.dtype))
         assert torch.equal(moved.project(params), space.project(params))
-        assert float(moved.coordinates(params).norm()) == 0
+        assert not moved.coordinates(params).any()
         assert (moved.shapes, moved.names) == (SHAPES, NAMES)
         assert torch.equal(space.with_origin(flat(params)).origin, moved.origin)
         assert moved.digest() == space.digest()
