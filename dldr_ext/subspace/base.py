@@ -208,6 +208,7 @@ class AffineSubspace(ABC):
         reconstruct : The same as a new tensor, differentiable.
         """
         listed = self._weights(params)
+        refuse_transforms("reconstruct_", theta=theta, params=listed)
         check_memory(listed, self.names if len(listed) == len(self.names or ()) else None)
         self.write_(listed, theta)
 

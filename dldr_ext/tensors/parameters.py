@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .names import first_other_name
+from .derivatives import in_transform
 from .storage import first_shared
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -198,6 +199,8 @@ def check_memory(
     ValueError
         Naming the first two that share memory, or one whose elements do.
     """
+    if in_transform():
+        return  # its tensors show no memory
     looked_at = range(len(tensors)) if indices is None else indices
     shared = first_shared([local_shard(tensors[i]).detach() for i in looked_at])
     if shared is None:

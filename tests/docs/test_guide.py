@@ -14,8 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "guide.md").read_text()
 
 
-# torch's own code in forward mode
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_every_program_runs_and_trains() -> None:
     pytest.importorskip("rich")
     names: dict[str, Any] = {}

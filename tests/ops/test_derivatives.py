@@ -187,8 +187,8 @@ def test_compiled(name):
     f = Cubes(torch.float32)
     function = (TRANSFORMS | {"dual": _slope})[name](f)
     torch.compiler.reset()
-    # Under a default device torch itself cannot trace jacfwd in one graph.
-    whole = name not in ("jacfwd", "hessian")
+    # Under a default device torch itself cannot trace these in one graph, or 2.10 cannot.
+    whole = name not in ("jacfwd", "hessian", "vmap")
     found = torch.compile(function, backend="aot_eager", fullgraph=whole)(f.theta)
     torch.testing.assert_close(found, function(f.theta))
 
