@@ -20,6 +20,7 @@ from ..subspace.grouped import GroupedSubspace, group_slices
 from ..tensors.names import places_of
 from ..tensors.parameters import named_parameters, type_name
 from ..trajectory.trajectory import Trajectory
+from .kinds import COMPLEX, FLOAT, OTHER, accumulator, describe, kind, same
 
 State = Mapping[str, Any]
 
@@ -60,15 +61,16 @@ def uniform_soup(checkpoints: Iterable[State] | Trajectory) -> dict[str, Any]:
     Returns
     -------
     dict
-        A state dict on the devices and in the dtypes of the first one; sums are float64. What is
-        not floating-point (counts of batches) is that of the last one.
+        A state dict on the devices and in the dtypes of the first one; sums are float64 or
+        complex128. Integers (counts of batches) and what is no tensor are those of the last one.
 
     Raises
     ------
     TypeError
-        Not an iterable of state dicts.
+        Not an iterable of state dicts; values that are no numbers (quantized, float8, of a packed
+        subclass) and differ.
     ValueError
-        No checkpoint; one with other names or shapes; a trajectory without names.
+        No checkpoint; one with other names, shapes or kinds of numbers; a trajectory without names.
 
     See Also
     --------
@@ -254,11 +256,13 @@ class _RunningMean:
             self.first = dict(state)
         _check_same(self.first, state, self.count)
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                if name in self.sums:
-                    self.sums[name] = self.sums[name] + value.detach().to(self.sums[name].device)
-                else:
-                    self.sums[name] = value.detach().to(torch.float64, copy=True)
+            if kind(value) not in (FLOAT, COMPLEX):
+                continue
+            if name in self.sums:
+                sums = self.sums[name]
+                self.sums[name] = sums + value.detach().to(sums.device, sums.dtype)
+            else:
+                self.sums[name] = value.detach().to(accumulator(value.dtype), copy=True)
         self.last = {name: state[name] for name in state if name not in self.sums}
         self.count += 1
 
@@ -335,13 +339,30 @@ def _check_same(first: State, state: State, t: int) -> None:
             f"{', '.join(map(str, differing))}"
         )
     for name, value in state.items():
-        shape = value.shape if isinstance(value, Tensor) else None
-        expected = first[name].shape if isinstance(first[name], Tensor) else None
-        if shape != expected:
+        found, expected = kind(value), kind(first[name])
+        if found != expected:
             raise ValueError(
-                f"checkpoints[{t}]: {name}: expected shape {expected and tuple(expected)}, as in "
-                f"checkpoints[0], got {shape and tuple(shape)}"
+                f"checkpoints[{t}]: {name}: expected {_what(first[name])}, as in checkpoints[0], "
+                f"got {_what(value)}"
             )
+        if found == OTHER:
+            if not same(first[name], value):
+                raise TypeError(
+                    f"checkpoints[{t}]: {name}: expected floating-point or complex numbers, or "
+                    f"the same values in all checkpoints, got {describe(value)}: leave it out, "
+                    "or make it dense numbers"
+                )
+        elif found is not None and value.shape != first[name].shape:
+            raise ValueError(
+                f"checkpoints[{t}]: {name}: expected shape {tuple(first[name].shape)}, as in "
+                f"checkpoints[0], got {tuple(value.shape)}"
+            )
+
+
+def _what(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type_name(value)}"
+    return describe(value) if kind(value) == OTHER else f"{kind(value)} numbers"
 
 
 def _scored(score: Callable[[dict[str, Any]], float], state: dict[str, Any]) -> float:
