@@ -20,15 +20,15 @@ def copy_notes(series: Series) -> list[str]:
     notes = []
     seen: dict[object, list[int]] = {}
     with CheckpointReader() as reader:
-        for t, contents in enumerate(series.contents):
-            entries = contents.entries
+        for t in range(len(series)):
+            entries = _readable(series, t)
             step = -(-len(entries) // _SAMPLED)
             some = [entries[name] for name in sorted(entries)[::step]]
             shapes = tuple((name, entry.dtype, entry.shape) for name, entry in entries.items())
             sample = tuple(_bytes(reader, entry, 0, _SAMPLE) for entry in some)
             alike = seen.setdefault((frozenset(shapes), sample), [])
             for first in alike:
-                if _same(reader, series.contents[first].entries, entries):
+                if _same(reader, _readable(series, first), entries):
                     notes.append(
                         f"{series.paths[t]} holds the same numbers as {series.paths[first]}: both "
                         "count"
@@ -37,6 +37,10 @@ def copy_notes(series: Series) -> list[str]:
             else:
                 alike.append(t)
     return notes
+
+
+def _readable(series: Series, t: int) -> dict[str, Entry]:
+    return {name: entry for name, entry in series.tensors(t).items() if entry.problem is None}
 
 
 def _same(reader: CheckpointReader, first: dict[str, Entry], other: dict[str, Entry]) -> bool:

@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.errors import CheckpointError
 from ..checkpoints.formats import Entry, abridged
 from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.series import STATISTICS, Series, finite
-from ..files.partial import PartialFile
+from ..tensors.parameters import dtype_name
+from .kinds import COMPLEX, FLOAT, INTEGER, OTHER, accumulator, kind_of_dtype
+from .outputs import (
+    TORCH,
+    Output,
+    check_inputs,
+    check_space,
+    check_tensors,
+    folder_notes,
+    hollow,
+    parse_output,
+    writing,
+)
 from .soups import Soup, greedy_soup
 
 Progress = Callable[[int, int], None]
 _WINDOW = 1 << 20  # elements averaged at a time
-_KIND, _VERSION = "soup", 1
+_FACTORS = ("lora_A", "lora_B")
 
 
 def write_mean(
     series: Series,
-    path: Path,
+    path: str | os.PathLike[str],
     weights: Sequence[float] | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Write the mean of checkpoints as a safetensors file; the memory is a few windows.
+    """Write the mean of checkpoints; the memory is a few windows.
 
     Parameters
     ----------
     series : Series
-    path : Path
-        An earlier file is replaced once all is written.
+        All tensors that its patterns let through are averaged.
+    path : path
+        Its suffix says the format; a folder ends with a slash: see `outputs.parse_output`. An
+        earlier file is replaced once all is written.
     weights : sequence of float, optional
         As for `normalized_weights`.
     progress : callable, optional
@@ -43,44 +57,51 @@ def write_mean(
     Returns
     -------
     list of str
-        Notes: what is not a mean, and batch-norm statistics that must be estimated anew.
+        Notes: what was left out, what is not a mean, and what must be estimated anew.
 
     Raises
     ------
     CheckpointError
-        A tensor that a checkpoint lacks, or of another shape, or not finite.
+        A tensor that a checkpoint lacks, or of another shape or kind, or not finite; codes (float8,
+        quantized, ...) that differ.
     ValueError
-        Weights that do not fit.
+        Weights that do not fit; a path that cannot be written to, or is one of the checkpoints.
     """
+    output = _checked_output(series, path)
+    rows = _matching_rows(series)
     factors = None if weights is None else normalized_weights(series, weights)
-    rows = [_matching_entries(series, t) for t in range(len(series))]
-    tensors = {}
-    for name, first, last in zip(series.contents[0].entries, rows[0], rows[-1], strict=True):
-        dtype = first.dtype if first.dtype.is_floating_point else last.dtype
-        tensors[name] = torch.empty(first.shape, dtype=dtype, device="meta")
-    total, done = sum(entry.nbytes() for row in rows for entry in row), 0
+    tensors = _hollow_means(output, list(series.tensors(0)), rows)
     facts = {"checkpoints": [str(path) for path in series.paths], "weights": factors}
-    with CheckpointReader() as reader, _new_file(path, tensors, facts) as file:
+    total, done = sum(entry.nbytes() for row in rows for entry in row), 0
+    mean = _Mean(series, factors)
+    written: set[int] = set()
+    with (
+        CheckpointReader() as reader,
+        writing(output, tensors, facts, series.contents[0]) as file,
+    ):
         for i, (name, tensor) in enumerate(tensors.items()):
             entries = [row[i] for row in rows]
-            for begin in range(0, tensor.numel(), _WINDOW):
-                size = min(_WINDOW, tensor.numel() - begin)
-                window = _mean(series, reader, entries, name, begin, size, factors)
-                file.write(name, begin, window)
+            numel = 0 if id(tensor) in written else tensor.numel()
+            written.add(id(tensor))
+            for begin in range(0, numel, _WINDOW):
+                size = min(_WINDOW, numel - begin)
+                file.write(name, begin, mean.window(reader, entries, name, begin, size))
                 done += sum(size * entry.dtype.itemsize for entry in entries)
                 if progress is not None:
                     progress(done, total)
-    return _notes(tensors)
+    return [*soup_notes(series, output), *mean.notes()]
 
 
-def write_greedy_soup(series: Series, path: Path, score: Callable[[dict[str, Any]], float]) -> Soup:
+def write_greedy_soup(
+    series: Series, path: str | os.PathLike[str], score: Callable[[dict[str, Any]], float]
+) -> Soup:
     """Write the greedy soup of checkpoints: one checkpoint and the sums are in memory.
 
     Parameters
     ----------
     series : Series
-    path : Path
-        An earlier file is replaced once all is written.
+    path : path
+        As for `write_mean`.
     score : callable
         As for `greedy_soup`.
 
@@ -89,26 +110,63 @@ def write_greedy_soup(series: Series, path: Path, score: Callable[[dict[str, Any
     Soup
         Its members are places in the series.
     """
+    output = _checked_output(series, path)
+    rows = _matching_rows(series)
+    tensors = {name: hollow(e.shape, e.dtype) for name, e in series.tensors(0).items()}
+    check_tensors(output, tensors)
+    check_space(output, max(sum(entry.nbytes() for entry in row) for row in rows))
     soup = greedy_soup(States(series), score)
     facts = {"checkpoints": [str(series.paths[t]) for t in soup.members], "weights": None}
-    with _new_file(path, soup.state_dict, facts) as file:
-        for name, tensor in soup.state_dict.items():
-            file.write(name, 0, tensor)
+    tensors = {name: hollow(value.shape, value.dtype) for name, value in soup.state_dict.items()}
+    with writing(output, tensors, facts, series.contents[soup.members[0]]) as file:
+        for name, value in soup.state_dict.items():
+            if value.numel():
+                file.write(name, 0, value)
     return soup
 
 
-@contextmanager
-def _new_file(
-    path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]
-) -> Iterator[PartialFile]:
-    """Open the file of a soup; it is there at the end, or nothing is."""
-    with PartialFile(path, _KIND, _VERSION, tensors, facts) as file:
-        try:
-            yield file
-            file.finish()
-        except BaseException:
-            file.discard()
-            raise
+def soup_notes(series: Series, output: Output) -> list[str]:
+    """Say what an average of checkpoints lacks, and what it is only a guess of.
+
+    Parameters
+    ----------
+    series : Series
+    output : Output
+    """
+    tensors = series.tensors(0)
+    left_out = [name for name in series.contents[0].entries if name not in tensors]
+    notes = [f"left out (by the patterns): {abridged(left_out)}"] if left_out else []
+    notes += dict.fromkeys(note for contents in series.contents for note in contents.notes)
+    if any(name.rpartition(".")[2] in STATISTICS for name in tensors):
+        notes.append(
+            "batch-norm statistics were averaged, which is only a guess: estimate them anew with "
+            "torch.optim.swa_utils.update_bn(loader, model)"
+        )
+    if len(series) > 1 and all(any(part in name for name in tensors) for part in _FACTORS):
+        notes.append(
+            "lora_A and lora_B were averaged each: their product is not the mean of the products"
+        )
+    return notes + folder_notes(output, series.contents)
+
+
+def _checked_output(series: Series, path: str | os.PathLike[str]) -> Output:
+    output = parse_output(path)
+    files = [file for contents in series.contents for file in contents.files]
+    check_inputs(output, [*files, *(error.path for error in series.skipped)])
+    return output
+
+
+def _hollow_means(output: Output, names: list[str], rows: list[list[Entry]]) -> dict[str, Tensor]:
+    """Return the dtypes and shapes of means; of one object where names are tied in all files."""
+    tensors = {}
+    tied: dict[Any, Tensor] = {}
+    for name, *entries in zip(names, *rows, strict=True):
+        first, last = entries[0], entries[-1]
+        dtype = last.dtype if kind_of_dtype(first.dtype) == INTEGER else first.dtype
+        place = [(entry.place(), entry.shape, entry.stride) for entry in entries]
+        key = tuple(place) if output.form == TORCH and first.nbytes() else name
+        tensors[name] = tied.setdefault(key, hollow(first.shape, dtype))
+    return tensors
 
 
 class States(Sequence[dict[str, Tensor]]):
@@ -131,40 +189,114 @@ class States(Sequence[dict[str, Tensor]]):
             return [self[t] for t in range(len(self))[index]]
         state = {}
         with CheckpointReader() as reader:
-            for name, entry in self._series.contents[index].entries.items():
+            for name, entry in self._series.tensors(index).items():
                 state[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
                 reader.read(entry, 0, state[name].view(-1))
         return state
 
 
-def _mean(
-    series: Series,
-    reader: CheckpointReader,
-    entries: list[Entry],
-    name: str,
-    begin: int,
-    size: int,
-    factors: list[float] | None,
-) -> Tensor:
-    """Average a window of a tensor; of one that is not floating-point return the last."""
-    first, last = entries[0], entries[-1]
-    if not first.dtype.is_floating_point:
-        out = torch.empty(size, dtype=last.dtype, device="cpu")
-        reader.read(last, begin, out)
-        return out
-    sums = torch.zeros(size, dtype=torch.float64, device="cpu")
-    value = torch.empty_like(sums)
-    for t, entry in enumerate(entries):
-        reader.read(entry, begin, value)
-        if not finite(value):
-            raise series.error(t, f"{name}: expected finite values, got NaN or Inf")
-        sums.add_(value, alpha=1.0 if factors is None else factors[t])
-    return (sums / len(entries) if factors is None else sums).to(first.dtype)
+class _Mean:
+    """The mean of tensors in a series, and what is to be said about it."""
+
+    def __init__(self, series: Series, factors: list[float] | None) -> None:
+        self._series, self._factors = series, factors
+        self._differing: dict[str, None] = {}  # names, in order
+        self._not_finite: dict[str, None] = {}
+
+    def window(
+        self, reader: CheckpointReader, entries: list[Entry], name: str, begin: int, size: int
+    ) -> Tensor:
+        """Average a window of a tensor; of integers return the last, codes must not differ."""
+        if kind_of_dtype(entries[0].dtype) in (FLOAT, COMPLEX):
+            return self._numbers(reader, entries, name, begin, size)
+        last = torch.empty(size, dtype=entries[-1].dtype, device="cpu")
+        reader.read(entries[-1], begin, last)
+        value = torch.empty_like(last)
+        for t, entry in enumerate(entries[:-1]):
+            reader.read(entry, begin, value)
+            if torch.equal(value.view(torch.uint8), last.view(torch.uint8)):
+                continue
+            if kind_of_dtype(entry.dtype) == OTHER:
+                raise self._series.error(
+                    t,
+                    f"{name}: expected the {dtype_name(entry.dtype)} of the last checkpoint, got "
+                    "others: codes have no mean; exclude leaves them out",
+                )
+            self._differing[name] = None
+        return last
+
+    def _numbers(
+        self, reader: CheckpointReader, entries: list[Entry], name: str, begin: int, size: int
+    ) -> Tensor:
+        sums = torch.zeros(size, dtype=accumulator(entries[0].dtype), device="cpu")
+        value = torch.empty_like(sums)
+        constant: tuple[Tensor, Tensor] | None = None  # where not finite, and what is there
+        for t, entry in enumerate(entries):
+            reader.read(entry, begin, value)
+            if constant is not None or not _finite(value):
+                where = value.isfinite().logical_not()
+                if t == 0:
+                    constant = where, value[where]
+                if constant is None or not _same_values(value, where, constant):
+                    raise self._series.error(
+                        t,
+                        f"{name}: expected finite values, or the same in all checkpoints, got NaN "
+                        "or Inf; exclude leaves a tensor out",
+                    )
+                value[where] = 0
+            sums.add_(value, alpha=1.0 if self._factors is None else self._factors[t])
+        mean = sums / len(entries) if self._factors is None else sums
+        if constant is not None:
+            mean[constant[0]] = constant[1]
+            self._not_finite[name] = None
+        result = mean.to(entries[0].dtype)
+        if constant is None and not _finite(result):
+            raise self._series.error(
+                0, f"{name}: the mean overflows {dtype_name(result.dtype)}, the dtype of this one"
+            )
+        return result
+
+    def notes(self) -> list[str]:
+        """Return what must be known about the mean."""
+        notes = []
+        if self._differing:
+            notes.append(f"not averaged, but as in the last one: {abridged([*self._differing])}")
+        if self._not_finite:
+            names = abridged([*self._not_finite])
+            notes.append(f"NaN or Inf, the same in every checkpoint, which are kept: {names}")
+        return notes
+
+
+def _finite(values: Tensor) -> bool:
+    return finite(torch.view_as_real(values) if values.is_complex() else values)
+
+
+def _same_values(value: Tensor, where: Tensor, constant: tuple[Tensor, Tensor]) -> bool:
+    if not torch.equal(where, constant[0]):
+        return False
+    found, expected = value[where], constant[1]
+    return bool(((found == expected) | (found.isnan() & expected.isnan())).all())
+
+
+def _matching_rows(series: Series) -> list[list[Entry]]:
+    """Return the entries of each checkpoint in the order of the first."""
+    if not series.tensors(0):
+        names = abridged(list(series.contents[0].entries))
+        raise ValueError(f"include, exclude: expected patterns that let a tensor through: {names}")
+    rows: list[list[Entry]] = []
+    while len(rows) < len(series):
+        try:
+            rows.append(_matching_entries(series, len(rows)))
+        except CheckpointError as error:
+            if not series.skip_bad:
+                raise
+            series.drop(error)
+    return rows
 
 
 def _matching_entries(series: Series, t: int) -> list[Entry]:
     """Return the entries of one checkpoint in the order of the first."""
-    first, entries = series.contents[0].entries, series.contents[t].entries
+    first, entries = series.tensors(0), series.tensors(t)
     if entries.keys() != first.keys():
         differing = ", ".join(sorted(entries.keys() ^ first.keys())[:5])
         raise series.error(
@@ -176,8 +308,19 @@ def _matching_entries(series: Series, t: int) -> list[Entry]:
             raise series.error(
                 t, f"{name}: expected shape {expected.shape}, as in the first, got {entry.shape}"
             )
-        if entry.dtype.is_floating_point != expected.dtype.is_floating_point:
-            raise series.error(t, f"{name}: expected {expected.dtype}, got {entry.dtype}")
+        problem = expected.problem or entry.problem
+        if problem is not None:
+            raise series.error(
+                t, f"{name}: expected numbers, found {problem}; exclude leaves a tensor out"
+            )
+        kinds = kind_of_dtype(expected.dtype), kind_of_dtype(entry.dtype)
+        if kinds[0] != kinds[1] or (kinds[0] == OTHER and expected.dtype != entry.dtype):
+            found = dtype_name(entry.dtype)
+            raise series.error(
+                t,
+                f"{name}: expected {dtype_name(expected.dtype)}, as in the first, or another "
+                f"{kinds[0]} dtype, got {found}",
+            )
     return [entries[name] for name in first]
 
 
@@ -204,16 +347,3 @@ def normalized_weights(series: Series, weights: Sequence[float]) -> list[float]:
     if not all(map(math.isfinite, kept)) or sum(kept) == 0:
         raise ValueError(f"weights: expected finite numbers whose sum is not 0, got {kept}")
     return [weight / sum(kept) for weight in kept]
-
-
-def _notes(tensors: dict[str, Tensor]) -> list[str]:
-    not_averaged = [name for name, tensor in tensors.items() if not tensor.dtype.is_floating_point]
-    notes = (
-        [f"not averaged, but as in the last one: {abridged(not_averaged)}"] if not_averaged else []
-    )
-    if any(name.rpartition(".")[2] in STATISTICS for name in tensors):
-        notes.append(
-            "batch-norm statistics were averaged, which is only a guess: estimate them anew with "
-            "torch.optim.swa_utils.update_bn(loader, model)"
-        )
-    return notes

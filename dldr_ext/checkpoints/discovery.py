@@ -132,9 +132,22 @@ class _Folder:
         except OSError as error:
             raise CheckpointError(path, reason(error)) from error
         self._names = {p.name for p in self._inside}
+        self._own: list[Path] = []
 
     def checkpoints(self) -> list[tuple[Path, Path]]:
         """Return them in the order of their names; there is at least one."""
+        try:
+            found = self._of_others()
+        except _Empty:
+            if not self._own or self._depth < _DEPTH:
+                raise
+            model = self._model(self._own)  # of an average that was named
+            return self._selected(self._own) if model is None else [(model, self.path)]
+        self._pass_over("written by dldr", self._own)
+        return found
+
+    def _of_others(self) -> list[tuple[Path, Path]]:
+        """Return those that this package has not written."""
         if METADATA in self._names:
             return [(self.path, self.path)]
         files = self._files()
@@ -175,7 +188,7 @@ class _Folder:
                 (own if _is_own(path) else files).append(path)
             elif path.is_symlink() and not path.exists():
                 lost.append(path)
-        self._pass_over("written by dldr", own)
+        self._own = own
         self._pass_over("links to nothing", lost)
         self._check_whole(files)
         beside = [path for path in files if _BESIDE.fullmatch(_stem(path))]
@@ -215,6 +228,8 @@ class _Folder:
         """Return the file that a folder of one model is read from, None for another folder."""
         indices = [p for p in self._inside if p.name.endswith(INDEX_SUFFIXES)]
         shards = {name for path in indices for name in _shards(path)}
+        if self._depth < _DEPTH and any(_is_own(self.path / name) for name in shards):
+            indices = []
         files[:] = [p for p in files if p.name not in shards]
         found = indices or [p for p in files if _MODEL.fullmatch(p.name)]
         adapter = "adapter_config.json" in self._names

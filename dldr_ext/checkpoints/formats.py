@@ -29,6 +29,7 @@ Fits = Callable[[Mapping[str, Tensor]], bool]
 _INDEX_LIMIT = 1 << 28  # bytes; the index of a model of 100,000 tensors has 10 MB
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 _SAFETENSORS_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+KIND_RECORD = "dldr_ext.json"  # in a file of torch.save that this package wrote
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save wrote first, before torch 1.6
 _OTHERS = {  # how files begin that are not checkpoints of torch
     b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for: git lfs pull",
@@ -244,6 +245,8 @@ def _read_zip(path: Path, size: int, key: str | None, fits: Fits | None) -> Cont
             swapped = order is not None and _whole(archive, file, order) == b"big"
             data = _whole(archive, file, members[f"{root}data.pkl"])
             saved, storages = pickles.load(io.BytesIO(data))
+            facts = members.get(f"{root}{KIND_RECORD}")
+            kind = json.loads(_whole(archive, file, facts))["dldr_ext.kind"] if facts else None
             begins, records = {}, {}
             for storage in storages:
                 member = members.get(f"{root}data/{storage}")
@@ -259,7 +262,8 @@ def _read_zip(path: Path, size: int, key: str | None, fits: Fits | None) -> Cont
         raise
     except Exception as error:  # of zipfile, or of a damaged pickle: any
         raise CheckpointError(path, f"truncated or corrupt ({_said(error)})") from error
-    return _contents(path, saved, key, fits, Records(begins, records, swapped))
+    contents = _contents(path, saved, key, fits, Records(begins, records, swapped))
+    return contents._replace(kind=kind)
 
 
 def _is_pickle(name: str) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_STORAGES = {
+STORAGES = {
     "Double": torch.float64,
     "Float": torch.float32,
     "Half": torch.float16,
@@ -230,7 +230,7 @@ def _storage_dtype(kind: Any) -> torch.dtype:
     if isinstance(kind, torch.dtype):
         return kind
     name = kind.name.rpartition(".")[2]
-    return _STORAGES[name.removesuffix("Storage")]
+    return STORAGES[name.removesuffix("Storage")]
 
 
 def _text(value: Any) -> str:

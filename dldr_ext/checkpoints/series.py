@@ -62,6 +62,8 @@ class Series:
         Keep the order of ``paths``, and put in order only what is in one folder: by the epoch and
         the step that files store, then by the numbers in names, then by time. False: put all in
         order.
+    rows : bool
+        False: no row is made up, and `tensors` alone is asked for.
 
     Attributes
     ----------
@@ -120,9 +122,12 @@ class Series:
         key: str | None = None,
         skip_bad: bool = False,
         as_given: bool = True,
+        rows: bool = True,
     ) -> None:
         include = [include] if isinstance(include, str) else list(include)
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+        self._patterns = (include, exclude)
+        self.skip_bad = skip_bad
         self.notes: list[str] = []
         self.skipped: list[CheckpointError] = []
         self.paths: list[Path] = []
@@ -132,8 +137,10 @@ class Series:
         found, self.passed_over = discover(paths)
         self.repeats = {i: one.same for i, one in enumerate(found) if one.same is not None}
         layout = None if model is None else _layout_of_model(model, include, exclude)
+        if not rows:
+            layout = Layout([], [], [])
         copies = False  # what the first checkpoint has
-        fits = None if layout is None else partial(_fits, layout=layout)
+        fits = None if model is None or layout is None else partial(_fits, layout=layout)
         for index, one in enumerate(found):
             if one.same is not None:
                 continue
@@ -149,7 +156,7 @@ class Series:
                     raise CheckpointError(
                         path, f"expected a checkpoint, found a {contents.kind} saved by dldr_ext"
                     )
-                if model is None:
+                if model is None and rows:
                     in_file, notes = _layout_of_file(path, contents, include, exclude)
                     if layout is None:
                         layout = in_file
@@ -222,6 +229,20 @@ class Series:
     def __len__(self) -> int:
         """Return the number of checkpoints, T."""
         return len(self.paths)
+
+    def tensors(self, t: int) -> dict[str, Entry]:
+        """Return the tensors of checkpoint ``t`` that the patterns let through, of any kind.
+
+        Parameters
+        ----------
+        t : int
+
+        Returns
+        -------
+        dict of str to Entry
+        """
+        entries = self.contents[t].entries
+        return {name: entry for name, entry in entries.items() if selected(name, *self._patterns)}
 
     def dtypes(self, t: int) -> list[torch.dtype]:
         """Return the dtypes of the tensors in row ``t`` as they are stored.

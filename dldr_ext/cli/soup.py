@@ -8,17 +8,19 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..averaging.copies import copy_notes
-from ..averaging.soup_files import normalized_weights, write_greedy_soup, write_mean
+from ..averaging.outputs import parse_output
+from ..averaging.soup_files import normalized_weights, soup_notes, write_greedy_soup, write_mean
 from .options import (
     AsGiven,
     AsJson,
     ByteBar,
+    Exclude,
+    Include,
     Key,
     Paths,
     Quiet,
@@ -30,9 +32,14 @@ from .options import (
 
 def soup(
     checkpoints: Paths,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A safetensors file.")] = Path(
-        "soup.safetensors"
-    ),
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .safetensors, .pt, .pth, .ckpt or .bin file, or a folder/ of a model.",
+        ),
+    ] = "soup.safetensors",
     weights: Annotated[
         str | None,
         typer.Option(help="One for each path as typed, as 1,1,2; divided by their sum."),
@@ -44,6 +51,8 @@ def soup(
             help="Greedy soup: called with a state dict, returns a score, higher is better.",
         ),
     ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     key: Key = None,
     skip_bad: SkipBad = False,
     as_given: AsGiven = False,
@@ -55,6 +64,9 @@ def soup(
     With --metric from the best checkpoint on, as long as the score does not
     fall (greedy soup; one checkpoint and the sums are in memory).
 
+    The output's name says its format. A folder/ is one that transformers or
+    PEFT loads: configuration and tokenizer are those of the first checkpoint.
+
     Batch-norm statistics of an average must be estimated anew, with
     torch.optim.swa_utils.update_bn(loader, model). A trained average needs
     training data: dldr_ext.weight_averaging_subspace, in Python.
@@ -63,27 +75,38 @@ def soup(
     Examples:
       dldr soup runs/checkpoints --output soup.safetensors
       dldr soup a.pt b.pt c.pt --weights 1,1,2
+      dldr soup out/checkpoint-* --output averaged/
+      dldr soup runs/checkpoints --exclude '*.mask' --output soup.pt
       dldr soup runs/*.safetensors --metric my_eval:accuracy --json
     """
     if weights is not None and metric is not None:
         raise typer.BadParameter("expected --weights or --metric, got both", param_hint="--metric")
     factors = None if weights is None else _numbers(weights)
     score = None if metric is None else _function(metric)
-    facts: dict[str, Any] = {"output": str(output)}
+    try:
+        place = parse_output(output)
+    except ValueError as error:
+        problem = str(error).removeprefix("output: ")
+        raise typer.BadParameter(problem, param_hint="--output") from None
+    facts: dict[str, Any] = {"output": output}
     with one_line_errors(), ByteBar(quiet or as_json) as bar:
-        series = open_series(checkpoints, as_given, key=key, skip_bad=skip_bad)
-        facts |= {"skipped": [str(error) for error in series.skipped], "members": series.paths}
-        if factors is not None:
-            facts["weights"] = normalized_weights(series, factors)
-        notes = [*series.passed_over, *copy_notes(series)]
+        patterns = {"include": include or [], "exclude": exclude or []}
+        series = open_series(
+            checkpoints, as_given, key=key, skip_bad=skip_bad, rows=False, **patterns
+        )
+        members = series.paths
         if score is not None:
             best = write_greedy_soup(series, output, score)
-            facts |= {"members": [series.paths[t] for t in best.members], "score": best.score}
-            facts["notes"] = notes
+            facts["score"] = best.score
+            members = [series.paths[t] for t in best.members]
+            notes = soup_notes(series, place)
         else:
-            progress = partial(bar, "average")
-            facts["notes"] = [*notes, *write_mean(series, output, factors, progress)]
-    facts["members"] = list(map(str, facts["members"]))
+            notes = write_mean(series, output, factors, partial(bar, "average"))
+        if factors is not None:
+            facts["weights"] = normalized_weights(series, factors)
+        notes = [*series.passed_over, *copy_notes(series), *notes]
+    facts |= {"skipped": [str(error) for error in series.skipped]}
+    facts |= {"members": list(map(str, members)), "notes": notes}
     for line in facts["skipped"]:
         typer.echo(f"dldr: left out {line}", err=True)
     if as_json:

@@ -246,6 +246,7 @@ def header(
     """Return the header of a file, without its checksum and the 8 bytes before it."""
     fields: dict[str, Any] = {
         "__metadata__": {
+            "format": "pt",  # which transformers asks for
             _CHECKSUM: _NO_CHECKSUM,
             _PREFIX + "kind": kind,
             _PREFIX + "version": str(version),

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -109,12 +109,25 @@ class PartialFile:
             return False
 
     def _create(self, start: bytes, size: int) -> None:
-        try:
-            with open(self.temporary, "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-                file.write(start)
-        except OSError as error:
-            self.temporary.unlink(missing_ok=True)
-            raise OSError(
-                error.errno, f"{error.strerror}; the file needs {size:,} bytes", str(self.path)
-            ) from error
+        with reserved(self.temporary, size, self.path) as file:
+            file.write(start)
+
+
+def reserved(temporary: Path, size: int, path: Path) -> BinaryIO:
+    """Open a new file of ``size`` bytes, which becomes ``path``: all of its space is taken.
+
+    Raises
+    ------
+    OSError
+        There is not as much space, or no permission.
+    """
+    file = open(temporary, "w+b")  # noqa: SIM115  (it is returned)
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        file.close()
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"{error.strerror}; the file needs {size:,} bytes", str(path)
+        ) from error
+    return file

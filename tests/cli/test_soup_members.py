@@ -65,7 +65,7 @@ def test_weights_of_folders(tmp_path, capsys):
     assert mean(capsys, tmp_path, other, run, "--weights", "5,1,2,0")[0] == (40 + 1 + 4) / 8
     os.symlink(run / "a.pt", run / "last.pt")
     found = json_of(
-        capsys, "soup", str(run), str(other), "--weights", "1,2,0,5", "-o", str(tmp_path / "o")
+        capsys, "soup", str(run), str(other), "--weights", "1,2,0,5", "-o", str(tmp_path / "o.pt")
     )
     members = dict(zip(map(os.path.basename, found["members"]), found["weights"], strict=True))
     assert members == {"b.pt": 0.125, "c.pt": 0.25, "a.pt": 0, "z.pt": 0.625}
