@@ -101,10 +101,7 @@ class _Folder:
     def _value(self, name: str, kind: Mapping[str, Any], last: str) -> Any:
         """Return a tensor on the meta device, or the object, if it may be a counter."""
         if "size" in kind:
-            dtype = next(
-                part for part in _parts(kind["properties"]) if isinstance(part, torch.dtype)
-            )
-            return torch.empty(tuple(kind["size"]), dtype=dtype, device="meta")
+            return torch.empty(tuple(kind["size"]), dtype=_dtype(kind), device="meta")
         if state_dicts.may_count(last) and self._parts[name][0][1]["length"] < _SMALL:
             place = self._parts[name][0][1]
             window = _Window(self._open(place), place["offset"], place["length"])
@@ -124,10 +121,13 @@ class _Folder:
                 self._path,
                 f"{name}: expected parts of {shape} in all, found {len(parts)} that lack",
             )
+        stride = contiguous_stride(shape)
+        if not parts:  # of no elements
+            dtype = _dtype(kind)
+            return Entry(dtype, shape, stride, self._path / METADATA, 0, name)
         first = parts[0][1]
         if len(parts) == 1:
             return first
-        stride = contiguous_stride(shape)
         return Entry(first.dtype, shape, stride, first.file, first.offset, name, parts=tuple(parts))
 
     def _part(self, name: str, place: Mapping[str, Any]) -> Entry:
@@ -201,7 +201,8 @@ def _pickle_in(archive: zipfile.ZipFile) -> str:
     return next(name for name in archive.namelist() if name.endswith("data.pkl"))
 
 
-def _parts(properties: Any) -> tuple[Any, ...]:
-    """Return what describes a tensor: the fields of a stub, or what it was built of."""
-    state = properties.state
-    return state if isinstance(state, tuple) else tuple(properties.values())
+def _dtype(kind: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype of a tensor, one of the fields of its properties."""
+    properties = kind["properties"]
+    fields = properties.state if isinstance(properties.state, tuple) else properties.values()
+    return next(field for field in fields if isinstance(field, torch.dtype))

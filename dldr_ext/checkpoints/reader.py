@@ -59,7 +59,8 @@ class CheckpointReader:
                 entry.file, f"{entry.name}: expected a tensor of numbers, found {entry.problem}"
             )
         if entry.parts:
-            self._read_parts(entry, begin, out)
+            if len(out):
+                self._read_parts(entry, begin, out)
             return
         shape, stride = _without_ones(entry)
         if extent(shape, stride) == math.prod(shape) and all(a >= b for a, b in pairwise(stride)):

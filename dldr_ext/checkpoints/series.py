@@ -163,12 +163,12 @@ class Series:
                         self.notes += notes
                     _check_no_more(path, in_file, layout)
                 assert layout is not None
-                prefix, is_copy = "", contents.is_copy
+                placed, prefix, is_copy = layout, "", contents.is_copy
                 if model is not None:
-                    prefix, notes = _prefix(path, contents.entries, layout)
+                    placed, prefix, notes = _placed(path, contents.entries, layout)
                     self.passed_over += notes
                     is_copy = is_copy or state_dicts.is_copy(prefix)
-                row = _row(path, contents, layout, prefix, model is not None)
+                row = _row(path, contents, placed, prefix, model is not None)
                 if self.paths and is_copy != copies:
                     one_kind, other = ("a copy (EMA, teacher, ...)", "weights in training")
                     raise CheckpointError(
@@ -518,7 +518,25 @@ def _fits(tensors: Mapping[str, Tensor], layout: Layout) -> bool:
     shapes = {
         name: tuple(tensor.shape) for name, tensor in zip(names, tensors.values(), strict=True)
     }
-    return any(_matches(shapes, layout, prefix) for prefix in _prefixes(shapes, layout))
+    return bool(_whole(shapes, layout)) or _inner(shapes, layout) is not None
+
+
+def _whole(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> list[str]:
+    """Return what precedes all names of the model in a file: once, or several times."""
+    return [prefix for prefix in _prefixes(shapes, layout) if _matches(shapes, layout, prefix)]
+
+
+def _inner(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> Layout | None:
+    """Return the layout of what a model wraps, if the file is of that alone."""
+    inner = layout
+    while all("." in name for names in inner.aliases for name in names):
+        parts = [[name.partition(".") for name in names] for names in inner.aliases]
+        if len({first for names in parts for first, _, _ in names}) > 1:
+            return None
+        inner = inner._replace(aliases=[[rest for _, _, rest in names] for names in parts])
+        if _matches(shapes, inner, ""):
+            return inner
+    return None
 
 
 def _prefixes(names: Iterable[str], layout: Layout) -> list[str]:
@@ -535,17 +553,21 @@ def _matches(shapes: Mapping[str, tuple[int, ...]], layout: Layout, prefix: str)
     )
 
 
-def _prefix(path: Path, entries: dict[str, Entry], layout: Layout) -> tuple[str, list[str]]:
-    """Return what precedes every name of the model in the file, and notes on other choices."""
+def _placed(path: Path, entries: dict[str, Entry], layout: Layout) -> tuple[Layout, str, list[str]]:
+    """Return the layout of the model in a file, what precedes its names, notes on other choices."""
     shapes = {name: entry.shape for name, entry in entries.items()}
-    prefixes = _prefixes(entries, layout)
-    whole = [prefix for prefix in prefixes if _matches(shapes, layout, prefix)]
+    whole = _whole(shapes, layout)
     if "" in whole or len(whole) == 1:
-        return ("" if "" in whole else whole[0]), []
-    if not whole:  # the one with most of the names: for an error that says what is missing
+        return layout, ("" if "" in whole else whole[0]), []
+    if not whole:
+        inner = _inner(shapes, layout)
+        if inner is not None:
+            return inner, "", []
+        # The one with most of the names: for an error that says what is missing.
+        prefixes = _prefixes(entries, layout)
         found = {p: sum(any(p + n in shapes for n in names) for names in layout.aliases)
                  for p in prefixes}  # fmt: skip
-        return max(prefixes, key=lambda prefix: found[prefix]), []
+        return layout, max(prefixes, key=lambda prefix: found[prefix]), []
     listed = ", ".join(repr(prefix.removesuffix(".")) for prefix in whole)
     originals = [prefix for prefix in whole if not state_dicts.is_copy(prefix)]
     if len(originals) != 1:
@@ -554,6 +576,8 @@ def _prefix(path: Path, entries: dict[str, Entry], layout: Layout) -> tuple[str,
             f"expected the model's tensors once, found them under each of {listed}: name one as "
             'the key (in Python key="...", for the commands --key)',
         )
-    return originals[0], [
-        f"weights taken from {originals[0]}* among {listed}; the key names another"
-    ]
+    return (
+        layout,
+        originals[0],
+        [f"weights taken from {originals[0]}* among {listed}; the key names another"],
+    )

@@ -181,6 +181,22 @@ def test_a_copy_in_one_state_dict(tmp_path, live, copy):
         Series(tmp_path, net())
 
 
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.ModuleDict({"net": net()})
+
+
+@pytest.mark.parametrize("prefix", ["", "net.", "inner.net.", "lit.inner.net."])
+def test_a_file_of_what_the_model_wraps(tmp_path, prefix):
+    torch.save({"model": state(3, prefix), "opt": optimizer()}, tmp_path / "1.pt")
+    found = Trajectory.from_checkpoints(tmp_path, Wrapper())
+    assert found.names[0] == "inner.net.0.weight" and found.anchor.unique().tolist() == [3]
+    torch.save(state(3, "other.") | {"head.weight": torch.ones(2)}, tmp_path / "1.pt")
+    with pytest.raises(CheckpointError, match=r"expected the tensor inner.net.0.weight of the mod"):
+        Trajectory.from_checkpoints(tmp_path, Wrapper())
+
+
 @pytest.mark.parametrize("pair", [("encoder_q", "encoder_k"), ("layer1", "layer2"), ("a.b", "a.c")])
 def test_two_that_are_alike_are_listed(tmp_path, pair):
     both = state(1, f"{pair[0]}.") | state(2, f"{pair[1]}.")
