@@ -85,6 +85,9 @@ class Evaluator:
         """
         if self.alone or self.forward_only or isinstance(closure, VirtualBatch):
             self._gradients.forget_left()
+        if self.alone and isinstance(closure, VirtualBatch):  # it zeroes nothing
+            self._refuse_foreign()
+            self._drop_gradients()
         with self._gradients.watching(), self._measuring():
             loss = self._call(closure, grad_mode=True)
         self.forward_only = not self._gradients.new()

@@ -12,8 +12,9 @@ import pytest
 import torch
 from optim_problems import Batches, bits, flat, random_subspace, whole_space
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from dldr_ext import PBFGS, PSGD, InSubspace, virtual_batch
+from dldr_ext import PBFGS, PSGD, InSubspace, LocalSubspace, virtual_batch
 
 SGD = torch.optim.SGD
 Backward = Callable[[int, float], Tensor]
@@ -309,22 +310,62 @@ def test_after_a_closure_that_failed_its_gradients_are_not_taken_for_earlier_one
         assert optimizer.status.moved
 
 
-def test_a_search_says_once_that_a_forward_only_closure_drops_gradients(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_search_says_once_that_earlier_gradients_are_dropped(
+    batched: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    batches = Batches(0)
-    optimizer = PBFGS(batches.params, random_subspace(batches.params, 4))
+    batches, others = Batches(0), Batches(0)
+    subspace = random_subspace(batches.params, 4)
+    optimizer, undisturbed = PBFGS(batches.params, subspace), PBFGS(others.params, subspace)
+    closure: Any = batches.forward(0)
+    if batched:
+        closure = virtual_batch(lambda _: batches.forward(0)(), [torch.ones(2)] * 2)
     with caplog.at_level(logging.WARNING, logger="dldr_ext"):
-        optimizer.step(batches.forward(0))
+        optimizer.step(closure)
         optimizer.zero_grad(set_to_none=False)
-        optimizer.step(batches.forward(0))
+        optimizer.step(closure)
         assert not caplog.records
         for _ in range(2):
             batches.usual(1)()
-            optimizer.step(batches.forward(0))
+            optimizer.step(closure)
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "are dropped: the closure calls no backward" in caplog.text
     assert "dldr_ext.virtual_batch" in caplog.text
+    for _ in range(4):
+        undisturbed.step(others.forward(0))
+    torch.testing.assert_close(flat(batches.params), flat(others.params), rtol=1e-9, atol=1e-9)
+
+
+def test_shards_accumulate_too() -> None:
+    tensor = pytest.importorskip("torch.distributed.tensor")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        shard = tensor.distribute_tensor(torch.arange(6.0).view(3, 2), mesh, [tensor.Shard(0)])
+        w = nn.Parameter(shard)
+        subspace = LocalSubspace.random([w], 6)
+        optimizer = PSGD([w], subspace, lr=0.5, momentum=0.0, process_group="world")
+
+        def half() -> Tensor:
+            loss = w.to_local().square().sum() / 2
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            before = w.to_local().detach().clone()
+            optimizer.zero_grad(set_to_none=False)
+            half()
+            optimizer.step(half)
+            torch.testing.assert_close(w.to_local(), before * 0.0, rtol=0.0, atol=1e-5)
+            with torch.no_grad():
+                w.to_local().copy_(before)
+            optimizer.resync()
+        search = PBFGS([w], subspace, process_group="world", theta0="current")
+        half()
+        with pytest.raises(ValueError, match="virtual_batch"):
+            search.step(half)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
