@@ -130,6 +130,81 @@ def test_trials_see_the_same_random_numbers():
         assert len(seen) > 1 and all(numbers == seen[0] for numbers in seen)
 
 
+@pytest.mark.parametrize("options", [{}, {"curvature": "consecutive"}])
+def test_trials_see_the_numbers_of_the_closures_own_generator(options, device):
+    problem = Problem()
+    optimizer = PBFGS(problem.params, subspace_of(problem, torch.float32), **options)
+    generator, seen = torch.Generator(device).manual_seed(0), []
+
+    def closure():
+        seen.append(torch.rand(2, generator=generator, device=device).tolist())
+        return problem.loss() * (1 + seen[-1][0])
+
+    last = None
+    for _ in range(4):
+        seen.clear()
+        optimizer.step(closure)
+        assert len(seen) > 1 and all(numbers == seen[0] for numbers in seen) and seen[0] != last
+        last = seen[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": "consecutive"}])
+def test_the_callers_autocast_is_the_forward_passes_alone(options, device):
+    runs = []
+    for outer in (False, True):
+        problem = Problem()
+        optimizer = PBFGS(problem.params, subspace_of(problem, torch.float32), **options)
+
+        def closure(problem=problem):
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                return problem.loss()
+
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=outer):
+            losses = [float(optimizer.step(closure)) for _ in range(5)]
+        assert losses[-1] < losses[0]
+        runs.append(losses)
+    assert runs[0] == pytest.approx(runs[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"curvature": "consecutive"}, PUBLISHED])
+def test_derivatives_inside_the_loss(options):
+    problem = Problem()
+    optimizer = PBFGS(problem.params, subspace_of(problem, torch.float32), **options)
+
+    def closure():
+        inputs = problem.inputs.clone().requires_grad_()
+        outputs = problem.model(inputs)
+        (slope,) = torch.autograd.grad(outputs.logsumexp(1).sum(), inputs, create_graph=True)
+        return nn.functional.cross_entropy(outputs, problem.labels) + slope.square().sum(1).mean()
+
+    losses = [float(optimizer.step(closure)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+def test_gradients_accumulated_before_a_closure():
+    runs = []
+    for accumulated in (False, True):
+        problem = Problem()
+        optimizer = PSGD(problem.params, subspace_of(problem, torch.float32), lr=0.2)
+
+        def part(weight, problem=problem):
+            loss = weight * problem.loss()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.zero_grad()
+            if accumulated:
+                part(0.75)
+            optimizer.step(lambda part=part, a=accumulated: part(0.25 if a else 1.0))
+        runs.append(torch.cat([p.detach().reshape(-1) for p in problem.params]))
+        search = PBFGS(problem.params, optimizer.subspace)
+        part(0.5)
+        with pytest.raises(ValueError, match="virtual_batch"):
+            search.step(lambda part=part: part(0.5))
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-4, atol=1e-5)
+
+
 def test_saved_and_resumed(tmp_path, device):
     pytest.importorskip("safetensors")
     problem = Problem()

@@ -75,7 +75,7 @@ class Evaluator:
         self._needs_grad_mode = self._said_dropped = self._checked = False
 
     def first(self, closure: Closure) -> Loss:
-        """Evaluate the loss and the gradients.
+        """Evaluate the loss, of which a copy is returned, and the gradients.
 
         Raises
         ------
@@ -109,7 +109,8 @@ class Evaluator:
                 "none of the parameters"
             )
         self.remember_gradients()
-        return loss
+        # The closure may write the next one into the same memory.
+        return loss.detach().clone() if isinstance(loss, Tensor) else loss
 
     def again(self, closure: Closure, graph: bool, rewind: Callable[[], None]) -> Loss:
         """Evaluate the loss; with a graph (forward-only style) or the gradients if asked for.

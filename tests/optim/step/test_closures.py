@@ -11,7 +11,7 @@ import torch
 from optim_problems import Batches, bits, random_subspace, two_tensors
 from torch import Tensor, nn
 
-from dldr_ext import PBFGS, PSGD, Status
+from dldr_ext import PBFGS, PSGD, InSubspace, Status
 
 MAKERS = [PBFGS, PSGD]
 
@@ -90,3 +90,24 @@ def test_sparse_gradients_are_refused() -> None:
             lambda: nn.functional.embedding(torch.tensor([1, 2]), weight, sparse=True).sum()
         )
     assert bits([weight]) == before
+
+
+@pytest.mark.parametrize(
+    "make",
+    [PBFGS, PSGD, lambda params, subspace: InSubspace(params, subspace, torch.optim.LBFGS)],
+)
+def test_a_loss_whose_memory_is_used_again(make: Any) -> None:
+    """As a captured graph does it: the step returns the loss before it all the same."""
+    batches = Batches(0)
+    optimizer = make(batches.params, random_subspace(batches.params, 4))
+    kept = torch.zeros((), dtype=torch.float64)
+
+    def closure() -> Tensor:
+        loss = batches.usual(0)()
+        return kept.copy_(loss.detach())
+
+    for _ in range(3):
+        with torch.no_grad():
+            before = float(batches.forward(0)())
+        assert float(optimizer.step(closure)) == pytest.approx(before, rel=1e-12)
+        assert optimizer.history[-1].loss == pytest.approx(before, rel=1e-12)
