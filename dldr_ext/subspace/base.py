@@ -211,6 +211,7 @@ class AffineSubspace(ABC):
         refuse_transforms("reconstruct_", theta=theta, params=listed)
         check_memory(listed, self.names if len(listed) == len(self.names or ()) else None)
         self.write_(listed, theta)
+        torch.clear_autocast_cache()  # it would use the weights before again
 
     def direction(self, index: int) -> Tensor:
         """Return one basis vector, a column of P.

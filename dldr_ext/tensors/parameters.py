@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .names import first_other_name
 from .derivatives import in_transform
+from .names import first_other_name
 from .storage import first_shared
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -178,9 +178,8 @@ class Evaluator:
             p.grad = None
 
     def _measuring(self) -> AbstractContextManager[None]:
-        # Over several ranks gradients may be averaged after backward, and losses as well.
-        alone = self.alone and not (dist.is_available() and dist.is_initialized())
-        return self._gradients.measuring() if alone else nullcontext()
+        measured = self.alone and not _may_be_averaged()
+        return self._gradients.measuring() if measured else nullcontext()
 
     def _refuse_changed(self, before: float | None) -> None:
         """Refuse gradients changed after backward by other than one factor, ``before``."""
@@ -200,7 +199,7 @@ class Evaluator:
         if self._checked or not isinstance(loss, Tensor) or not loss.requires_grad:
             return
         self._checked = True
-        if self._gradients.carried is not None or torch.is_anomaly_enabled():
+        if self._gradients.carried is not None or torch.is_anomaly_enabled() or _may_be_averaged():
             return
         with torch.enable_grad(), _without_autocast():
             if self._gradients.belong_to(loss):
@@ -274,6 +273,11 @@ class Evaluator:
                 f"{tuple(loss.shape)} and dtype {loss.dtype}"
             )
         return loss
+
+
+def _may_be_averaged() -> bool:
+    """Return whether gradients may be averaged over ranks after backward, and losses as well."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def _is_about_gradients(error: Exception) -> bool:

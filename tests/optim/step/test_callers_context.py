@@ -95,6 +95,21 @@ def test_a_disabled_autocast_of_the_caller_keeps_no_casts() -> None:
     assert losses[-1] < losses[0] and optimizer.status.moved
 
 
+def test_weights_written_under_autocast_are_those_of_the_next_forward_pass() -> None:
+    model, subspace, loss = problem()
+    points = [torch.full((20,), a) for a in (0.0, 1.0, 2.0)]
+    runs = []
+    for around in (True, False):
+        seen = []
+        with bfloat16() if around else nullcontext(), torch.no_grad():
+            for theta in points:
+                subspace.reconstruct_(model.parameters(), theta)
+                with nullcontext() if around else bfloat16():
+                    seen.append(float(loss()))
+        runs.append(seen)
+    assert runs[0] == runs[1] and len(set(runs[0])) == len(points)
+
+
 @pytest.mark.parametrize(
     "context",
     [torch.no_grad, torch.enable_grad, torch.autograd.detect_anomaly, lambda: torch.device("cpu")],
