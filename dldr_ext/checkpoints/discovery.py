@@ -27,6 +27,7 @@ _MODEL = re.compile(
     r"|adapter_model|pytorch_lora_weights)(?:\.[\w-]+)?\.(?:safetensors|bin)"
     r"|mp_rank_00_model_states\.pt"
 )
+_MODEL_SUFFIX = re.compile(r"(?:\.safetensors|\.bin)(?:\.index\.json)?$")
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.\w+")
 _COMPONENTS = {"unet", "vae", "transformer", "text_encoder", "text_encoder_2", "controlnet"}
 # What a run saves beside the weights.
@@ -152,29 +153,34 @@ class _Folder:
             return [(self.path, self.path)]
         files = self._files()
         model = self._model(files)
-        steps = [p for p in self._inside if _STEP_FOLDER.fullmatch(p.name) and p.is_dir()]
-        self._pass_over(
-            "not whole, by their names", [p for p in steps if _UNFINISHED.search(p.name)]
-        )
-        steps = [p for p in steps if not _UNFINISHED.search(p.name)]
+        folders = [p for p in self._folders() if _STEP_FOLDER.fullmatch(p.name)]
+        steps = [p for p in folders if not _UNFINISHED.search(p.name)]
+        self._pass_over("not whole, by their names", [p for p in folders if p not in steps])
         others = [p for p in files if not _MODEL.fullmatch(p.name)]
         numbered = [p for p in others if _number(p) and not _is_apart(p)]
-        if len(numbered) > 1 and not self._names & {"random_states_0.pkl"}:
+        if len(numbered) > 1 and "random_states_0.pkl" not in self._names:
             self._pass_over("beside files of steps", [*filter(None, [model]), *steps])
             return self._selected(others)
         if model is not None and all(p.name.startswith("global_step") for p in steps):
-            rest = [p for p in files if p.name.partition(".")[0] != model.name.partition(".")[0]]
-            self._pass_over(f"beside {model.name}", rest)
-            return [(model, self.path)]
-        if found := self._each(steps):
-            rest = [p for p in (*files, *self._folders()) if p not in steps]
-            self._pass_over("beside folders of steps", rest)
-            return [(self._only(path, inside), path) for path, inside in found.items()]
+            return self._of_model(model, files)
+        if found := self._each(steps, needed=model is None and not files):
+            rest = [p for p in self._folders() if p not in folders and _holds_weights(p)]
+            self._pass_over("beside folders of steps", [*files, *rest])
+            paths = list(found)
+            return [(self._only(paths[i], found[paths[i]]), paths[i]) for i in in_order(paths)[0]]
         if model is not None:
-            return [(model, self.path)]
+            return self._of_model(model, files)
         if files:
             return self._selected(files)
         return self._of_folders()
+
+    def _of_model(self, model: Path, files: list[Path]) -> list[tuple[Path, Path]]:
+        """Return the one checkpoint of a folder, and say what other weights are in it."""
+        name = _MODEL_SUFFIX.sub("", model.name)
+        rest = [p for p in files if _MODEL_SUFFIX.sub("", p.name) != name]
+        rest += [p for p in self._folders() if "step" not in p.name and _holds_weights(p)]
+        self._pass_over(f"beside {model.name}", rest)
+        return [(model, self.path)]
 
     def _files(self) -> list[Path]:
         """Return the files that may be checkpoints."""
@@ -248,7 +254,9 @@ class _Folder:
             if not p.name.startswith("__") and not _BESIDE.fullmatch(p.name) and p.is_dir()
         ]
 
-    def _each(self, folders: Sequence[Path]) -> dict[Path, list[tuple[Path, Path]]]:
+    def _each(
+        self, folders: Sequence[Path], needed: bool = True
+    ) -> dict[Path, list[tuple[Path, Path]]]:
         """Return the checkpoints in each folder that has any."""
         found: dict[Path, list[tuple[Path, Path]]] = {}
         errors: list[CheckpointError] = []
@@ -263,7 +271,7 @@ class _Folder:
                 errors.append(error)
             for note in notes:
                 said.setdefault(note.replace(str(path), str(self.path / "*")), []).append(note)
-        if errors and not found:
+        if errors and not found and needed:
             raise errors[0]
         self._notes += [alike if len(notes) > 1 else notes[0] for alike, notes in said.items()]
         self._notes += [f"passed over {error}" for error in errors]
@@ -356,6 +364,16 @@ def _is_apart(path: Path) -> bool:
     if _LAST.search(stem):
         return not named_progress(stem)
     return is_copy(stem)
+
+
+def _holds_weights(folder: Path) -> bool:
+    try:
+        return any(
+            path.name.lower().endswith(SUFFIXES) and not _BESIDE.fullmatch(_stem(path))
+            for path in folder.iterdir()
+        )
+    except OSError:
+        return False
 
 
 def _shards(index: Path) -> set[str]:

@@ -83,9 +83,9 @@ class Series:
         Elements in a row, n.
     notes : list of str
         What was left out, and other things worth knowing.
-    passed_over : list of str
+    decisions : list of str
         Those of the notes that say which files, or tensors in them, were not taken although they
-        might have been meant.
+        might have been meant, and by what the others were put in order.
     skipped : list of CheckpointError
         One for each checkpoint that is not used.
 
@@ -134,7 +134,7 @@ class Series:
         self.contents: list[Contents] = []
         self.indices: list[int] = []
         self._rows: list[list[Entry]] = []
-        found, self.passed_over = discover(paths)
+        found, self.decisions = discover(paths)
         self.repeats = {i: one.same for i, one in enumerate(found) if one.same is not None}
         layout = None if model is None else _layout_of_model(model, include, exclude)
         if not rows:
@@ -151,7 +151,7 @@ class Series:
                 read = read_folder if path.is_dir() else read_contents
                 contents = read(path, key, fits)
                 if contents.kind == "soup":
-                    self.passed_over.append(f"{path} is an average itself, and counts as one")
+                    self.decisions.append(f"{path} is an average itself, and counts as one")
                 elif contents.kind is not None:
                     raise CheckpointError(
                         path, f"expected a checkpoint, found a {contents.kind} saved by dldr_ext"
@@ -166,7 +166,7 @@ class Series:
                 placed, prefix, is_copy = layout, "", contents.is_copy
                 if model is not None:
                     placed, prefix, notes = _placed(path, contents.entries, layout)
-                    self.passed_over += notes
+                    self.decisions += notes
                     is_copy = is_copy or state_dicts.is_copy(prefix)
                 row = _row(path, contents, placed, prefix, model is not None)
                 if self.paths and is_copy != copies:
@@ -184,15 +184,15 @@ class Series:
                 continue
             self._rows.append(row)
             self.notes += [note for note in contents.notes if note not in self.notes]
-            self.passed_over += contents.passed_over
+            self.decisions += contents.passed_over
             self.paths.append(path)
             self.contents.append(contents)
             self.indices.append(index)
         if layout is None or not self.paths:
             raise ValueError(f"checkpoints: none can be used; the first: {self.skipped[0]}")
         self._put_in_order(found, as_given)
-        self.passed_over = list(dict.fromkeys(self.passed_over))
-        self.notes += self.passed_over
+        self.decisions = list(dict.fromkeys(self.decisions))
+        self.notes += self.decisions
         self.names, self.shapes = layout.names, layout.shapes
         sizes = [math.prod(shape) for shape in self.shapes]
         self._starts = [0, *accumulate(sizes)]
@@ -215,7 +215,7 @@ class Series:
             stored = [_stored_progress(self.paths[t], self.contents[t]) for t in block]
             places, notes = in_order(entries, stored)
             order += [block[i] for i in places]
-            self.notes += notes
+            self.decisions += notes
             if len({found[self.indices[t]].argument for t in block}) == 1:
                 # Of a folder: its checkpoints have their places in it from now on.
                 in_folder = [self.indices[t] for t in block]

@@ -104,7 +104,7 @@ def soup(
             notes = write_mean(series, output, factors, partial(bar, "average"))
         if factors is not None:
             facts["weights"] = normalized_weights(series, factors)
-        notes = [*series.passed_over, *copy_notes(series), *notes]
+        notes = [*series.decisions, *copy_notes(series), *notes]
     facts |= {"skipped": [str(error) for error in series.skipped]}
     facts |= {"members": list(map(str, members)), "notes": notes}
     for line in facts["skipped"]:

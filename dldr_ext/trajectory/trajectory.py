@@ -640,7 +640,7 @@ class Trajectory:
             result.close()
             raise
         said = [f"left out {error}" for error in series.skipped]
-        for note in said + series.passed_over:
+        for note in said + series.decisions:
             warnings.warn(note, UserWarning, stacklevel=2)
         return result
 

@@ -220,7 +220,7 @@ def test_an_average_does_not_count_in_the_run_it_is_of(tmp_path, shards):
         write_mean(found, f"{tmp_path}/{name}")
     for name in ("mean", "mean.pt"):
         found = series([tmp_path / "a", tmp_path / name])
-        assert len(found) == 2 and any("is an average itself" in n for n in found.passed_over)
+        assert len(found) == 2 and any("is an average itself" in n for n in found.decisions)
 
 
 def test_an_empty_folder_is_filled(tmp_path):

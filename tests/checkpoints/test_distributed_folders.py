@@ -74,7 +74,7 @@ def test_what_was_saved_in_it(tmp_path):
         and series.dtypes(0)[1] == torch.float16
     )
     assert torch.equal(row(series), torch.cat([t.reshape(-1) for t in saved["net"].values()]))
-    assert series.passed_over == [
+    assert series.decisions == [
         "weights taken from 'net', not under 'ema', 'ema.0'; the key names another"
     ]
     assert torch.equal(row(Series(tmp_path, key="ema.0")), (wide + 1).view(-1))

@@ -68,7 +68,7 @@ def test_what_files_store_goes_before_their_names(tmp_path, counters):
         torch.save({"model": W, **stored}, tmp_path / name)
     series = Series(tmp_path)
     assert [p.name for p in series.paths] == ["9.pt", "1.pt"]
-    assert "in the order of the steps in the files, which is not that of their" in series.notes[-1]
+    assert "in the order of the steps in the files, which is not" in series.decisions[0]
     assert series.indices == [0, 1]  # of the folder, as weights are given
     names = [tmp_path / "1.pt", tmp_path / "9.pt"]
     assert Series(names).paths == names
