@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,13 +82,19 @@ class AffineSubspace(ABC):
         snapshots = self.dim + 1 if self.choice is None else self.choice["snapshots"]
         return self.singular_values / math.sqrt(snapshots)
 
-    def project(self, tensors: Sequence[Tensor | None] | Tensor, *, exact: bool = False) -> Tensor:
+    def project(
+        self,
+        tensors: Sequence[Any] | Mapping[str, Tensor | None] | Tensor,
+        *,
+        exact: bool = False,
+    ) -> Tensor:
         """Return the coordinates P^T g of a gradient (or any vector).
 
         Parameters
         ----------
-        tensors : sequence of Tensor or None
-            One for each parameter, in order; None counts as zeros. Or one flat vector (n,).
+        tensors : sequence of Tensor or None, or dict
+            One for each parameter, in order; None counts as zeros. Or one flat vector (n,). Names
+            of a dict or of pairs (name, tensor) are compared with those of the parameters.
         exact : bool
             Coordinates c of the orthogonal projection P c of g instead: G c = P^T g is solved in
             float64, with G = P^T P of the basis as it is stored. The two differ by the rounding of
@@ -105,15 +111,20 @@ class AffineSubspace(ABC):
         Raises
         ------
         TypeError, ValueError
-            The tensors are not those of the parameters, by number or shape; ``exact`` with a basis
-            whose rows are linearly dependent, or that is partitioned over ranks.
+            The tensors are not those of the parameters, by number, shape or name; ``exact`` with a
+            basis whose rows are linearly dependent, or that is partitioned over ranks.
 
         See Also
         --------
         coordinates : Of weights: what theta they are nearest to.
         dldr_ext.ops.project : The pass over the basis.
         """
-        listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        if isinstance(tensors, Mapping):
+            tensors = list(tensors.items())
+        listed: list[Any] = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        if listed and all(isinstance(entry, tuple) and len(entry) == 2 for entry in listed):
+            self._check_names([entry[0] for entry in listed], "tensors")
+            listed = [entry[1] for entry in listed]
         if self.shapes is not None and len(listed) == len(self.shapes):
             zero = torch.zeros((), device=self.device)
             listed = [
@@ -516,13 +527,16 @@ class AffineSubspace(ABC):
     def _weights(self, params: Iterable[Any] | Tensor) -> list[Tensor]:
         listed, names = named_parameters([params] if isinstance(params, Tensor) else params)
         self._check_list(listed, "params")
-        if names is not None and len(names) == len(self.names or ()):  # not of one flat vector
-            check_names(names, self.names, "subspace")
+        self._check_names(names, "params")
         if listed[0].device != self.device:
             raise ValueError(
                 f"params: expected device {self.device}, as the subspace, got {listed[0].device}"
             )
         return listed
+
+    def _check_names(self, names: list[str] | None, argument: str) -> None:
+        if names is not None and len(names) == len(self.names or ()):  # not of one flat vector
+            check_names(names, self.names, "subspace", argument)
 
     def _check_list(self, tensors: Sequence[Any], argument: str) -> None:
         """Check a list against the shapes if they are known; one flat vector will always do."""

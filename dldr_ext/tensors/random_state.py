@@ -8,9 +8,16 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from itertools import islice
-from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinMethodType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 import numpy as np
@@ -20,7 +27,7 @@ from torch import Tensor, nn
 # Things that `reachable` looks into at most, the nearest first, and entries of a list or a dict.
 _LOOKED_INTO, _ENTRIES = 1000, 64
 # What holds no generator of the user's, or far too much else.
-_LEAVES = (Tensor, np.ndarray, str, bytes, int, float, complex, type, torch.optim.Optimizer)
+_LEAVES = (Tensor, np.ndarray, str, bytes, int, float, complex, torch.optim.Optimizer)
 _OF_MODULES = nn.Module().__dict__.keys()
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # Their code draws from the generators of the process, or from those that it is handed.
@@ -104,6 +111,11 @@ def _held(value: Any) -> Iterator[Any]:
         yield from islice(value.values(), _ENTRIES)
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from islice(value, _ENTRIES)
+    elif isinstance(value, type):
+        if not _of_library(value.__module__):
+            yield from vars(value).values()
+    elif isinstance(value, (staticmethod, classmethod, property)):
+        yield value.fget if isinstance(value, property) else value.__func__
     elif isinstance(value, (MethodType, BuiltinMethodType)):
         yield from (value.__self__, getattr(value, "__func__", None))
     elif not isinstance(value, (ModuleType, CodeType)):
@@ -115,7 +127,9 @@ def _held(value: Any) -> Iterator[Any]:
         yield from own.values()
         for kind in type(value).__mro__:
             if not _of_library(kind.__module__):
-                yield from (f for f in vars(kind).values() if isinstance(f, FunctionType))
+                yield kind
+                slots = (d for d in vars(kind).values() if isinstance(d, MemberDescriptorType))
+                yield from (slot.__get__(value) for slot in slots if hasattr(value, slot.__name__))
 
 
 def _of_function(function: FunctionType) -> Iterator[Any]:
@@ -145,6 +159,7 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+@cache
 def _of_library(module: Any) -> bool:
     return str(module).partition(".")[0] in _LIBRARIES
 

@@ -95,6 +95,13 @@ class TestSubspace:
             with pytest.raises(ValueError, match=r"params\[1\]: expected the name values.1, as in"):
                 call(wrong)
         assert all(map(torch.equal, params, before))
+        tensors = [(name, p.detach()) for name, p in named]
+        c = space.project([p for _, p in tensors])
+        same(space.project(tensors), c, space)
+        same(space.project({f"module.{name}": p for name, p in tensors}), c, space)
+        other = [tensors[0], (NAMES[3], tensors[1][1]), *tensors[2:]]
+        with pytest.raises(ValueError, match=r"tensors\[1\]: expected the name values.1, as in"):
+            space.project(other)
         space.reconstruct_([(f"module.{name}", p) for name, p in named], theta)
         same(flat(params), space.reconstruct(theta), space)
 

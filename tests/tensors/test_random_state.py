@@ -76,6 +76,44 @@ def test_generators_of_methods_loaders_and_modules() -> None:
     assert reachable(function) == [rng]
 
 
+class Slotted:
+    __slots__ = ("empty", "rng")
+
+    def __init__(self, rng: Any) -> None:
+        self.rng = rng
+
+
+class Shared:
+    rng = random.Random(0)
+
+    @staticmethod
+    def of_function() -> torch.Tensor:
+        return noisy(torch.ones(2))
+
+    @classmethod
+    def of_class(cls) -> float:
+        return cls.rng.random()
+
+    @property
+    def of_property(self) -> float:
+        return self.rng.random()
+
+
+def test_generators_in_slots_and_classes() -> None:
+    rng = np.random.default_rng(0)
+    slotted, shared = Slotted(rng), Shared()
+    assert reachable(lambda: slotted.rng.random()) == [rng]
+    for function in (
+        lambda: shared.of_property,
+        lambda: Shared.of_class(),
+        Shared.of_class,
+        Shared.of_function,
+    ):
+        found = {id(generator) for generator in reachable(function)}
+        assert id(Shared.rng) in found or function is Shared.of_function
+        assert id(GENERATOR) in found
+
+
 def test_what_has_no_state_or_cannot_be_looked_into_is_passed_over() -> None:
     class Broken:
         def __getattribute__(self, name: str) -> Any:
