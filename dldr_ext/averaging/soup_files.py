@@ -69,8 +69,9 @@ def write_mean(
     """
     output = _checked_output(series, path)
     rows = _matching_rows(series)
+    names = list(series.tensors(0))
     factors = None if weights is None else normalized_weights(series, weights)
-    tensors = _hollow_means(output, list(series.tensors(0)), rows)
+    tensors = _hollow_means(output, names, rows)
     facts = {"checkpoints": [str(path) for path in series.paths], "weights": factors}
     total, done = sum(entry.nbytes() for row in rows for entry in row), 0
     mean = _Mean(series, factors)
@@ -81,11 +82,12 @@ def write_mean(
     ):
         for i, (name, tensor) in enumerate(tensors.items()):
             entries = [row[i] for row in rows]
-            numel = 0 if id(tensor) in written else tensor.numel()
+            new = id(tensor) not in written
             written.add(id(tensor))
-            for begin in range(0, numel, _WINDOW):
-                size = min(_WINDOW, numel - begin)
-                file.write(name, begin, mean.window(reader, entries, name, begin, size))
+            for begin in range(0, tensor.numel(), _WINDOW):
+                size = min(_WINDOW, tensor.numel() - begin)
+                if new:
+                    file.write(name, begin, mean.window(reader, entries, name, begin, size))
                 done += sum(size * entry.dtype.itemsize for entry in entries)
                 if progress is not None:
                     progress(done, total)
@@ -115,7 +117,7 @@ def write_greedy_soup(
     tensors = {name: hollow(e.shape, e.dtype) for name, e in series.tensors(0).items()}
     check_tensors(output, tensors)
     check_space(output, max(sum(entry.nbytes() for entry in row) for row in rows))
-    soup = greedy_soup(States(series), score)
+    soup = greedy_soup(States(list(tensors), rows), score)
     facts = {"checkpoints": [str(series.paths[t]) for t in soup.members], "weights": None}
     tensors = {name: hollow(value.shape, value.dtype) for name, value in soup.state_dict.items()}
     with writing(output, tensors, facts, series.contents[soup.members[0]]) as file:
@@ -137,6 +139,9 @@ def soup_notes(series: Series, output: Output) -> list[str]:
     left_out = [name for name in series.contents[0].entries if name not in tensors]
     notes = [f"left out (by the patterns): {abridged(left_out)}"] if left_out else []
     notes += dict.fromkeys(note for contents in series.contents for note in contents.notes)
+    others = (name for t in range(1, len(series)) for name in series.tensors(t))
+    if aliases := [name for name in dict.fromkeys(others) if name not in tensors]:
+        notes.append(f"left out (tied to another tensor, which is averaged): {abridged(aliases)}")
     if any(name.rpartition(".")[2] in STATISTICS for name in tensors):
         notes.append(
             "batch-norm statistics were averaged, which is only a guess: estimate them anew with "
@@ -163,20 +168,19 @@ def _hollow_means(output: Output, names: list[str], rows: list[list[Entry]]) -> 
     for name, *entries in zip(names, *rows, strict=True):
         first, last = entries[0], entries[-1]
         dtype = last.dtype if kind_of_dtype(first.dtype) == INTEGER else first.dtype
-        place = [(entry.place(), entry.shape, entry.stride) for entry in entries]
-        key = tuple(place) if output.form == TORCH and first.nbytes() else name
+        key = tuple(map(_same_tensor, entries)) if output.form == TORCH and first.nbytes() else name
         tensors[name] = tied.setdefault(key, hollow(first.shape, dtype))
     return tensors
 
 
 class States(Sequence[dict[str, Tensor]]):
-    """The state dicts of a series, each read from its file when it is asked for."""
+    """State dicts in files, each read when it is asked for."""
 
-    def __init__(self, series: Series) -> None:
-        self._series = series
+    def __init__(self, names: list[str], rows: list[list[Entry]]) -> None:
+        self._names, self._rows = names, rows
 
     def __len__(self) -> int:
-        return len(self._series)
+        return len(self._rows)
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Tensor]: ...
@@ -189,7 +193,7 @@ class States(Sequence[dict[str, Tensor]]):
             return [self[t] for t in range(len(self))[index]]
         state = {}
         with CheckpointReader() as reader:
-            for name, entry in self._series.tensors(index).items():
+            for name, entry in zip(self._names, self._rows[index], strict=True):
                 state[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
                 reader.read(entry, 0, state[name].view(-1))
         return state
@@ -295,8 +299,14 @@ def _matching_rows(series: Series) -> list[list[Entry]]:
 
 
 def _matching_entries(series: Series, t: int) -> list[Entry]:
-    """Return the entries of one checkpoint in the order of the first."""
+    """Return the entries of one checkpoint in the order of the first.
+
+    A name that one of them lacks is that of a tensor which the other has tied to it.
+    """
     first, entries = series.tensors(0), series.tensors(t)
+    entries |= _aliases(first, entries)
+    for name in _aliases(entries, first):
+        del entries[name]
     if entries.keys() != first.keys():
         differing = ", ".join(sorted(entries.keys() ^ first.keys())[:5])
         raise series.error(
@@ -322,6 +332,23 @@ def _matching_entries(series: Series, t: int) -> list[Entry]:
                 f"{kinds[0]} dtype, got {found}",
             )
     return [entries[name] for name in first]
+
+
+def _aliases(entries: dict[str, Entry], others: dict[str, Entry]) -> dict[str, Entry]:
+    """Return for names that only ``entries`` has what ``others`` has of tensors tied to them."""
+    found: dict[str, Entry] = {}
+    if entries.keys() <= others.keys():
+        return found
+    tied = {_same_tensor(entry): others[name] for name, entry in entries.items() if name in others}
+    for name, entry in entries.items():
+        if name not in others and entry.nbytes() and _same_tensor(entry) in tied:
+            found[name] = tied[_same_tensor(entry)]
+    return found
+
+
+def _same_tensor(entry: Entry) -> tuple[Any, ...]:
+    """Return a key that is equal for two names of one tensor, in one layout."""
+    return entry.place(), entry.shape, entry.stride
 
 
 def normalized_weights(series: Series, weights: Sequence[float]) -> list[float]:

@@ -284,16 +284,18 @@ class _Folder:
             first = once.setdefault(_identity(path) or path, path)
             if first is not path:
                 self._notes.append(f"{path} is the same file as {first.name}: counts once")
-        kept = [path for path in files if path in once.values()]
+        firsts = set(once.values())
+        kept = [path for path in files if path in firsts]
         steps = [p for p in kept if _stem(p).isdecimal()]
         if len(steps) < 2:
             steps = [p for p in kept if not _is_apart(p)]
         if sum(map(_number, steps)) > 1:
             steps = [p for p in steps if not _CURRENT.fullmatch(_stem(p))]
         if steps:
-            self._pass_over("not among the steps of the run", [p for p in kept if p not in steps])
-        chosen = steps or kept
-        return [(chosen[i], chosen[i]) for i in in_order(chosen)[0]]
+            chosen = set(steps)
+            self._pass_over("not among the steps of the run", [p for p in kept if p not in chosen])
+        counted = steps or kept
+        return [(counted[i], counted[i]) for i in in_order(counted)[0]]
 
     def _of_folders(self) -> list[tuple[Path, Path]]:
         """Return the checkpoints in folders that are not named after steps."""

@@ -297,7 +297,9 @@ def _wrapper_subclass(kind: _Name, dtype: Any, shape: Any, *_: Any) -> Tensor:
 def _from_type(function: _Name, kind: Any, args: Any, state: Any) -> Any:
     """Return a tensor of a subclass: its values, where the subclass is only a name for them."""
     tensor = _called(function, args)
-    if not isinstance(tensor, Tensor) or place_of(tensor).problem is None:
+    if not isinstance(tensor, Tensor):
+        return _unreadable(f"a {kind.name}")
+    if place_of(tensor).problem is None:
         return tensor
     attributes = Stub("")
     attributes.build(state)
@@ -309,6 +311,10 @@ def _from_type(function: _Name, kind: Any, args: Any, state: Any) -> Any:
         return local
     problem = f"a DTensor, of which this file has the part of one rank, {tuple(local.shape)}"
     return _unreadable(problem, tensor.shape, tensor.dtype)
+
+
+def _uninitialized(*_: Any) -> Tensor:
+    return _unreadable("a parameter of a lazy module that has not run yet")
 
 
 def _array(data: Any, dtype: Any, *_: Any) -> Tensor:
@@ -350,6 +356,8 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": lambda tensor, *_: tensor,
     "torch._utils._rebuild_device_tensor_from_numpy": _array,
     "torch._utils._rebuild_xla_tensor": _array,
+    "torch.nn.parameter.UninitializedParameter": _uninitialized,
+    "torch.nn.parameter.UninitializedBuffer": _uninitialized,
     "torch._tensor._rebuild_from_type": _from_type,
     "torch._tensor._rebuild_from_type_v2": _from_type,
 }

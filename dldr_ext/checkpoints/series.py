@@ -28,6 +28,7 @@ from .order import in_order, natural_key
 from .reader import CheckpointReader
 from .state_dicts import is_logged
 
+_TIED = "tied to another tensor, which counts"
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -140,6 +141,7 @@ class Series:
         if not rows:
             layout = Layout([], [], [])
         copies = False  # what the first checkpoint has
+        first_left_out: dict[str, list[str]] = {}
         fits = None if model is None or layout is None else partial(_fits, layout=layout)
         for index, one in enumerate(found):
             if one.same is not None:
@@ -157,10 +159,10 @@ class Series:
                         path, f"expected a checkpoint, found a {contents.kind} saved by dldr_ext"
                     )
                 if model is None and rows:
-                    in_file, notes = _layout_of_file(path, contents, include, exclude)
+                    in_file, left_out = _layout_of_file(path, contents, include, exclude)
                     if layout is None:
-                        layout = in_file
-                        self.notes += notes
+                        layout, first_left_out = in_file, left_out
+                    layout = self._untied(layout, in_file, first_left_out)
                     _check_no_more(path, in_file, layout)
                 assert layout is not None
                 placed, prefix, is_copy = layout, "", contents.is_copy
@@ -190,6 +192,11 @@ class Series:
             self.indices.append(index)
         if layout is None or not self.paths:
             raise ValueError(f"checkpoints: none can be used; the first: {self.skipped[0]}")
+        self.notes = [
+            *(f"left out ({why}): {abridged(names)}" for why, names in first_left_out.items()),
+            *(_copy_notes(layout.names) if model is None else ()),
+            *self.notes,
+        ]
         self._put_in_order(found, as_given)
         self.decisions = list(dict.fromkeys(self.decisions))
         self.notes += self.decisions
@@ -197,6 +204,23 @@ class Series:
         sizes = [math.prod(shape) for shape in self.shapes]
         self._starts = [0, *accumulate(sizes)]
         self.numel = self._starts[-1]
+
+    def _untied(self, layout: Layout, other: Layout, left_out: dict[str, list[str]]) -> Layout:
+        """Return the layout with what is tied in all checkpoints so far, and not in another."""
+        tied = left_out.get(_TIED, [])
+        apart = set(other.names) & set(tied)
+        everywhere = all(apart <= contents.entries.keys() for contents in self.contents)
+        if not apart or not self.contents or not everywhere:
+            return layout
+        entries = self.contents[0].entries
+        kept = [name for name in entries if name in apart or name in layout.names]
+        layout = Layout(kept, [entries[name].shape for name in kept], [[name] for name in kept])
+        rows = zip(self.paths, self.contents, strict=True)
+        self._rows = [_row(path, contents, layout, "", False) for path, contents in rows]
+        left_out[_TIED] = [name for name in tied if name not in apart]
+        if not left_out[_TIED]:
+            del left_out[_TIED]
+        return layout
 
     def _put_in_order(self, found: list[Found], as_given: bool) -> None:
         """Sort the checkpoints of each run by the steps that they tell."""
@@ -421,8 +445,8 @@ def _layout_of_model(model: nn.Module, include: list[str], exclude: list[str]) -
 
 def _layout_of_file(
     path: Path, contents: Contents, include: list[str], exclude: list[str]
-) -> tuple[Layout, list[str]]:
-    """Return the layout of all weights in a checkpoint, and notes on what is left out."""
+) -> tuple[Layout, dict[str, list[str]]]:
+    """Return the layout of all weights in a checkpoint, and the names left out for each reason."""
     kept: dict[str, Entry] = {}
     seen: dict[Any, str] = {}
     left_out: dict[str, list[str]] = {}
@@ -440,17 +464,15 @@ def _layout_of_file(
         elif not entry.shape and is_logged(name):
             left_out.setdefault("logged values, not weights", []).append(name)
         elif entry.place() in seen and entry.nbytes():
-            left_out.setdefault("tied to another tensor, which counts", []).append(name)
+            left_out.setdefault(_TIED, []).append(name)
         else:
             seen[entry.place()] = name
             kept[name] = entry
     if not any(entry.nbytes() for entry in kept.values()):
         what = f"; left out: {abridged(list(contents.entries))}" if contents.entries else ""
         raise CheckpointError(path, f"expected floating-point tensors, found none{what}")
-    notes = [f"left out ({why}): {abridged(names)}" for why, names in left_out.items()]
-    notes += _copy_notes(kept)
     shapes = [entry.shape for entry in kept.values()]
-    return Layout(list(kept), shapes, [[name] for name in kept]), notes
+    return Layout(list(kept), shapes, [[name] for name in kept]), left_out
 
 
 def _copy_notes(names: Iterable[str]) -> list[str]:

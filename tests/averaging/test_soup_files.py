@@ -139,6 +139,27 @@ def test_ties_stay_ties(tmp_path, legacy):
     assert load_file(tmp_path / "x.safetensors").keys() == found.keys()
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_tied_name_that_some_files_lack(tmp_path, order):
+    """As safetensors has it: the tensor is averaged under the names of the first file."""
+    w, v = torch.randn(3, 3), torch.randn(3, 3)
+    save_file({"emb": v}, tmp_path / "v.safetensors")
+    torch.save({"emb": w, "head": w, "turned": w.T}, tmp_path / "w.pt")
+    paths = [tmp_path / ("w.pt", "v.safetensors")[i] for i in order]
+    if order == (0, 1):
+        with pytest.raises(CheckpointError, match="differs in turned"):
+            write_mean(Series(paths, rows=False), tmp_path / "x.pt")
+    expected = ((w.double() + v) / 2).float()
+    for write in (write_mean, lambda *a: write_greedy_soup(*a, lambda _: 0.0)):
+        write(Series(paths, rows=False, exclude="turned"), tmp_path / "x.pt")
+        found = torch.load(tmp_path / "x.pt")
+        assert list(found) == [["emb", "head"], ["emb"]][order[0]]
+        assert all(torch.equal(tensor, expected) for tensor in found.values())
+    notes = write_mean(Series(paths, rows=False, exclude="turned"), tmp_path / "x.pt")
+    said = "left out (tied to another tensor, which is averaged): head" in notes
+    assert said == (order == (1, 0))
+
+
 def differing(make):
     return lambda i: {"w": torch.ones(2) * i, "x": make(i)}
 

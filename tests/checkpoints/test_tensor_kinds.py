@@ -153,6 +153,11 @@ def unusual():
         "bsc": (torch.eye(4).to_sparse_bsc((2, 2)), "a sparse tensor (torch.sparse_bsc)"),
         "nested": (torch.nested.nested_tensor([w[0, :1], w[0]]), "a nested tensor"),
         "bits": (torch.zeros(3, dtype=torch.uint8).view(torch.bits8), "not floating-point"),
+        "jagged": (
+            torch.nested.nested_tensor([w[0, :1], w[0]], layout=torch.jagged),
+            "a torch.nested._internal.nested_tensor.NestedTensor",
+        ),
+        "lazy": (nn.LazyLinear(3).weight, "a parameter of a lazy module that has not run yet"),
         "float4": (torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "of dtype"),
     }
 
@@ -234,6 +239,48 @@ def test_tied_weights_count_once(tmp_path, save):
     series = Series(tmp_path / "0.pt")
     assert series.names == ["emb", "other", "part", "minus"]
     assert any("tied to another tensor" in note and "transposed" in note for note in series.notes)
+
+
+def tied_or_not(kind):
+    """A file with a tied pair, with two tensors, or with one name of the pair."""
+    first, second = torch.randn(3, 3), torch.randn(3, 3)
+    pair = {"tied": {"head": first}, "apart": {"head": second}, "turned": {"head": first.T}}
+    return {"emb": first, **pair.get(kind, {}), "other": torch.randn(2)}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "names"),
+    [
+        (("tied", "tied"), ["emb", "other"]),
+        (("tied", "turned"), ["emb", "other"]),
+        (("tied", "apart"), ["emb", "head", "other"]),
+        (("tied", "tied", "apart", "tied"), ["emb", "head", "other"]),
+        (("apart", "tied"), ["emb", "head", "other"]),
+        (("tied", "without"), ["emb", "other"]),
+        (("without", "tied"), ["emb", "other"]),
+        (("without", "apart"), "found head as well"),
+        (("apart", "without"), "expected the tensor head of the first checkpoint"),
+        (("tied", "without", "apart"), "found head as well"),
+    ],
+)
+def test_ties_in_some_of_the_files(tmp_path, kinds, names):
+    """They count once only where they are tied in every file."""
+    states = [tied_or_not(kind) for kind in kinds]
+    for i, state in enumerate(states):
+        torch.save(state, tmp_path / f"{i}.pt")
+    if isinstance(names, str):
+        with pytest.raises(CheckpointError, match=names):
+            Series(tmp_path)
+        return
+    series = Series(tmp_path)
+    assert series.names == names
+    said = any("tied to another tensor, which counts): head" in note for note in series.notes)
+    assert said == (kinds[0] == "tied" and "head" not in names)
+    with CheckpointReader() as reader:
+        for t, state in enumerate(states):
+            row = torch.empty(series.numel)
+            series.read(reader, t, 0, row)
+            assert torch.equal(row, torch.cat([state[name].reshape(-1) for name in names]))
 
 
 def test_a_compressed_file_is_not_loaded_whole(tmp_path, monkeypatch):
