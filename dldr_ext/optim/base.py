@@ -6,6 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from ..collectives.consistency import Facts, described, digest, samples
 from ..collectives.process_group import Ranks, failing_together
 from ..subspace.base import AffineSubspace
 from ..tensors.parameters import check_matches, check_names, dtype_name, local_shard, numel
+from ..tensors.watch import Watch
 from .algebra.transfer import overlap
 from .metric import check_metric
 from .options import trainable
@@ -61,13 +63,17 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         super().__init__(self._leaves, defaults)
         self._status = Status.INITIAL
         self._evaluator = Evaluator(name, self._leaves)
-        if ranks is not None:
+        if ranks is None:
+            self._evaluator.leaving_weights = self._leaving_weights
+        else:
             self._evaluator.inside = ranks.evaluation
         self._enter(subspace, check_metric(name, defaults["metric"], subspace))
         self._history: deque[StepRecord] = deque(maxlen=_HISTORY)
         self._steps = 0
         self._plateau = Plateau()
-        self._guard = WriteGuard(self._params)
+        names = self._names or subspace.names
+        self._watch = Watch(params, self._leaves, names, "optimizer", f"{name}: ")
+        self._guard = WriteGuard(self._params, self._watch.named)
         self._incoming: dict[str, Any] | None = None  # a state that is being loaded
         if ranks is not None:
             ranks.check_consistent(self._facts(theta0))
@@ -261,7 +267,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Take over the flat point origin + P theta that the model now stands at."""
 
     def _expected_weights(self) -> Tensor:
-        """Return the flat weights as the last step left them."""
+        """Return the flat weights as the optimizer has written them last."""
         return self._subspace.reconstruct(self._to_basis(self._theta.detach()))
 
     # What subclasses use.
@@ -308,14 +314,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             )
 
     def _check_untouched(self) -> None:
-        """Refuse weights that something else wrote since the last step."""
+        """Refuse weights that are others, or that something else wrote, since the last step."""
         self._check_mode()
         if self._ranks is not None:
             # In place: others hold the list. A module may have moved its shards.
             self._params[:] = [local_shard(p) for p in self._leaves]
             if self._steps and self._steps % _COMPARE_EVERY == 0:
                 self._compare(f"step {self._steps}")
+        self._watch.check(owners_may_go=True)  # the gradients tell
         self._guard.check(type(self).__name__, self._expected_weights)
+
+    def _leaving_weights(self) -> AbstractContextManager[Any]:
+        return self._guard.left_alone(type(self).__name__, self._expected_weights)
 
     def _check_mode(self) -> None:
         if torch.is_inference_mode_enabled():

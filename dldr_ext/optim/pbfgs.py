@@ -613,7 +613,7 @@ class PBFGS(SubspaceOptimizer):
         self._forget_decrease()
 
     def _expected_weights(self) -> Tensor:
-        return self._iterate.point
+        return self._iterate.written()
 
     def _transfer(self, m: Tensor) -> None:
         self._inverse_hessian.transfer(m, self._initial())

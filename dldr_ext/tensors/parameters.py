@@ -52,7 +52,7 @@ def named_parameters(
         kind = "a single tensor" if isinstance(params, Tensor) else type_name(params)
         raise TypeError(f"{argument}: expected an iterable of tensors or of dicts, got {kind}")
     entries: dict[int, tuple[Tensor, str | None]] = {}
-    for name, tensor in _entries(params, argument):
+    for name, tensor in each_entry(params, argument):
         if not isinstance(tensor, Tensor):
             label = label_of(argument, len(entries), name)
             raise TypeError(f"{label}: expected a tensor, got {type_name(tensor)}")
@@ -74,6 +74,23 @@ def named_parameters(
     weights = [i for i, t in enumerate(tensors) if isinstance(t, nn.Parameter) or t.requires_grad]
     check_memory(tensors, names, argument, weights)
     return tensors, [name for name in names if name is not None] if all(names) else None
+
+
+def each_entry(params: Iterable[Any], argument: str) -> Iterable[tuple[str | None, Any]]:
+    """Yield the names and tensors in a list of tensors, of pairs with names, or of groups."""
+    for entry in params:
+        if isinstance(entry, dict):
+            if "params" not in entry:
+                raise ValueError(
+                    f"{argument}: expected a parameter group with the key 'params', got the keys "
+                    f"{sorted(map(str, entry))}"
+                )
+            group = entry["params"]
+            yield from each_entry([group] if isinstance(group, Tensor) else group, argument)
+        elif isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
+            yield entry
+        else:
+            yield None, entry
 
 
 def unique_parameters(params: Iterable[Any], argument: str = "params") -> list[Tensor]:
@@ -260,22 +277,6 @@ def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
 def type_name(value: object) -> str:
     """Return the name of the type of a value, for messages."""
     return "None" if value is None else type(value).__name__
-
-
-def _entries(params: Iterable[Any], argument: str) -> Iterable[tuple[str | None, Any]]:
-    for entry in params:
-        if isinstance(entry, dict):
-            if "params" not in entry:
-                raise ValueError(
-                    f"{argument}: expected a parameter group with the key 'params', got the keys "
-                    f"{sorted(map(str, entry))}"
-                )
-            group = entry["params"]
-            yield from _entries([group] if isinstance(group, Tensor) else group, argument)
-        elif isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str):
-            yield entry
-        else:
-            yield None, entry
 
 
 def _check_tensor(tensor: Tensor, label: str) -> None:

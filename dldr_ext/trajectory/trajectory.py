@@ -26,9 +26,10 @@ from ..subspace.implicit import ImplicitSubspace
 from ..tensors.formats import wide_dtype
 from ..tensors.matrices import Matrix, columns
 from ..tensors.parameters import dtype_name, named_parameters, numel
+from ..tensors.watch import Watch
 from . import files, principal
 from .checks import (
-    check_current,
+    check_device,
     check_in_memory,
     checked_capacity,
     checked_dtype,
@@ -154,6 +155,7 @@ class Trajectory:
 
     def _set_parameters(self, params: Iterable[Any]) -> None:
         self.params, self.names = named_parameters(params)
+        self._watch = Watch(params, self.params, self.names, "trajectory")
         self.shapes = [tuple(p.shape) for p in self.params]
         self.numel = numel(self.params)
         self.device = self.params[0].device
@@ -173,6 +175,10 @@ class Trajectory:
         facts = {key: str(value) for key, value in self._metadata().items()}
         sharded = "sharded" if shard.mesh is not None else "whole"
         return {**facts, "storage": self.storage, "parameters": sharded}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Subspaces that read the rows read others than a copy's; weak references are not pickled.
+        return {**self.__dict__, "_borrowed": ()}
 
     @property
     def _store(self) -> Store:
@@ -242,8 +248,9 @@ class Trajectory:
         Raises
         ------
         ValueError
-            The trajectory is full; a parameter changed its shape or device since the trajectory
-            was made; a delta is NaN or Inf. The trajectory is then as it was before.
+            The trajectory is full; a parameter was replaced, added, frozen, unfrozen, resized or
+            moved since the trajectory was made; a delta is NaN or Inf. The trajectory is then as it
+            was before.
         """
         store, index = self._store, len(self)
         with store.transaction("record", self.params):
@@ -252,7 +259,8 @@ class Trajectory:
                     f"the trajectory is full: it holds {self.capacity} snapshots, its capacity; a "
                     "larger capacity takes more"
                 )
-            check_current(self, self.params)
+            self._watch.check()
+            check_device(self, self.params)
             if not store.append(self.params):
                 params, names = store.local_part(self.params, self.names)
                 raise ValueError(why_not_finite(params, names, store.anchor, self.dtype))
@@ -629,6 +637,7 @@ class Trajectory:
         else:
             result = cls(named, capacity, dtype, storage, path, process_group=process_group)
         result.params = list(params.values())
+        result._watch = Watch(params.items(), result.params, list(params), "trajectory")
         store = result._store
         try:
             with CheckpointReader() as reader:

@@ -155,9 +155,7 @@ def test_a_parameter_that_changed_its_shape():
     trajectory, params, _ = recorded()
     before = state(trajectory)
     params[1].data = torch.randn(8)
-    message = (
-        r"params\[1\]: expected shape \(7,\), as in the trajectory when it was made, got \(8,\)"
-    )
+    message = r"params\[1\]: expected shape \(7,\), as when the trajectory was made, got \(8,\)"
     with pytest.raises(ValueError, match=message):
         trajectory.record()
     params[1].data = torch.randn(7, 1)
@@ -169,7 +167,7 @@ def test_a_parameter_that_changed_its_shape():
 def test_a_parameter_that_moved():
     trajectory, _, _ = recorded()
     before = state(trajectory)
-    trajectory.params[1] = torch.ones(7, device="meta")
+    trajectory.params[1] = nn.Parameter(torch.ones(7, device="meta"))
     with pytest.raises(ValueError, match=r"params\[1\]: expected device cpu, .* got meta"):
         trajectory.record()
     assert_same(before, state(trajectory))

@@ -60,6 +60,8 @@ class Evaluator:
         Scales the losses that this class calls backward on.
     inside : callable
         Makes the context that closures are called in.
+    leaving_weights : callable
+        Makes another one, which refuses an evaluation that writes the weights.
     """
 
     def __init__(self, owner: str, params: list[Tensor]) -> None:
@@ -68,6 +70,7 @@ class Evaluator:
         self.alone = False
         self.scaler: torch.amp.GradScaler | None = None
         self.inside: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.leaving_weights: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.calls = 0
         self.gradient_calls = 0
         self.forward_only = False
@@ -101,7 +104,7 @@ class Evaluator:
         elif isinstance(loss, Tensor) and loss.requires_grad:
             self._refuse_foreign()
             self._drop_gradients()
-            self.backward(loss)
+            self._first_backward(loss)
         else:
             raise ValueError(
                 "closure: expected a loss with a graph, or gradients from its own backward, got a "
@@ -139,6 +142,23 @@ class Evaluator:
             self.gradient_calls += 1
             self._scaled_backward(loss)
             self.remember_gradients()
+
+    def _first_backward(self, loss: Tensor) -> None:
+        """Make the gradients, of which there must be one."""
+        twice: Exception | None = None
+        try:
+            self.backward(loss)
+        except RuntimeError as error:  # the closure called it itself, for other parameters
+            if "backward through the graph a second time" not in str(error):
+                raise
+            twice = error
+        if not self.has_gradient():
+            raise ValueError(
+                f"{self.owner}: closure: expected a loss of the parameters that the optimizer has, "
+                "got one that depends on none of them: the model may have been copied, or its "
+                "parameters replaced, since the optimizer was made; make a new one for "
+                "model.parameters() as they are now"
+            ) from twice
 
     def has_gradient(self) -> bool:
         """Return whether any parameter has a gradient."""
@@ -257,7 +277,7 @@ class Evaluator:
         # Under the caller's autocast casts of the weights as they were would be used again.
         torch.clear_autocast_cache()
         loss: Loss
-        with torch.set_grad_enabled(grad_mode), self.inside():
+        with torch.set_grad_enabled(grad_mode), self.inside(), self.leaving_weights():
             if isinstance(closure, VirtualBatch):
                 loss = closure(backward or self._scaled_backward)
             else:

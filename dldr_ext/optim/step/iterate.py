@@ -30,6 +30,7 @@ class Iterate:
         self._subspace, self._params = subspace, params
         self.point = point
         self.direction = torch.empty_like(point)
+        self._alpha = 0.0  # of the weights
         self._since_anchor = 0
         # P+-BFGS: momentum outside the subspace, where it has carried the origin, and how far of
         # that the last step went.
@@ -53,16 +54,27 @@ class Iterate:
 
     def trial(self, alpha: float) -> None:
         """Write point + alpha u into the weights."""
+        self._alpha = alpha
         _trial(self._params, self.point, self.direction, alpha)
+
+    def written(self) -> Tensor:
+        """Return the flat weights that were written last."""
+        if self._alpha == 0.0:
+            return self.point
+        flat = torch.empty_like(self.point)
+        _trial([flat], self.point, self.direction, self._alpha)
+        return flat
 
     def put_back(self) -> None:
         """Write the point into the weights."""
+        self._alpha = 0.0
         # The point times zero adds nothing; the direction may hold an infinity, which would.
         _trial(self._params, self.point, self.point, 0.0)
 
     def advance(self, alpha: float, theta: Tensor) -> None:
         """Move the point to the weights that a trial at alpha left; theta has moved already."""
         _trial([self.point], self.point, self.direction, alpha)
+        self._alpha = 0.0
         self._since_anchor += 1
         if self._since_anchor >= _ANCHOR_EVERY:
             self._anchor(theta)

@@ -18,24 +18,33 @@ from ...tensors.parameters import local_shard
 _SAMPLE, _SMALL = 8, 16384
 # Two gradients of one loss are as parallel as this, if they have many elements.
 _PARALLEL, _LONG = 0.9999, 32
+_REWRITING = (
+    "set max_norm=None, or compute what the model uses from the weight, without writing it "
+    "(torch.nn.utils.parametrize)"
+)
 
 
 class WriteGuard:
     """A guard that notices writes to the parameters between two steps.
 
-    It looks at autograd's version counters and at addresses, which costs nothing. Writes that
-    neither shows, ``p.data.add_()`` for one, go unnoticed.
+    It looks at autograd's version counters, addresses and strides, which costs nothing. Writes that
+    none of them shows, ``p.data.add_()`` for one, go unnoticed.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self._params = params
+    def __init__(
+        self, params: Sequence[Tensor], named: Callable[[int], str] = lambda _: ""
+    ) -> None:
+        self._params, self._named = params, named
         self._seen: list[int] = []
+        self._strides: list[tuple[int, ...]] = []
 
     def remember(self) -> None:
         """Take the weights as they are for those that should be there."""
         # Under the caller's autocast the casts of the weights before would be used again.
         torch.clear_autocast_cache()
         self._seen = self._now()
+        if not self._same_strides():
+            self._strides = list(map(Tensor.stride, self._params))
 
     def check(self, owner: str, expected: Callable[[], Tensor]) -> None:
         """Refuse weights that are no longer those of the last `remember`.
@@ -53,24 +62,58 @@ class WriteGuard:
             Naming the first parameter that differs.
         """
         now = self._now()
-        if now == self._seen:
+        if now == self._seen and self._same_strides():
             return
-        start, flat = 0, expected()
-        for i, p in enumerate(self._params):
-            if start + p.numel() > flat.numel():
+        i = self._first_other(expected())
+        if i is not None:
+            raise ValueError(
+                f"{owner}: params[{i}]: expected the weights that the last step left, got others"
+                f"{self._named(i)}: something else wrote to them, and the optimizer would undo "
+                f"that; call {owner}.resync() to go on from there. If it was the model itself, in "
+                "its forward pass (nn.Embedding(max_norm=), weights clamped there): "
+                f"{_REWRITING}"
+            )
+        self._seen, self._strides = now, list(map(Tensor.stride, self._params))
+
+    @contextmanager
+    def left_alone(self, owner: str, expected: Callable[[], Tensor]) -> Iterator[None]:
+        """Refuse an evaluation that writes the weights.
+
+        Parameters
+        ----------
+        owner, expected
+            As in `check`, of the weights that are evaluated.
+
+        Raises
+        ------
+        ValueError
+            Naming the first parameter that is another one afterwards.
+        """
+        before = [p._version for p in self._params]
+        yield
+        if [p._version for p in self._params] != before:
+            i = self._first_other(expected())
+            if i is not None:
                 raise ValueError(
-                    f"{owner}: params[{i}]: expected the shape it had at construction, got "
-                    f"{tuple(p.shape)}: {flat.numel()} elements in all do not fit"
+                    f"{owner}: closure: expected an evaluation that leaves the weights as they "
+                    f"are, got one that writes params[{i}]{self._named(i)}, as "
+                    "nn.Embedding(max_norm=) does in its forward pass, or a model that clamps its "
+                    f"weights: theta would no longer describe them; {_REWRITING}"
                 )
+
+    def _first_other(self, flat: Tensor) -> int | None:
+        """Return the first parameter that differs from a flat vector."""
+        start = 0
+        for i, p in enumerate(self._params):
             values = flat[start : start + p.numel()]
             start += p.numel()
             if not torch.equal(p.detach().reshape(-1).to(values.device), values.to(p.dtype)):
-                raise ValueError(
-                    f"{owner}: params[{i}]: expected the weights that the last step left, got "
-                    f"others (shape {tuple(p.shape)}): something else wrote to them, and the "
-                    f"optimizer would undo that; call {owner}.resync() to go on from there"
-                )
-        self._seen = now
+                return i
+        return None
+
+    def _same_strides(self) -> bool:
+        # These tuples are gone at once: see below.
+        return list(map(Tensor.stride, self._params)) == self._strides
 
     def _now(self) -> list[int]:
         # No tuples: the garbage collector would look at all of them, in each step.

@@ -18,7 +18,7 @@ class _Net(nn.Module):
 
     def __init__(self, count: Callable[[Any], None], buffer: Tensor | None, **kept: bool) -> None:
         super().__init__()
-        self.layer, self.count, self.inner = nn.Linear(5, 2), count, nn.BatchNorm1d(5)
+        self.layer, self.count, self.inner = nn.Linear(5, 2), count, nn.BatchNorm1d(5, affine=False)
         self.register_buffer("seen", buffer, **kept)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def _expand(net: Any) -> None:
 
 
 def _another_module(net: Any) -> None:
-    inner = nn.BatchNorm1d(5)
+    inner = nn.BatchNorm1d(5, affine=False)
     inner.load_state_dict(net.inner.state_dict())
     inner.num_batches_tracked += 1
     net.inner = inner

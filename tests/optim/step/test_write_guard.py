@@ -122,7 +122,7 @@ def test_parameters_of_another_shape() -> None:
     batches = Batches(0)
     optimizer = PBFGS(batches.params, random_subspace(batches.params, 4))
     batches.params[3].data = torch.zeros(50, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"params\[3\]: expected the shape it had.* got \(50,\)"):
+    with pytest.raises(ValueError, match=r"PBFGS: params\[3\]: expected shape .* got \(50,\)"):
         optimizer.step(batches.forward(0))
 
 
@@ -130,5 +130,5 @@ def test_model_that_changed_shape_after_construction() -> None:
     params, subspace = two_tensors()
     optimizer = PBFGS(params, subspace)
     params[1].data = torch.zeros(5)
-    with pytest.raises(ValueError, match="10"):
+    with pytest.raises(ValueError, match=r"params\[1\]: expected shape \(4,\), as when"):
         optimizer.step(lambda: sum(p.square().sum() for p in params))
