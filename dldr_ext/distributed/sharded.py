@@ -17,9 +17,8 @@ from ..collectives.consistency import Facts
 from ..collectives.partition import Run, cut
 from ..collectives.process_group import Ranks, failing_together, resolve_group
 from ..subspace.dense import Subspace
-from ..tensors.alignment import empty_rows
 from ..tensors.formats import scale_of
-from ..tensors.memory import free_memory
+from ..tensors.memory import empty_rows, free_memory
 from ..tensors.parameters import dtype_name, type_name
 from .partitioned import PartitionedSubspace, read_partition
 

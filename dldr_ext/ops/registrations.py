@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..tensors.alignment import empty_rows
 from ..tensors.formats import wide_dtype
+from ..tensors.memory import empty_rows
 
 _check = torch._check
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..tensors.alignment import empty_rows
 from ..tensors.formats import LARGEST, rounded
 from ..tensors.matrices import Matrix, ScaledRows, stored_pieces
+from ..tensors.memory import empty_rows
 
 
 def combined(matrix: Matrix, coefficients: Tensor, dtype: torch.dtype, step: int) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..pca.gram import column_step
-from ..tensors.alignment import empty_rows, readable_rows
 from ..tensors.constants import MAX_DIM, SCALE_BLOCK
 from ..tensors.formats import LARGEST, STORED, blocks, decoded, rounded, scale_of, wide_dtype
+from ..tensors.memory import empty_rows, readable_rows
 from ..tensors.parameters import DTYPES, dtype_name, dtype_names, type_name
 
 _FORMATS = {"int8": torch.int8, "float8_e4m3fn": torch.float8_e4m3fn}

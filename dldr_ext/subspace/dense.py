@@ -16,9 +16,9 @@ from ..files.column_checkpoint import is_dcp, read_subspace, saved_shape
 from ..pca.dimension import checked_dim
 from ..pca.gram import orthonormalize_
 from ..pca.report import checked_facts
-from ..tensors.alignment import empty_rows
 from ..tensors.derivatives import refuse_transforms
 from ..tensors.formats import wide_dtype
+from ..tensors.memory import empty_rows
 from ..tensors.parameters import DTYPES, dtype_name, dtype_names, flatten, named_parameters, numel
 from . import basis as basis_module
 from .exact import ReadableSubspace

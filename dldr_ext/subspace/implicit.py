@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import ops
 from ..files import artifacts
-from ..tensors.alignment import readable_rows
 from ..tensors.formats import scale_of, wide_dtype
+from ..tensors.memory import readable_rows
 from ..tensors.parameters import dtype_name, type_name
 from .dense import KIND, VERSION, Subspace
 from .exact import ReadableSubspace

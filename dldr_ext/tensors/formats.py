@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .alignment import empty_rows
 from .constants import SCALE_BLOCK
+from .memory import empty_rows
 from .parameters import DTYPES
 
 # The 8-bit formats, and the largest magnitude that each uses.

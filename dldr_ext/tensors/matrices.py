@@ -11,9 +11,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .alignment import empty_rows
 from .constants import SCALE_BLOCK
 from .formats import block_range, blocks, decoded
+from .memory import empty_rows
 
 Index = int | slice | tuple[int | slice, slice]
 _Buffer = TypeVar("_Buffer")

@@ -9,7 +9,7 @@ from all_ops import AllOps, assert_same, pieces_of, poisoned_memory
 from samples import STORAGE, make_list, make_rows, wide
 
 from dldr_ext import ops
-from dldr_ext.tensors.alignment import empty_rows
+from dldr_ext.tensors.memory import empty_rows
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("gpu")]
 dtypes = pytest.mark.parametrize("dtype", STORAGE, ids=str)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...tensors.alignment import empty_rows
 from ...tensors.constants import MAX_CHUNKS, TILE
 from ...tensors.formats import empty_scale, scale_of
 from ...tensors.matrices import ScaledRows, StoredRows, as_stored, staged, stored_pieces
+from ...tensors.memory import empty_rows
 
 # The order in which the CPU kernels add (csrc/plan.h): products within a tile, tiles within a
 # chunk, then the at most 1,024 chunks; each level from left to right.

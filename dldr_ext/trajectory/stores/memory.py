@@ -11,9 +11,9 @@ from typing_extensions import override
 
 from ... import ops
 from ...checkpoints.series import finite
-from ...tensors.alignment import empty_rows
 from ...tensors.formats import empty_scale, scale_of, wide_dtype
 from ...tensors.matrices import ScaledRows, scaled
+from ...tensors.memory import empty_rows
 from .base import RowPieces, Store, StoreSpec
 
 
