@@ -220,7 +220,8 @@ class AffineSubspace(ABC):
         """
         listed = self._weights(params)
         refuse_transforms("reconstruct_", theta=theta, params=listed)
-        check_memory(listed, self.names if len(listed) == len(self.names or ()) else None)
+        names = self.names if len(listed) == len(self.names or ()) else None
+        check_memory(listed, names, plain=True)
         self.write_(listed, theta)
         torch.clear_autocast_cache()  # it would use the weights before again
 

@@ -71,8 +71,7 @@ def named_parameters(
                 f"{tensors[0].device} and {argument}[{i}] on {tensor.device}"
             )
     names = [name for _, name in pairs]
-    weights = [i for i, t in enumerate(tensors) if isinstance(t, nn.Parameter) or t.requires_grad]
-    check_memory(tensors, names, argument, weights)
+    check_memory(tensors, names, argument)
     return tensors, [name for name in names if name is not None] if all(names) else None
 
 
@@ -198,7 +197,8 @@ def check_memory(
     tensors: Sequence[Tensor],
     names: Sequence[str | None] | None,
     argument: str = "params",
-    indices: Sequence[int] | None = None,
+    *,
+    plain: bool = False,
 ) -> None:
     """Check that no two weights share memory: they would count and be written twice.
 
@@ -208,8 +208,8 @@ def check_memory(
     names : sequence of str or None
     argument : str
         What to call the list in messages.
-    indices : sequence of int, optional
-        Which of them to look at. Default: all.
+    plain : bool
+        Look at plain tensors too, which are about to be written.
 
     Raises
     ------
@@ -218,7 +218,9 @@ def check_memory(
     """
     if in_transform():
         return  # its tensors show no memory
-    looked_at = range(len(tensors)) if indices is None else indices
+    looked_at = [
+        i for i, t in enumerate(tensors) if plain or t.requires_grad or isinstance(t, nn.Parameter)
+    ]
     shared = first_shared([local_shard(tensors[i]).detach() for i in looked_at])
     if shared is None:
         return

@@ -58,6 +58,7 @@ class Watch:
         self._device = tensors[0].device
         self._trained = [t.requires_grad for t in tensors]
         self._addresses = self._now()
+        self._versions: list[int] | None = None  # at the last check
         self._owners: Owners | None = Owners(tensors)
         frozen = {id(t): (t, name) for name, t in each_entry(given, "params")}
         if self._owners.model is not None:
@@ -83,13 +84,14 @@ class Watch:
         Parameters
         ----------
         owners_may_go : bool
-            Whether the modules that held them may be gone.
+            Whether the modules that held them may be gone. Otherwise they may as long as something
+            still writes to the parameters.
 
         Raises
         ------
         ValueError
-            Naming the first that was replaced, added, frozen, unfrozen, resized or moved. Another
-        dtype that counts is none.
+            Naming the first that was replaced, added, frozen, unfrozen, resized or moved. A change
+            of the dtype is no error.
         """
         tensors = self._tensors
         if list(map(Tensor.size, tensors)) != self._shapes:
@@ -114,9 +116,12 @@ class Watch:
                     raise self._error(i, f"expected device {self._device}", got, _ANEW)
             check_memory(tensors, self.names)
             self._addresses = addresses
-        self._check_owners(owners_may_go)
+        versions = [t._version for t in tensors]
+        written = versions != self._versions
+        self._versions = versions
+        self._check_owners(owners_may_go, owners_may_go or written)
 
-    def _check_owners(self, may_go: bool) -> None:
+    def _check_owners(self, forget: bool, may_go: bool) -> None:
         change = None if self._owners is None else self._owners.change()
         if change is None or self._owners is None:
             return
@@ -136,10 +141,12 @@ class Watch:
             raise self._error(
                 change.which,
                 "expected a parameter of a model",
-                "got one whose model is gone: it was copied, or another one took its place",
+                "got one that nothing has written to since, and whose model is gone: it was "
+                "copied, or another one took its place",
                 _ANEW,
             )
-        self._owners.forget_gone()
+        if forget:
+            self._owners.forget_gone()
 
     def named(self, i: int) -> str:
         """Return the name of a parameter in brackets, for messages; nothing if there is none."""
@@ -202,6 +209,7 @@ class Owners:
         self._tensors = tensors
         self.places: list[tuple[weakref.ref[nn.Module], str, int]] = []
         self._root: weakref.ref[nn.Module] | None = None
+        self._grown(None)
         if any(is_dtensor(t) or hasattr(t, "_fsdp_flattened") for t in tensors):
             return
         modules = _live_modules()

@@ -177,8 +177,15 @@ class Trajectory:
         return {**facts, "storage": self.storage, "parameters": sharded}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Subspaces that read the rows read others than a copy's; weak references are not pickled.
-        return {**self.__dict__, "_borrowed": ()}
+        # Weak references cannot be pickled; in a copy that is made with them they live on.
+        return {
+            **self.__dict__,
+            "_borrowed": [rows for ref in self._borrowed if (rows := ref()) is not None],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._borrowed = [weakref.ref(rows) for rows in state["_borrowed"]]
 
     @property
     def _store(self) -> Store:
