@@ -51,6 +51,7 @@ _CURRENT = re.compile(
 )
 _UNFINISHED = re.compile(r"(?<![a-z])(?:tmp|temp|partial|incomplete)(?![a-z])", re.IGNORECASE)
 _DEPTH = 4  # of folders in folders
+_PEEKED = 1000  # files without a known suffix that are looked into
 _HEAD = 4096  # bytes at the start of a file, in which it says that this package wrote it
 
 
@@ -184,22 +185,17 @@ class _Folder:
 
     def _files(self) -> list[Path]:
         """Return the files that may be checkpoints."""
-        files: list[Path] = []
-        own: list[Path] = []
-        lost: list[Path] = []
-        for path in self._inside:
-            if not path.name.lower().endswith(SUFFIXES):
-                continue
-            if path.is_file():
-                (own if _is_own(path) else files).append(path)
-            elif path.is_symlink() and not path.exists():
-                lost.append(path)
-        self._own = own
-        self._pass_over("links to nothing", lost)
+        inside = [p for p in self._inside if p.is_file()]
+        files = [p for p in inside if p.name.lower().endswith(SUFFIXES)]
+        files = files or [p for p in inside[:_PEEKED] if _is_of_torch(p)]
+        self._own = [p for p in files if _is_own(p)]
+        files = [p for p in files if p not in self._own]
+        lost = [p for p in self._inside if p.is_symlink() and not p.exists()]
+        self._pass_over("links to nothing", [p for p in lost if p.name.endswith(SUFFIXES)])
         self._check_whole(files)
         beside = [path for path in files if _BESIDE.fullmatch(_stem(path))]
-        if len(beside) == len(files):
-            return files
+        if len(beside) == len(files) and self._depth == _DEPTH:
+            return files  # of the folder that was named: reading says what they are
         if not any(_MODEL.fullmatch(path.name) for path in files):
             self._pass_over("no weights, by their names", beside)
         return [path for path in files if path not in beside]
@@ -247,12 +243,16 @@ class _Folder:
         return min(found, key=key, default=None)
 
     def _folders(self) -> list[Path]:
-        """Return the folders in which checkpoints may be."""
-        return [
-            p
-            for p in self._inside
-            if not p.name.startswith("__") and not _BESIDE.fullmatch(p.name) and p.is_dir()
-        ]
+        """Return the folders in which checkpoints may be, each under one name."""
+        once: dict[object, Path] = {}
+        for path in sorted(self._inside, key=lambda p: (p.is_symlink(), _is_apart(p))):
+            if path.name.startswith("__") or _BESIDE.fullmatch(path.name) or not path.is_dir():
+                continue
+            first = once.setdefault(_identity(path) or path, path)
+            if first is not path:
+                note = f"{path} is the same folder as {first.name}: counts once"
+                self._notes += [] if note in self._notes else [note]
+        return [path for path in self._inside if path in once.values()]
 
     def _each(
         self, folders: Sequence[Path], needed: bool = True
@@ -265,7 +265,9 @@ class _Folder:
             notes: list[str] = []
             try:
                 found[path] = _Folder(path, notes, self._depth - 1).checkpoints()
-            except _Empty:
+            except _Empty as error:
+                if _STEP_FOLDER.fullmatch(path.name):
+                    self._notes.append(f"passed over {error}")
                 continue
             except CheckpointError as error:
                 errors.append(error)
@@ -368,6 +370,16 @@ def _is_apart(path: Path) -> bool:
     return is_copy(stem)
 
 
+def _is_of_torch(path: Path) -> bool:
+    """Tell whether torch.save wrote a file, whatever its name."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_HEAD)
+    except OSError:
+        return False
+    return start.startswith(b"PK\3\4") and b"/data.pkl" in start[:300]
+
+
 def _holds_weights(folder: Path) -> bool:
     try:
         return any(
@@ -398,7 +410,9 @@ def _is_own(path: Path) -> bool:
 def _identity(path: Path) -> tuple[int, int] | None:
     """Return what is equal for two names of the same file, links included."""
     try:
-        status = (path / METADATA if path.is_dir() else path).stat()
+        status = path.stat()
+        if (path / METADATA).is_file():
+            status = (path / METADATA).stat()
     except OSError:
         return None
     return (status.st_dev, status.st_ino) if status.st_ino else None

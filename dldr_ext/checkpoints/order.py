@@ -21,6 +21,7 @@ _LABELS = {
     ),
 }
 _FIRST = re.compile(r"(?<![a-z])(?:init|initial|start|random|pretrained|base)(?![a-z])", re.I)
+_DAY_FIRST = re.compile(r"(?<!\d)\d{1,2}[-_.]\d{1,2}[-_.](?:19|20)\d\d(?!\d)")  # does not sort
 _FACTORS = {"k": 1e3, "K": 1e3, "M": 1e6}
 
 
@@ -78,6 +79,8 @@ def _by_name(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[int], li
     if keys is not None:
         return sorted(natural, key=lambda i: keys[i]), []
     unnumbered = [i for i in natural if not re.search(r"\d", names[i])]
+    if all(map(_DAY_FIRST.search, names)):
+        unnumbered = natural
     if not unnumbered or len(paths) == 1:
         return natural, []
     first = [i for i in unnumbered if _FIRST.search(names[i])]

@@ -152,6 +152,8 @@ class Series:
                     raise CheckpointError(path, problem)
                 read = read_folder if path.is_dir() else read_contents
                 contents = read(path, key, fits)
+                if model is None:
+                    contents = _without_logged(contents)
                 if contents.kind == "soup":
                     self.decisions.append(f"{path} is an average itself, and counts as one")
                 elif contents.kind is not None:
@@ -378,6 +380,17 @@ class Series:
             del of_each[t]
 
 
+def _without_logged(contents: Contents) -> Contents:
+    """Leave out single numbers that scripts log (loss), if others are there."""
+    numbers = [n for n, e in contents.entries.items() if not e.shape and e.dtype.is_floating_point]
+    logged = [name for name in numbers if is_logged(name)]
+    if len(logged) in (0, len(contents.entries)):
+        return contents
+    note = f"left out (logged values, not weights): {abridged(logged)}"
+    kept = {name: entry for name, entry in contents.entries.items() if name not in logged}
+    return contents._replace(entries=kept, notes=[*contents.notes, note])
+
+
 def _stored_progress(path: Path, contents: Contents) -> Mapping[str, float]:
     """Return the epoch and step that a checkpoint tells; transformers has them beside it."""
     try:
@@ -461,8 +474,6 @@ def _layout_of_file(
             left_out.setdefault(f"of dtype {dtype_name(entry.dtype)}", []).append(name)
         elif name.rpartition(".")[2] in STATISTICS:
             left_out.setdefault("statistics of batch norm, not weights", []).append(name)
-        elif not entry.shape and is_logged(name):
-            left_out.setdefault("logged values, not weights", []).append(name)
         elif entry.place() in seen and entry.nbytes():
             left_out.setdefault(_TIED, []).append(name)
         else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.names import plain_names
+from .pickles import Stub
 
 
 def _set(words: str) -> frozenset[str]:
@@ -342,7 +343,13 @@ def _describe(saved: Any) -> str:
         return f"a {type(saved).__name__}"
     if _is_optimizer({str(key): value for key, value in saved.items()}):
         return "the state of an optimizer (param_groups, state), which is not weights"
+    if isinstance(saved, Stub):
+        return f"an object of {saved.name}, not weights"
     keys = [str(key) for key in saved]
+    if "growth_factor" in keys:
+        return "the state of a gradient scaler, which is not weights"
+    if "cpu" in keys and "python" in keys:
+        return "the states of random generators, which are not weights"
     if "last_epoch" in keys and "_step_count" in keys:
         return "the state of a learning-rate scheduler, which is not weights"
     more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""

@@ -86,6 +86,8 @@ LAYOUTS = {
     "torchtune": (["epoch_{}/adapter_model.safetensors"], []),
     "capitals": (["Model_{}.PTH"], []),
     "not finished": (["checkpoint-{}/model.safetensors"], ["tmp-checkpoint-12/model.safetensors"]),
+    "without a suffix": (["ckpt-{}"], []),
+    "pickles": (["params_{}.pkl"], ["log.txt"]),
     "final beside files": (["model_{}.safetensors"], ["model.safetensors"]),
 }  # fmt: skip
 
@@ -210,7 +212,22 @@ def test_a_folder_under_two_names_counts_once(tmp_path):
     os.symlink(tmp_path / "nowhere", tmp_path / "checkpoint-4.pt")
     found, notes = discover(tmp_path)
     assert len(found) == len(find_checkpoints(tmp_path)) == 2
-    assert "checkpoint-3 is the same as" in "".join(notes) and "links to nothing" in "".join(notes)
+    assert "checkpoint-3 is the same folder as" in "".join(notes) and "links to nothing" in "".join(
+        notes
+    )
+
+
+def test_a_step_without_weights_is_passed_over(tmp_path):
+    for i in (1, 2):
+        made(tmp_path / f"checkpoint-{i}" / "model.safetensors")
+    made(tmp_path / "checkpoint-3" / "rng_state.pth")
+    os.symlink("checkpoint-2", tmp_path / "newest")
+    os.symlink("checkpoint-2", tmp_path / "epoch-9")
+    found, notes = discover(tmp_path)
+    assert len(found) == 2
+    assert re.search("passed over .*checkpoint-3: expected a folder with", "\n".join(notes))
+    for name in ("newest", "epoch-9"):
+        assert re.search(f"{name} is the same folder as checkpoint-2: counts once", "".join(notes))
 
 
 def test_best_and_last_are_set_apart(tmp_path):

@@ -106,6 +106,13 @@ def test_times_where_nothing_else_tells(tmp_path):
     assert "in the order of their times" in series.notes[-1]
 
 
+def test_days_before_years_do_not_sort(tmp_path):
+    for time, name in enumerate(("30-12-2023", "02-01-2024", "10-01-2024")):
+        torch.save(W, tmp_path / f"run_{name}.pt")
+        os.utime(tmp_path / f"run_{name}.pt", (time, time))
+    assert [p.stem[4:6] for p in Series(tmp_path).paths] == ["30", "02", "10"]
+
+
 def test_runs_follow_each_other(tmp_path):
     for run in ("run10", "run2"):
         (tmp_path / run).mkdir()
