@@ -301,9 +301,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._steps += 1
         self._status = status
         self._history.append(StepRecord(self._steps, loss, status, **further))
-        stuck = self._plateau.see(loss, self.param_groups[0].get("maximize", False))
-        if stuck is not None:
-            _log.warning("%s: %s", type(self).__name__, stuck)
+        self._say(self._plateau.see(loss, self.param_groups[0].get("maximize", False)))
+
+    def _say(self, what: str | None) -> None:
+        """Write a remark into the log, if there is one."""
+        if what is not None:
+            _log.warning("%s: %s", type(self).__name__, what)
 
     def _check_first_loss(self, loss: float) -> None:
         """Refuse a loss that is not finite in the first step, which has no restore point yet."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from .step.grad_scale import ScaleKeeper
 from .step.iterate import Iterate
 from .step.line_trials import Trials, read_together, search
 from .step.objective import Objective
+from .step.plateau import Agreement
 from .step.replay import Replay
 from .step.restore_point import RestorePoint
 
-_log = logging.getLogger("dldr_ext")
 # Losses of one function at one point differ by less, relative: by rounding, and the ranks' order.
 _SAME = 1e-6
 # And two evaluations at one point by more than this only where they are not of one function.
@@ -253,7 +252,7 @@ class PBFGS(SubspaceOptimizer):
         self._pairs = CurvaturePairs()
         self._restore_point = RestorePoint()
         self._learnt_early: Curvature = "none"  # since the last record
-        self._said_other_loss = False
+        self._said_other_loss, self._agreement = False, Agreement()
         self._forget_decrease()
 
     @torch.no_grad()
@@ -371,7 +370,7 @@ class PBFGS(SubspaceOptimizer):
         )  # fmt: skip
         # To look at the gradient would take a wait more, or a sum: the next step has it anyway.
         look = not ahead and self._ranks is None
-        iteration.status, after = self._settle(trials, result, wanted, look)
+        iteration.status, after, slope = self._settle(trials, result, wanted, look)
         iteration.trials = result.evaluations
         # Accept.
         if iteration.status.moved:
@@ -382,6 +381,10 @@ class PBFGS(SubspaceOptimizer):
             iteration.alpha = result.alpha
             iteration.step_length = result.alpha * direction.length
             iteration.loss_after = trials.raw_loss
+            if wanted and look and objective.decay == 0.0:
+                slopes = direction.slope + objective.sign * slope
+                told = self._agreement.see(after - start, 0.5 * result.alpha * slopes, start)
+                self._say(told)
             self._last_loss, self._last_decrease = trials.raw_loss, start - after
         return iteration
 
@@ -465,16 +468,16 @@ class PBFGS(SubspaceOptimizer):
 
     def _settle(
         self, trials: Trials, result: SearchResult, wanted: bool, look: bool
-    ) -> tuple[Status, float]:
-        """Leave the model as the accepted trial does; return how that ended, and the objective.
+    ) -> tuple[Status, float, float]:
+        """Leave the model as the accepted trial does; return how that ended, objective and slope.
 
         Without ``look`` a gradient there that is not finite is left to the next step to find.
         """
         if not result.status.moved:
-            return result.status, math.nan
+            return result.status, math.nan, 0.0
         if not wanted and result.evaluations == 0:  # no search, and nothing to learn here
             self._iterate.trial(result.alpha)
-            return result.status, math.nan
+            return result.status, math.nan, 0.0
         after, slope = trials.settle(result.alpha, gradient=wanted), 0.0
         if abs(after - result.loss) > _OTHER * max(abs(after), abs(result.loss)):
             self._say_other_loss(result.loss, after)
@@ -483,18 +486,17 @@ class PBFGS(SubspaceOptimizer):
             kept = self._pairs.keep(gradients, point, self._scale.value)
             # NaN and infinity reach the slope whatever they are multiplied with.
             slope = float(torch.dot(kept, self._iterate.direction)) if look else 0.0
-        return policy.after_search(after, slope) or result.status, after
+        return policy.after_search(after, slope) or result.status, after, slope
 
     def _say_other_loss(self, first: float, second: float) -> None:
         """Say once that the closure is not one function of the weights."""
         if not self._said_other_loss:
             self._said_other_loss = True
-            _log.warning(
-                "PBFGS: the closure gave %.6g and then %.6g at the same weights: it draws random "
-                "numbers that are not replayed, or its loss depends on grad mode; its losses do "
-                "not compare",
-                first, second,
-            )  # fmt: skip
+            self._say(
+                f"the closure gave {first:.6g} and then {second:.6g} at the same weights: it draws "
+                "random numbers that are not replayed, or its loss depends on grad mode; its "
+                "losses do not compare"
+            )
 
     def _stay(self, status: Status) -> Status:
         """End an iteration that did not move."""

@@ -107,10 +107,6 @@ def _held(value: Any) -> Iterator[Any]:
         yield from _of_function(value)
     elif isinstance(value, partial):
         yield from (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, dict):
-        yield from islice(value.values(), _ENTRIES)
-    elif isinstance(value, (list, tuple, set, frozenset)):
-        yield from islice(value, _ENTRIES)
     elif isinstance(value, type):
         if not _of_library(value.__module__):
             yield from vars(value).values()
@@ -119,6 +115,10 @@ def _held(value: Any) -> Iterator[Any]:
     elif isinstance(value, (MethodType, BuiltinMethodType)):
         yield from (value.__self__, getattr(value, "__func__", None))
     elif not isinstance(value, (ModuleType, CodeType)):
+        if isinstance(value, dict):
+            yield from islice(dict.values(value), _ENTRIES)  # as stored, whatever a subclass does
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            yield from islice(value, _ENTRIES)
         own = getattr(value, "__dict__", {})
         if isinstance(value, nn.Module):
             for entries in (value._modules, value._forward_hooks, value._forward_pre_hooks):

@@ -99,8 +99,15 @@ class Shared:
         return self.rng.random()
 
 
+class Steps(list):
+    """A list that has more than its entries."""
+
+
 def test_generators_in_slots_and_classes() -> None:
     rng = np.random.default_rng(0)
+    steps = Steps([[1, {"of": rng}]])
+    steps.own = GENERATOR
+    assert {id(found) for found in reachable(lambda: steps)} == {id(rng), id(GENERATOR)}
     slotted, shared = Slotted(rng), Shared()
     assert reachable(lambda: slotted.rng.random()) == [rng]
     for function in (

@@ -12,7 +12,7 @@ from optim_problems import Batches, random_subspace, whole_space
 from torch import nn
 
 from dldr_ext import PBFGS, PSGD, InSubspace
-from dldr_ext.optim.step.plateau import Plateau
+from dldr_ext.optim.step.plateau import Agreement, Plateau
 
 MAKERS: dict[str, Callable[..., Any]] = {
     "pbfgs": PBFGS,
@@ -81,3 +81,82 @@ def test_a_resumed_run_has_left_its_start(caplog: pytest.LogCaptureFixture) -> N
         for _ in range(50):
             second.step(lambda: 1.0 + 0.0 * x.sum())
     assert not said(caplog)
+
+
+# Losses that change by other than the gradients say.
+
+
+def last_of(count: int) -> Callable[[Batches, int], torch.Tensor]:
+    """Gradients of the mean of micro-batches, and the loss of the last of them."""
+
+    def closure(batches: Batches, step: int) -> torch.Tensor:
+        batches.model.zero_grad()
+        i = step % len(batches.inputs)
+        parts = batches.inputs[i].chunk(count), batches.targets[i].chunk(count)
+        for inputs, targets in zip(*parts, strict=True):
+            loss = nn.functional.cross_entropy(batches.model(inputs), targets) / count
+            loss.backward()
+        return loss
+
+    return closure
+
+
+def clipped_by_hooks(batches: Batches, step: int) -> torch.Tensor:
+    loss = batches.forward(step)()
+    handles = [p.register_hook(lambda g: g.clamp(-1e-4, 1e-4)) for p in batches.params]
+    batches.model.zero_grad()
+    loss.backward()
+    for handle in handles:
+        handle.remove()
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("closure", "told"),
+    [
+        (last_of(4), True),
+        (last_of(8), True),
+        (clipped_by_hooks, True),
+        (lambda batches, step: batches.usual(step)(), False),
+        (lambda batches, step: batches.forward(step)(), False),
+    ],
+)
+def test_gradients_of_another_loss_are_noticed(
+    closure: Any, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = Batches(0)
+    optimizer = PBFGS(batches.params, random_subspace(batches.params, 12))
+    for step in range(60):
+        optimizer.step(lambda: closure(batches, step))  # noqa: B023
+    found = [text for text in caplog.messages if "times what its gradients say" in text]
+    assert len(found) == told
+    if told:
+        assert found[0].startswith("PBFGS: in 20 steps the loss has changed by 0.") or (
+            closure is clipped_by_hooks
+        )
+
+
+def test_agreement_is_that_of_a_parabola() -> None:
+    agreement = Agreement()
+    for _ in range(40):  # steps along x^2 from 1, by changing lengths
+        for length in (0.3, 1.0, 1.7):
+            end = 1.0 - length
+            change, slopes = end**2 - 1.0, -2.0 + -2.0 * end
+            assert agreement.see(change, 0.5 * length * slopes, 1.0) is None
+            assert agreement.see(change, 0.0, 1.0) is None
+            assert agreement.see(1.0, 1e-5, 1.0) is None  # rounding
+    told = [agreement.see(-0.1, -1.0, 1.0) for _ in range(60)]
+    assert [text is not None for text in told].count(True) == 1
+    assert "changed by 0.1 times what its gradients say" in next(filter(None, told))
+
+
+@pytest.mark.parametrize("options", [{"weight_decay": 0.5}, {"maximize": True}, {"max_iter": 5}])
+def test_the_agreement_is_of_the_objective(
+    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = Batches(0)
+    optimizer = PBFGS(batches.params, random_subspace(batches.params, 12), **options)
+    sign = -1.0 if "maximize" in options else 1.0
+    for step in range(40):
+        optimizer.step(lambda: sign * batches.forward(step)())  # noqa: B023
+    assert not [text for text in caplog.messages if "gradients say" in text]
