@@ -13,6 +13,7 @@ from ..tensors.names import places_of
 from ..tensors.parameters import check_matches, named_parameters, numel
 
 _PREFIX = "model."
+_WRITES = "expected weights that a forward pass leaves as they are"
 
 
 class _Subspace(Protocol):
@@ -66,7 +67,8 @@ class SubspaceModule(nn.Module):
     Raises
     ------
     ValueError
-        The parameters do not match the subspace: with the first that differs.
+        The parameters do not match the subspace: with the first that differs. The forward pass
+        writes weights.
 
     See Also
     --------
@@ -99,6 +101,13 @@ class SubspaceModule(nn.Module):
         self.__dict__["model"] = model
         self.subspace = subspace
         self._names = _matching_names(model, subspace)
+        for name in self._names:
+            most = getattr(model.get_submodule(name.rpartition(".")[0]), "max_norm", None)
+            if most is not None:
+                raise ValueError(
+                    f"model: {name}: {_WRITES}, got an embedding with max_norm={most}, which "
+                    "renormalises them: set its max_norm to None"
+                )
         if next(iter(self._parameters_of_model())).device != subspace.device:
             raise ValueError(
                 f"model: expected device {subspace.device}, as the subspace, got "
@@ -115,7 +124,12 @@ class SubspaceModule(nn.Module):
         while isinstance(model, nn.DataParallel):  # whose replicas could not be given weights
             model, prefix = model.module, prefix + "module."
         weights = {name.removeprefix(prefix): w for name, w in self.weights().items()}
-        return functional_call(model, weights, args, kwargs)
+        try:
+            return functional_call(model, weights, args, kwargs)
+        except RuntimeError as error:
+            if "output views to be modified inplace" not in str(error):
+                raise
+            raise ValueError(f"model: {_WRITES}, got one that writes some: {error}") from error
 
     def weights(self) -> dict[str, Tensor]:
         """Return w0 + P theta as the model's parameters, differentiable in theta.

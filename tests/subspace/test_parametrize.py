@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from dldr_ext import Subspace
@@ -338,3 +338,27 @@ def test_models_that_do_not_match():
         Subspace.random(nn.Linear(2, 2).parameters(), 2).parametrize(nn.Linear(2, 2, device="meta"))
     with pytest.raises(ValueError, match="model: expected at least one tensor"):
         bare.parametrize(nn.ReLU())
+
+
+class _Clamped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.layer.weight.clamp_(-0.1, 0.1)
+        return self.layer(x)
+
+
+def test_a_forward_pass_that_writes_weights_is_refused() -> None:
+    embedding = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Flatten(), nn.Linear(3, 2))
+    subspace = Subspace.random(embedding.named_parameters(), 3)
+    with pytest.raises(ValueError, match=r"model: 0.weight: .* got an embedding with max_norm=0.5"):
+        subspace.parametrize(embedding)
+    embedding[0].max_norm = None
+    assert subspace.parametrize(embedding)(torch.zeros(4, 1, dtype=torch.int64)).shape == (4, 2)
+    clamped = _Clamped()
+    module = Subspace.random(clamped.named_parameters(), 3).parametrize(clamped)
+    with pytest.raises(ValueError, match=r"model: expected weights .* got one that writes some"):
+        module(torch.ones(1, 5))
