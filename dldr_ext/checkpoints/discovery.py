@@ -29,6 +29,12 @@ _MODEL = re.compile(
 )
 _MODEL_SUFFIX = re.compile(r"(?:\.safetensors|\.bin)(?:\.index\.json)?$")
 _SHARD = re.compile(r"(.*)-\d{5}-of-\d{5}\.\w+")
+# Of one rank, layer or expert of a model that several files make up.
+_PART = re.compile(
+    r"(?<![a-z])(?:(?:mp|tp|pp|dp)?_?(?:rank|shard)[-_]?\d+|consolidated\.\d+\."
+    r"|layer_\d+-model(?:_\d+-model)?|layer_\d+_expert_\d+_)",
+    re.IGNORECASE,
+)
 _COMPONENTS = {"unet", "vae", "transformer", "text_encoder", "text_encoder_2", "controlnet"}
 # What a run saves beside the weights.
 _BESIDE = re.compile(
@@ -208,15 +214,7 @@ class _Folder:
                 "expected whole weights, found the parts of DeepSpeed's ZeRO stage 3: write them "
                 "whole with the zero_to_fp32.py beside them",
             )
-        parts = [
-            p for p in files if re.match(r"mp_rank_\d+_model_states|consolidated\.\d+\.", p.name)
-        ]
-        if len(parts) > 1:
-            raise CheckpointError(
-                self.path,
-                f"expected whole weights, found {len(parts)} model-parallel parts "
-                f"({_listed(parts)}): put them together with the library that wrote them",
-            )
+        self._check_parts([p for p in files if not _BESIDE.fullmatch(_stem(p))])
         for path in files:
             shard = _SHARD.fullmatch(path.name)
             if shard and not any(name.endswith(INDEX_SUFFIXES) for name in self._names):
@@ -225,6 +223,21 @@ class _Folder:
                     f"expected the index of the shards ({shard[1]}{path.suffix}.index.json), found "
                     f"{path.name} without one",
                 )
+
+    def _check_parts(self, paths: list[Path]) -> None:
+        """Refuse files or folders of several ranks, layers or experts of one model."""
+        ranks: dict[str, list[Path]] = {}
+        for path in paths:
+            if _PART.search(path.name):
+                ranks.setdefault(_PART.sub("", path.name), []).append(path)
+        parts = next((same for same in ranks.values() if len(same) > 1), None)
+        if parts is not None:
+            raise CheckpointError(
+                self.path,
+                f"expected whole weights, found {len(parts)} parts of one model "
+                f"({_listed(parts)}): put them together with the library that wrote them, or name "
+                "one if each is whole",
+            )
 
     def _model(self, files: list[Path]) -> Path | None:
         """Return the file that a folder of one model is read from, None for another folder."""
@@ -301,6 +314,7 @@ class _Folder:
 
     def _of_folders(self) -> list[tuple[Path, Path]]:
         """Return the checkpoints in folders that are not named after steps."""
+        self._check_parts(self._folders())
         found = self._each(self._folders())
         if len(found) > 1 and not all(_is_apart(path) for path in found):
             apart = [path for path in found if _is_apart(path)]

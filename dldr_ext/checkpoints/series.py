@@ -211,8 +211,9 @@ class Series:
         """Return the layout with what is tied in all checkpoints so far, and not in another."""
         tied = left_out.get(_TIED, [])
         apart = set(other.names) & set(tied)
-        everywhere = all(apart <= contents.entries.keys() for contents in self.contents)
-        if not apart or not self.contents or not everywhere:
+        if not apart or not self.contents:
+            return layout
+        if not all(apart <= contents.entries.keys() for contents in self.contents):
             return layout
         entries = self.contents[0].entries
         kept = [name for name in entries if name in apart or name in layout.names]

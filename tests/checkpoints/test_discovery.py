@@ -86,6 +86,7 @@ LAYOUTS = {
     "torchtune": (["epoch_{}/adapter_model.safetensors"], []),
     "capitals": (["Model_{}.PTH"], []),
     "not finished": (["checkpoint-{}/model.safetensors"], ["tmp-checkpoint-12/model.safetensors"]),
+    "one rank": (["iter_{}/mp_rank_00/model_optim_rng.pt"], []),
     "without a suffix": (["ckpt-{}"], []),
     "pickles": (["params_{}.pkl"], ["log.txt"]),
     "final beside files": (["model_{}.safetensors"], ["model.safetensors"]),
@@ -140,8 +141,16 @@ REFUSED = [
         ["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
         "ZeRO stage 3: write them whole with the zero_to_fp32.py",
     ),
-    (["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"], "found 2 model-parallel parts"),
-    (["consolidated.00.pth", "consolidated.01.pth"], "found 2 model-parallel parts"),
+    (["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"], "found 2 parts of one model"),
+    (["consolidated.00.pth", "consolidated.01.pth"], "found 2 parts of one model"),
+    (["rank_0.pt", "rank_1.pt", "rank_2.pt"], "found 3 parts of one model .rank_0.pt, rank_1.pt"),
+    (["ep3-rank0.pt", "ep3-rank1.pt", "optim-rank0.pt"], "found 2 parts of one model"),
+    (["model_world_size_2_rank_0.pt", "model_world_size_2_rank_1.pt"], "found 2 parts"),
+    (
+        ["layer_00-model_states.pt", "layer_01-model_states.pt", "mp_rank_00_model_states.pt"],
+        "found 2 parts of one model",
+    ),
+    (["mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt"], "found 2 parts of one"),
     (["model-00001-of-00002.safetensors"], "the index of the shards .model.safetensors.index.json"),
 ]
 
