@@ -165,6 +165,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         handle = self.register_load_state_dict_pre_hook(take_in)
         try:
             with failing_together(self._ranks):
+                self._check_parameters()
                 super().load_state_dict(state_dict)
                 self._compare("load_state_dict")
         finally:
@@ -192,6 +193,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         learnt stays.
         """
         name = type(self).__name__
+        self._check_parameters()
         self._set_theta(self._first_theta(name, "current"))
         self._compare("resync")
         self._place(name, "their projection on the subspace")
@@ -224,6 +226,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """
         name = type(self).__name__
         with failing_together(self._ranks):
+            self._check_parameters()
             self._check_subspace(name, subspace)
             spread = check_metric(name, self.param_groups[0]["metric"], subspace)
             if self._ranks is not None:
@@ -324,8 +327,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._params[:] = [local_shard(p) for p in self._leaves]
             if self._steps and self._steps % _COMPARE_EVERY == 0:
                 self._compare(f"step {self._steps}")
-        self._watch.check(owners_may_go=True)  # the gradients tell
+        self._check_parameters()
         self._guard.check(type(self).__name__, self._expected_weights)
+
+    def _check_parameters(self) -> None:
+        """Refuse parameters that are no longer those of the model."""
+        self._watch.check(owners_may_go=True)  # the gradients tell
 
     def _leaving_weights(self) -> AbstractContextManager[Any]:
         return self._guard.left_alone(type(self).__name__, self._expected_weights)

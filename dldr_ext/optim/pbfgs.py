@@ -606,6 +606,7 @@ class PBFGS(SubspaceOptimizer):
         if self.param_groups[0]["residual_lr"] == 0.0:
             super().resync()
         else:
+            self._check_parameters()
             self._set_theta(self._first_theta("PBFGS", "current"))
             weights = flatten(self._params, self._iterate.point.dtype)
             self._iterate.stay_outside(self._to_basis(self._theta), weights)

@@ -300,6 +300,11 @@ def _check_tensor(tensor: Tensor, label: str) -> None:
             f"{label}: expected a dtype of {dtype_names(DTYPES)}, got {dtype_name(tensor.dtype)}"
             f"{way_out}"
         )
+    if tensor.is_neg() and isinstance(tensor, nn.Parameter):
+        raise TypeError(
+            f"{label}: expected numbers as they are stored, got a view whose sign is flipped when "
+            "it is read (Tensor.is_neg): p.data = p.data.resolve_neg()"
+        )
     if hasattr(tensor, "__tensor_flatten__") and not is_dtensor(tensor):
         raise TypeError(
             f"{label}: expected an ordinary tensor, got {type_name(tensor)}, which holds others: "

@@ -57,7 +57,7 @@ class Watch:
         self._shapes = list(map(Tensor.size, tensors))
         self._device = tensors[0].device
         self._trained = [t.requires_grad for t in tensors]
-        self._addresses = self._now()
+        self._addresses: Sequence[int] | None = None  # at the last check
         self._versions: list[int] | None = None  # at the last check
         self._owners: Owners | None = Owners(tensors)
         frozen = {id(t): (t, name) for name, t in each_entry(given, "params")}
@@ -114,6 +114,8 @@ class Watch:
                 if t.device != self._device:
                     got = f"got {t.device}"
                     raise self._error(i, f"expected device {self._device}", got, _ANEW)
+                if addresses and not addresses[i] and t.numel() and t.device.type != "meta":
+                    raise self._error(i, "expected memory", "got none: it was freed", _ANEW)
             check_memory(tensors, self.names)
             self._addresses = addresses
         versions = [t._version for t in tensors]
@@ -165,7 +167,7 @@ class Watch:
             f"{got}{self.named(i)}; {way_out}"
         )
 
-    def _now(self) -> Sequence[Any]:
+    def _now(self) -> Sequence[int]:
         if any(map(is_dtensor, self._tensors)):
             return ()
         return [t.data_ptr() for t in self._tensors]

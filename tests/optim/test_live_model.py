@@ -235,6 +235,31 @@ def test_a_part_of_a_model_is_not_concerned_by_the_rest(make: Any) -> None:
         made.step(lambda: model(x).square().mean())
 
 
+@pytest.mark.parametrize("make", MAKERS, ids=lambda m: m.__name__)
+def test_memory_that_was_freed(make: Any) -> None:
+    model, x = _model(), torch.randn(16, 5)
+    made = make(model.parameters(), Subspace.random(model.parameters(), 4))
+    model[2].weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"params\[2\]: expected memory, .* freed \(2.weight\)"):
+        made.step(lambda: model(x).square().mean())
+
+
+@pytest.mark.parametrize("make", [PBFGS, PSGD, _sgd], ids=lambda m: m.__name__)
+def test_nothing_goes_on_from_other_parameters(make: Any) -> None:
+    model = _model()
+    subspace = Subspace.random(model.parameters(), 4)
+    optimizer = make(model.parameters(), subspace)
+    saved = optimizer.state_dict()
+    model[2].weight = nn.Parameter(torch.zeros(4, 4))
+    for call in (
+        optimizer.resync,
+        lambda: optimizer.change_subspace(subspace),
+        lambda: optimizer.load_state_dict(saved),
+    ):
+        with pytest.raises(ValueError, match=r"params\[2\]: expected the parameter that the model"):
+            call()
+
+
 def test_an_untied_weight_is_a_parameter_more() -> None:
     model, x = Model(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(8, 4)
     model[1].weight = model[0].weight
