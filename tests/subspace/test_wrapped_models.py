@@ -88,6 +88,27 @@ def test_a_wrapped_model_is_the_model(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", _WRAPPERS)
+def test_optimizers_of_a_wrapped_model_take_the_subspace_of_the_model(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    wrapped, x = _WRAPPERS[kind](model), torch.randn(16, 4)
+    named = list(wrapped.named_parameters())
+    subspace = Subspace.random(model.named_parameters(), 4)
+    for make in (PBFGS, PSGD):
+        options = {"buffers": wrapped} if make is PBFGS else {}
+        optimizer = make(named, subspace, theta0="current", **options)
+        counted = [b.clone() for n, b in wrapped.named_buffers() if n.endswith("batches_tracked")]
+        optimizer.step(lambda: wrapped(x).square().mean())
+        assert optimizer.status.moved
+        now = [b for n, b in wrapped.named_buffers() if n.endswith("batches_tracked")]
+        assert all(bool(b == a + 1) for a, b in zip(counted, now, strict=True)) and now
+        subspace.coordinates(named)
+        with pytest.raises(
+            ValueError, match=r"\[\d\]: expected the name .*, as in the subspace, got"
+        ):
+            make([named[0], named[2], named[1], *named[3:]], subspace)
+
+
+@pytest.mark.parametrize("kind", _WRAPPERS)
 def test_checkpoints_of_either_are_recorded_for_the_other(kind: str, tmp_path: Path) -> None:
     model = _model()
     wrapped = _WRAPPERS[kind](copy.deepcopy(model))
