@@ -108,10 +108,12 @@ class SubspaceModule(nn.Module):
                     f"model: {name}: {_WRITES}, got an embedding with max_norm={most}, which "
                     "renormalises them: set its max_norm to None"
                 )
-        if next(iter(self._parameters_of_model())).device != subspace.device:
+        params = [model.get_parameter(name) for name in self._names]
+        self._shapes = [p.shape for p in params]
+        self._trained = [p.requires_grad for p in params]
+        if params[0].device != subspace.device:
             raise ValueError(
-                f"model: expected device {subspace.device}, as the subspace, got "
-                f"{next(iter(self._parameters_of_model())).device}"
+                f"model: expected device {subspace.device}, as the subspace, got {params[0].device}"
             )
         self.theta = nn.Parameter(
             torch.zeros(subspace.dim, dtype=subspace.coordinate_dtype, device=subspace.device)
@@ -188,7 +190,28 @@ class SubspaceModule(nn.Module):
         return f"{type(self.model).__name__}, {self.subspace}"
 
     def _parameters_of_model(self) -> list[Tensor]:
-        return [self.model.get_parameter(name) for name in self._names]
+        """Return the parameters as they are now, which must be like those of construction."""
+        params = []
+        for name, shape in zip(self._names, self._shapes, strict=True):
+            try:
+                p = self.model.get_parameter(name)
+            except AttributeError as error:
+                raise self._changed(name, f"shape {tuple(shape)}", "no parameter") from error
+            if p.shape != shape:
+                raise self._changed(name, f"shape {tuple(shape)}", f"{tuple(p.shape)}")
+            params.append(p)
+        trained = [p.requires_grad for p in params]
+        if trained != self._trained and any(trained):  # none is what freezes nothing
+            i = next(i for i, now in enumerate(trained) if now != self._trained[i])
+            expected = f"requires_grad={self._trained[i]}"
+            raise self._changed(self._names[i], expected, f"{trained[i]}")
+        return list(params)
+
+    def _changed(self, name: str, expected: str, got: str) -> ValueError:
+        return ValueError(
+            f"model: {name}: expected {expected}, as when the model was parametrized, got {got}; "
+            "parametrize it anew, in a subspace of its parameters as they are now"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubspaceModule:
         theta = self.theta.detach()

@@ -362,3 +362,33 @@ def test_a_forward_pass_that_writes_weights_is_refused() -> None:
     module = Subspace.random(clamped.named_parameters(), 3).parametrize(clamped)
     with pytest.raises(ValueError, match=r"model: expected weights .* got one that writes some"):
         module(torch.ones(1, 5))
+
+
+def test_a_model_that_has_changed_since() -> None:
+    def made() -> tuple[nn.Sequential, SubspaceModule]:
+        model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+        return model, Subspace.random(model.named_parameters(), 3).parametrize(model)
+
+    x = torch.ones(1, 5)
+    model, module = made()
+    model[0].weight = nn.Parameter(torch.zeros(4, 5))  # found by name
+    assert module(x).shape == (1, 2) and module.write_back()[0].weight.any()
+    model.requires_grad_(False)  # theta alone trains anyway
+    assert module(x).requires_grad
+    module.write_back()
+    model[1].bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"model: 0.weight: expected requires_grad=True, .*False"):
+        module(x)
+    for change, message in (
+        (
+            lambda m: m.__setitem__(0, nn.Linear(5, 7)),
+            r"0.weight: expected shape \(4, 5\), .* \(7, 5\)",
+        ),
+        (lambda m: setattr(m[0], "bias", None), r"0.bias: expected shape \(4,\), .* got no param"),
+        (lambda m: m.pop(1), r"1.weight: expected shape \(2, 4\), .* got no parameter"),
+    ):
+        model, module = made()
+        change(model)
+        for call in (lambda m=module: m(x), module.write_back):
+            with pytest.raises(ValueError, match=message):
+                call()
