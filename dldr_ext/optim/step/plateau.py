@@ -12,8 +12,8 @@ _IN_ORDER = 0.68
 # The median of 20 ratios is 0.7 to 1.01 in runs of networks and on the problems of More, Garbow and
 # Hillstrom; it is 0.18 to 0.36 where the loss is that of one of several micro-batches.
 _LEAST, _MOST = 0.4, 2.5
-# Changes of the loss below this part of it are mostly rounding.
-_VISIBLE = 1e-4
+# Changes of the loss below this part of it may be rounding, in 16 bits.
+_VISIBLE = 1e-2
 
 
 class Agreement:
@@ -27,7 +27,8 @@ class Agreement:
 
     def see(self, change: float, expected: float, loss: float) -> str | None:
         """Take note of a step; return what to say if 20 of them do not agree."""
-        if self._ratios is None or not abs(expected) > _VISIBLE * abs(loss):
+        seen = max(abs(change), abs(expected)) > _VISIBLE * abs(loss)
+        if self._ratios is None or not seen or expected == 0.0:
             return None
         self._ratios.append(change / expected)
         if len(self._ratios) < _STEPS:
