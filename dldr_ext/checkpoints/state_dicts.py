@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +59,7 @@ _ADAPTER = re.compile(
 _SAVED_WHOLE = re.compile(r"\.modules_to_save\.\w+(?=\.)")
 _SHOWN = 8  # keys in a message
 _DEPTH = 5  # of nested dicts
+_TIMES = 8  # that one dict is looked at, under several keys
 Value = TypeVar("Value")
 
 
@@ -202,11 +203,11 @@ def progress(
 
 def _finite(value: Any) -> float | None:
     """Return a number, or one in a string, as a float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str, np.number)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         count = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return count if math.isfinite(count) else None
 
@@ -234,13 +235,14 @@ def _best(saved: Any, fits: Callable[[Mapping[str, Tensor]], bool] | None) -> Ch
     best = _likeliest(fitting or candidates)
     if not best:
         raise ValueError(f"expected a state dict, found {_describe(saved)}")
-    if len(best) > 1:
+    if len({tuple(map(id, candidate.tensors.values())) for candidate in best}) > 1:
         raise ValueError(
             f"expected one state dict, found several {_places(best)}: name one as the key"
             f'{_common(best)} (in Python key="...", for the commands --key)'
         )
-    (chosen,) = best
-    others = [c for c in candidates if c.kind > _Kind.NUMBERS and c is not chosen]
+    chosen = best[0]
+    taken = {candidate.path for candidate in best}
+    others = [c for c in candidates if c.kind > _Kind.NUMBERS and c.path not in taken]
     notes = []
     if others:
         where = repr(".".join(chosen.path)) if chosen.path else "the top of the file"
@@ -249,14 +251,16 @@ def _best(saved: Any, fits: Callable[[Mapping[str, Tensor]], bool] | None) -> Ch
     return Choice(chosen.tensors, key, chosen.kind == _Kind.COPY, notes, chosen.others)
 
 
-def _candidates(saved: Any, path: tuple[str, ...] = ()) -> Iterator[_Candidate]:
-    """Yield the tensors of each dict and list in a saved object."""
-    if isinstance(saved, Mapping):
-        items = {str(name): value for name, value in saved.items()}
-    elif isinstance(saved, (list, tuple)):
-        items = {str(index): value for index, value in enumerate(saved)}
-    else:
+def _candidates(
+    saved: Any, path: tuple[str, ...] = (), seen: Counter[int] | None = None
+) -> Iterator[_Candidate]:
+    """Yield the tensors of each dict and list in a saved object, which may hold itself."""
+    seen = Counter() if seen is None else seen
+    if not isinstance(saved, (Mapping, list, tuple)) or seen[id(saved)] == _TIMES:
         return
+    seen[id(saved)] += 1
+    pairs = saved.items() if isinstance(saved, Mapping) else enumerate(saved)
+    items = {str(name): value for name, value in pairs}
     if _is_optimizer(items):
         return
     tensors = {name: value for name, value in items.items() if isinstance(value, Tensor)}
@@ -265,7 +269,7 @@ def _candidates(saved: Any, path: tuple[str, ...] = ()) -> Iterator[_Candidate]:
         yield _Candidate(path, tensors, _kind(path, tensors), others)
     if len(path) < _DEPTH:
         for name, value in items.items():
-            yield from _candidates(value, (*path, name))
+            yield from _candidates(value, (*path, name), seen)
 
 
 def _kind(path: tuple[str, ...], tensors: dict[str, Tensor]) -> _Kind:

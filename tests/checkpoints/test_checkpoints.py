@@ -146,7 +146,7 @@ def test_patterns(tmp_path):
 def test_key(tmp_path):
     model, found, _ = states(2)
     for i, state in enumerate(found):
-        saved = {"ema": {"w": state}, "student": state, "net": state}
+        saved = {"ema": {"w": state}, "student": state, "net": {n: t + 1 for n, t in state.items()}}
         torch.save(saved, tmp_path / f"{i}.pt")
     with pytest.raises(CheckpointError, match="several under 'student', 'net': name one as the"):
         Series(tmp_path, model)

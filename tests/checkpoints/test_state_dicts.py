@@ -148,6 +148,24 @@ def test_the_key_takes_one_or_all(tmp_path):
         Series(tmp_path, key="teacher")
 
 
+def test_one_dict_under_two_keys_is_no_tie(tmp_path):
+    same = state()
+    torch.save({"net": same, "model": same, "history": [0.5] * 1000}, tmp_path / "1.pt")
+    assert Series(tmp_path).numel == 24
+    inside: dict = {}
+    inside |= {str(i): inside for i in range(100)}
+    assert find_state_dict({"loop": inside, "net": same}).key == "net"
+
+
+def test_a_copy_where_others_have_the_weights_is_refused(tmp_path):
+    torch.save({"model": state(), "ema": state()}, tmp_path / "1.pt")
+    torch.save({"ema": state(1), "epoch": 10**400}, tmp_path / "2.pt")
+    for rows in (True, False):
+        with pytest.raises(CheckpointError, match=r"\[1\].*expected weights in training, as"):
+            Series(tmp_path, rows=rows)
+    assert len(Series(tmp_path, key="ema")) == 2
+
+
 def test_a_model_settles_a_tie(tmp_path):
     other = nn.Linear(9, 9).state_dict()
     torch.save({"other": other, "mine": state(1)}, tmp_path / "1.pt")
