@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .parameters import DTYPES
+
 Buffers = nn.Module | list[Tensor]
 
 
@@ -25,12 +27,17 @@ class SavedBuffers:
         self._buffers = buffers
         self._tensors: list[_Saved] = []
         self._tree: dict[str, dict[str, tuple[_Saved | None, bool]]] = {}
+        self._frozen: list[tuple[str, Tensor, int, int]] = []
         if isinstance(buffers, nn.Module):
             for path, module in buffers.named_modules():
                 self._tree[path] = {
                     key: (self._save(tensor), _is_persistent(module, key))
                     for key, tensor in module._buffers.items()
                 }
+                self._frozen += [
+                    (f"{path}.{key}".lstrip("."), p, p._version, p.data_ptr())
+                    for key, p in _frozen_weights(module)
+                ]
         else:
             for tensor in buffers:
                 self._save(tensor)
@@ -40,6 +47,12 @@ class SavedBuffers:
             return None
         self._tensors.append(_Saved(tensor))
         return self._tensors[-1]
+
+    def written_frozen(self) -> str | None:
+        """Return the name of a frozen parameter that was written since, which is no buffer."""
+        return next(
+            (name for name, p, *seen in self._frozen if [p._version, p.data_ptr()] != seen), None
+        )
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -134,6 +147,15 @@ def checked_buffers(buffers: nn.Module | Iterable[Tensor] | None) -> Buffers:
 def _check_initialised(buffer: Tensor, label: str) -> None:
     if is_lazy(buffer):
         raise ValueError(f"{label}: not initialised yet: run the model once, on any batch")
+
+
+def _frozen_weights(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Yield the parameters that nothing should write: frozen, and neither quantized nor sharded."""
+    if getattr(module, "max_norm", None) is not None:
+        return  # written in each forward pass, but for the first with the same values
+    for key, p in module._parameters.items():
+        if p is not None and not p.requires_grad and p.dtype in DTYPES and type(p) is nn.Parameter:
+            yield key, p
 
 
 def _is_persistent(module: nn.Module, key: str) -> bool:

@@ -28,7 +28,21 @@ class Replay:
         self._saved = self._kept = SavedBuffers(self._buffers)
 
     def mark(self) -> None:
-        """Remember the random state as the first evaluation leaves it."""
+        """Remember the random state as the first evaluation leaves it.
+
+        Raises
+        ------
+        ValueError
+            It has written a frozen parameter, which the next one would write again.
+        """
+        name = self._saved.written_frozen()
+        if name is not None:
+            raise ValueError(
+                f"buffers: {name}: expected a frozen parameter that stays as it is, got one that "
+                "the forward pass writes (a teacher, an average?): the other evaluations of the "
+                "step would write it too; make it a buffer, which they leave alone, or write it "
+                "after the step"
+            )
         self._after = RandomState(self._before.generators)
 
     def rewind(self) -> None:

@@ -234,3 +234,25 @@ def test_refused() -> None:
         made = torch.zeros(2)
     with pytest.raises(ValueError, match=r"buffers\[0\]: expected a tensor that can be written"):
         PBFGS(net.parameters(), subspace, buffers=[made])
+
+
+def test_a_frozen_parameter_that_the_forward_pass_writes() -> None:
+    """As the teacher of a model that trains itself: every trial would write it again."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 2), nn.Linear(5, 2).requires_grad_(False)), torch.ones(3, 5)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            net[1].weight.lerp_(net[0].weight, 0.1)
+        return (net[0](x) - net[1](x)).square().mean()
+
+    optimizer = PBFGS(net.parameters(), Subspace.random(net.parameters(), 3), buffers=net)
+    before = net[0].weight.clone()
+    with pytest.raises(ValueError, match=r"buffers: 1.weight: expected a frozen parameter that"):
+        optimizer.step(forward)
+    assert torch.equal(net[0].weight, before)
+    teacher = net[1].weight.detach().clone()
+    del net[1].weight
+    net[1].register_buffer("weight", teacher)
+    optimizer.step(forward)
+    assert optimizer.status.moved and optimizer.closure_calls > 2
