@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..checkpoints.discovery import is_own
 from ..checkpoints.formats import Contents
+from ..checkpoints.series import Series
 from ..files.artifacts import sync_folder
 from ..files.partial import PartialFile
 from ..files.torch_file import TorchFile
@@ -106,20 +108,29 @@ def _problem(path: Path, form: str) -> str | None:
     return None
 
 
-def check_inputs(output: Output, inputs: list[Path]) -> None:
-    """Check that no checkpoint would be overwritten, under whatever name.
+def check_inputs(output: Output, series: Series) -> None:
+    """Check that no checkpoint would be overwritten, under whatever name, counted or not.
 
     Raises
     ------
     ValueError
         One would be.
     """
-    for path in inputs if output.path.exists() else ():
+    if not output.path.is_file():
+        return
+    inputs = [file for contents in series.contents for file in contents.files]
+    for path in (*inputs, *(error.path for error in series.skipped)):
         if path.exists() and os.path.samefile(path, output.path):
             raise ValueError(
                 f"output: expected a path other than those of the checkpoints, got {output.path}, "
                 f"which is {path}"
             )
+    beside = any(os.path.samefile(folder, output.path.parent) for folder in series.folders)
+    if beside and output.path.stat().st_size and not is_own(output.path):
+        raise ValueError(
+            "output: expected a new file, or an average that dldr wrote, among the checkpoints, "
+            f"got {output.path}"
+        )
 
 
 def check_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:

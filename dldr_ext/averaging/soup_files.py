@@ -156,8 +156,7 @@ def soup_notes(series: Series, output: Output) -> list[str]:
 
 def _checked_output(series: Series, path: str | os.PathLike[str]) -> Output:
     output = parse_output(path)
-    files = [file for contents in series.contents for file in contents.files]
-    check_inputs(output, [*files, *(error.path for error in series.skipped)])
+    check_inputs(output, series)
     return output
 
 
@@ -204,7 +203,7 @@ class _Mean:
 
     def __init__(self, series: Series, factors: list[float] | None) -> None:
         self._series, self._factors = series, factors
-        self._differing: dict[str, None] = {}  # names, in order
+        self._differing: dict[str, int] = {}  # names, in order, and their dimensions
         self._not_finite: dict[str, None] = {}
 
     def window(
@@ -226,7 +225,7 @@ class _Mean:
                     f"{name}: expected the {dtype_name(entry.dtype)} of the last checkpoint, got "
                     "others: codes have no mean; exclude leaves them out",
                 )
-            self._differing[name] = None
+            self._differing.setdefault(name, len(entry.shape))
         return last
 
     def _numbers(
@@ -265,6 +264,11 @@ class _Mean:
         notes = []
         if self._differing:
             notes.append(f"not averaged, but as in the last one: {abridged([*self._differing])}")
+        if packed := [name for name, dims in self._differing.items() if dims > 1]:
+            notes.append(
+                f"if integers such as {packed[0]} are packed weights, the average is of no use: "
+                "average the weights that they were made of"
+            )
         if self._not_finite:
             names = abridged([*self._not_finite])
             notes.append(f"NaN or Inf, the same in every checkpoint, which are kept: {names}")

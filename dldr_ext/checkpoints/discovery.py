@@ -194,8 +194,9 @@ class _Folder:
         inside = [p for p in self._inside if p.is_file()]
         files = [p for p in inside if p.name.lower().endswith(SUFFIXES)]
         files = files or [p for p in inside[:_PEEKED] if _is_of_torch(p)]
-        self._own = [p for p in files if _is_own(p)]
-        files = [p for p in files if p not in self._own]
+        self._own = [p for p in files if is_own(p)]
+        own = set(self._own)
+        files = [p for p in files if p not in own]
         lost = [p for p in self._inside if p.is_symlink() and not p.exists()]
         self._pass_over("links to nothing", [p for p in lost if p.name.endswith(SUFFIXES)])
         self._check_whole(files)
@@ -243,7 +244,7 @@ class _Folder:
         """Return the file that a folder of one model is read from, None for another folder."""
         indices = [p for p in self._inside if p.name.endswith(INDEX_SUFFIXES)]
         shards = {name for path in indices for name in _shards(path)}
-        if self._depth < _DEPTH and any(_is_own(self.path / name) for name in shards):
+        if self._depth < _DEPTH and any(is_own(self.path / name) for name in shards):
             indices = []
         files[:] = [p for p in files if p.name not in shards]
         found = indices or [p for p in files if _MODEL.fullmatch(p.name)]
@@ -412,7 +413,7 @@ def _shards(index: Path) -> set[str]:
         return set()
 
 
-def _is_own(path: Path) -> bool:
+def is_own(path: Path) -> bool:
     """Tell whether this package wrote a file: an earlier soup, a subspace, ..."""
     try:
         with open(path, "rb") as file:

@@ -155,7 +155,7 @@ def _read_index(path: Path, key: str | None) -> Contents:
     shards: dict[str, Contents] = {}
     entries = {}
     for name, shard in places.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or Path(shard).name != shard:
+        if not isinstance(shard, str) or not _is_file_name(shard):
             raise CheckpointError(
                 path, f"{name}: expected the name of a file beside the index, found {shard!r}"
             )
@@ -171,6 +171,14 @@ def _read_index(path: Path, key: str | None) -> Contents:
         is_copy=state_dicts.is_copy(key or ""),
         kind=next((contents.kind for contents in shards.values()), None),
     )
+
+
+def _is_file_name(text: str) -> bool:
+    try:
+        whole = Path(text).name == text and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return whole and text not in ("", ".", "..")
 
 
 def _read_file(path: Path, key: str | None, fits: Fits | None = None) -> Contents:

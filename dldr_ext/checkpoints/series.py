@@ -74,6 +74,8 @@ class Series:
         The place of each in the list that was given, each folder in the place of its checkpoints.
     repeats : dict of int to int
         Places in that list of the same files once more, which do not count, and of the first.
+    folders : set of Path
+        Those that the checkpoints lie in.
     contents : list of Contents
         All tensors in each.
     names : list of str
@@ -136,6 +138,7 @@ class Series:
         self.indices: list[int] = []
         self._rows: list[list[Entry]] = []
         found, self.decisions = discover(paths)
+        self.folders = {folder for one in found for folder in (one.path.parent, one.entry.parent)}
         self.repeats = {i: one.same for i, one in enumerate(found) if one.same is not None}
         layout = None if model is None else _layout_of_model(model, include, exclude)
         if not rows:

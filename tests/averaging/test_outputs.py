@@ -140,6 +140,27 @@ def test_no_checkpoint_is_overwritten(run, tmp_path, monkeypatch, form, bad):
     assert (run / "1.pt").read_bytes() == before and output.samefile(run / "1.pt")
 
 
+def test_a_file_beside_the_checkpoints_is_no_less_safe(run, tmp_path):
+    """One that is passed over, or lies beside those that are named."""
+    torch.save({"w": torch.zeros(4, 3), "b": torch.zeros(2)}, run / "best.pt")
+    model_folder(tmp_path / "steps" / "checkpoint-1", 1.0)
+    model_folder(tmp_path / "steps" / "checkpoint-2", 2.0)
+    save_file({"w": torch.ones(2)}, tmp_path / "steps" / "model.safetensors")
+    for paths, output in (
+        (run, run / "best.pt"),
+        ([run / "0.pt", run / "1.pt"], run / "2.pt"),
+        (tmp_path / "steps", tmp_path / "steps" / "model.safetensors"),
+        (tmp_path / "steps", tmp_path / "steps" / "checkpoint-1" / "optimizer.pt"),
+    ):
+        before = output.read_bytes()
+        with pytest.raises(ValueError, match="expected a new file, or an average that dldr wrote"):
+            write_mean(series(paths), output)
+        assert output.read_bytes() == before
+    for _ in range(2):
+        write_mean(series(run), run / "mean.pt")
+    assert torch.load(run / "mean.pt")["b"].tolist() == [1, 1]
+
+
 def test_shards_are_checkpoints_too(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()

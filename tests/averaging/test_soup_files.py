@@ -205,6 +205,16 @@ def test_a_model_of_complex_numbers_or_integers_alone(tmp_path):
     assert torch.load(tmp_path / "integers.pt")["count"].item() == 3
 
 
+def test_packed_weights_that_differ_are_pointed_out(tmp_path):
+    def make(i):
+        packed = torch.tensor([[i, 2], [3, 4]], dtype=torch.int32)
+        return {"q.qweight": packed, "q.scales": torch.ones(2) * i}
+
+    notes = write_mean(run(tmp_path / "run", 2, make), tmp_path / "x.pt")
+    assert notes[0] == "not averaged, but as in the last one: q.qweight"
+    assert notes[1].startswith("if integers such as q.qweight are packed weights, the average is")
+
+
 def test_patterns_and_what_is_said(tmp_path):
     def make(i):
         made = {f"{name}.weight": torch.ones(2) * i for name in ("a", "b", "c")}

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from checkpoint_files import plain, safe, sharded, states, untied, write
+from checkpoint_files import compressed, legacy, plain, safe, sharded, states, untied, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -211,6 +211,8 @@ def test_quantised_weights_are_not_taken_for_numbers(run, tmp_path):
         ('{"weight_map": {"conv.weight": 3}}', "name of a file beside the index, found 3"),
         ('{"weight_map": {"a": "../0.pt"}}', "name of a file beside the index, found '../0.pt'"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "found '/etc/passwd'"),
+        ('{"weight_map": {"a": "\\u0000"}}', r"found '.x00'"),
+        ('{"weight_map": {"a": "\\ud800"}}', r"found '.ud800'"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors: not found"),
         ('{"weight_map": {"a": "a.safetensors"}}', "a: expected in a.safetensors, which lacks it"),
     ],
@@ -246,8 +248,9 @@ def test_any_index_is_read_or_refused(tmp_path_factory, data):
 def test_any_damaged_file_is_read_or_refused(tmp_path_factory, data):
     """Bytes changed, cut off or put in: never another error, nothing read outside the file."""
     folder = tmp_path_factory.getbasetemp()
-    writer = data.draw(st.sampled_from([plain, safe]))
-    source = folder / f"whole_{writer.__name__}{'.pt' if writer is plain else '.safetensors'}"
+    writer = data.draw(st.sampled_from([plain, safe, legacy, compressed]))
+    suffix = {safe: ".safetensors", legacy: ".pth"}.get(writer, ".pt")
+    source = folder / f"whole_{writer.__name__}{suffix}"
     if not source.exists():
         writer({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5).half()}, source)
     whole = bytearray(source.read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import collections
 import copyreg
 import dataclasses
@@ -11,8 +12,10 @@ import decimal
 import enum
 import fractions
 import gzip
+import os
 import pathlib
 import pickle
+import pickletools
 import random
 import sys
 import tarfile
@@ -24,6 +27,8 @@ from collections import UserDict
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_tensor_kinds import rewritten, same, save_compressed, save_legacy, save_zip
 from torch import nn
 
@@ -344,6 +349,28 @@ def _read_or_refused(path):
         read_watched(path)
     except CheckpointError as error:
         assert str(path) in str(error)
+
+
+@settings(max_examples=20_000 if os.environ.get("DLDR_EVERY_CASE") else 300, deadline=None)
+@given(st.data())
+def test_nothing_in_a_damaged_file_is_run(tmp_path_factory, data):
+    """The old format has no checksums: any change reaches the unpickler."""
+    folder = tmp_path_factory.getbasetemp()
+    source, path = folder / "whole.pth", folder / "changed.pth"
+    if not source.exists():
+        extra = [np.float64(1), Options(), {1, 2}, torch.Size([1]), collections.Counter("ab"), ran]
+        saved = {"model": {"w": torch.ones(2), "s": torch.eye(2).to_sparse()}, "extra": extra}
+        save_legacy(saved, source)
+        read_contents(source)  # what reading itself imports
+        codecs.lookup("raw_unicode_escape")
+    whole = bytearray(source.read_bytes())
+    codes = st.sampled_from(sorted(ord(op.code) for op in pickletools.opcodes))
+    for _ in range(data.draw(st.integers(1, 5))):
+        at = data.draw(st.integers(0, len(whole) - 1))
+        whole[at] = data.draw(st.integers(0, 255) | codes)
+    path.write_bytes(whole)
+    _read_or_refused(path)
+    assert RAN == []
 
 
 def test_the_tables_of_the_unpickler_stay(tmp_path):

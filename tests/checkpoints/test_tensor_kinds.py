@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import pickle
 import zipfile
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -303,3 +305,53 @@ def test_a_compressed_file_is_not_loaded_whole(tmp_path, monkeypatch):
     for state, row in zip(states, rows, strict=True):
         assert torch.equal(row, torch.cat([state["a"], state["b"].view(-1)]))
     assert len(opened) == 6
+
+
+class Old(NamedTuple):
+    """A tensor as torch 0.3 pickled it: of a storage, or of a view of one."""
+
+    storage: tuple
+    begin: int
+    shape: tuple
+    stride: tuple
+
+
+def save_as_torch_03(tensors, storages, path):
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return value if isinstance(value, tuple) and value[:1] == ("storage",) else None
+
+    with open(path, "wb") as file:
+        for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
+            pickle.dump(value, file, protocol=2)
+        rebuilt = {name: Rebuilt(tensor) for name, tensor in tensors.items()}
+        Pickler(file, protocol=2).dump(rebuilt)
+        pickle.dump(list(storages), file, protocol=2)
+        for values in storages.values():
+            file.write(values.numel().to_bytes(8, "little") + values.numpy().tobytes())
+
+
+class Rebuilt:
+    def __init__(self, old):
+        self.old = old
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor, tuple(self.old)
+
+
+def test_views_of_storages_as_torch_03_wrote_them(tmp_path):
+    floats, doubles = torch.arange(12.0), torch.arange(6.0, dtype=torch.float64)
+    whole = ("storage", torch.FloatStorage, "a", "cpu", 12, None)
+    part = ("storage", torch.FloatStorage, "a", "cuda:0", 12, ("b", 4, 6))
+    other = ("storage", torch.DoubleStorage, "c", "cpu", 6, None)
+    tensors = {
+        "whole": Old(whole, 0, (3, 4), (4, 1)),
+        "part": Old(part, 1, (2, 2), (2, 1)),
+        "other": Old(other, 2, (2,), (3,)),
+    }
+    save_as_torch_03(tensors, {"a": floats, "c": doubles}, tmp_path / "x.pth")
+    loaded = torch.load(tmp_path / "x.pth", map_location="cpu", weights_only=False)
+    found = dict(read_all(tmp_path / "x.pth"))
+    assert found["part"].tolist() == [[5, 6], [7, 8]] and found["other"].tolist() == [2, 5]
+    for name, tensor in found.items():
+        same(tensor, loaded[name])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import zipfile
 
 import numpy as np
 import torch
@@ -51,6 +53,17 @@ def plain(state, path):
 
 def legacy(state, path):
     torch.save(state, path.with_suffix(".pth"), _use_new_zipfile_serialization=False)
+
+
+def compressed(state, path):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with (
+        zipfile.ZipFile(buffer) as source,
+        zipfile.ZipFile(path.with_suffix(".pt"), "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
 
 
 def safe(state, path):
@@ -105,6 +118,7 @@ def sharded_bin(state, path):
 WRITERS = [
     plain,
     legacy,
+    compressed,
     safe,
     parallel,
     compiled,
