@@ -97,6 +97,15 @@ class SubspaceModule(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        for module in model.modules():
+            group: Any = getattr(module, "process_group", None)
+            ddp = isinstance(module, nn.parallel.DistributedDataParallel)
+            if ddp and group.size() > 1:
+                raise ValueError(
+                    "model: expected the module in DistributedDataParallel, which would sum no "
+                    "gradient of theta over its ranks, got the wrapper: use "
+                    "DistributedDataParallel(subspace.parametrize(model.module))"
+                )
         # Into __dict__, past nn.Module's registration of submodules.
         self.__dict__["model"] = model
         self.subspace = subspace

@@ -55,6 +55,29 @@ def test_a_model_in_ddp_gives_the_same(ranks: RankGroup, wrap: str) -> None:
     torch.testing.assert_close(found[0]["weights"], plain[0]["weights"], rtol=1e-9, atol=1e-10)
 
 
+def trained_theta() -> tuple[str, list[float], list[float]]:
+    """What parametrize says of a model in DDP, and theta of DDP around the module instead."""
+    model, subspace, data = problem()
+    try:
+        subspace.parametrize(DistributedDataParallel(model))
+        error = "accepted"
+    except ValueError as refused:
+        error = str(refused)
+    inputs = data[0].to(torch.float64)
+    mine = DistributedDataParallel(subspace.parametrize(model))
+    loss = mine(part((inputs,), dist.get_rank(), dist.get_world_size())[0]).square().mean()
+    loss.backward()
+    alone = subspace.parametrize(model)
+    alone(inputs).square().mean().backward()
+    return error, mine.module.theta.grad.tolist(), alone.theta.grad.tolist()
+
+
+def test_a_parametrized_model_goes_into_ddp_not_the_other_way(ranks: RankGroup) -> None:
+    for error, theta, whole in ranks.all(trained_theta):
+        assert "model: expected the module in DistributedDataParallel" in error
+        torch.testing.assert_close(theta, whole, rtol=1e-6, atol=1e-9)
+
+
 def wire(how: str) -> tuple[list[int], int, int, int]:
     """Numbers in each sum of three steps, their trials, and what DDP sends for one gradient."""
     model, subspace, data = problem()
