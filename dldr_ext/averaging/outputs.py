@@ -31,7 +31,7 @@ _KIND, _VERSION = "soup", 1
 _SHARD = 5_000_000_000  # bytes of a file in a folder, as transformers has it
 # What a folder of a model has beside its weights: configuration, tokenizer, code.
 _CONFIGS = ("config.json", "adapter_config.json")
-_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py")
+_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".codes", ".py")
 _OF_TRAINING = ("trainer_state.json", "zero_to_fp32.py", "_results.json", ".index.json")
 _BASES = ("adapter_model", "diffusion_pytorch_model")
 # What may differ between the configurations of checkpoints of one model.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, overload
 
 import torch
@@ -138,6 +139,9 @@ def soup_notes(series: Series, output: Output) -> list[str]:
     tensors = series.tensors(0)
     left_out = [name for name in series.contents[0].entries if name not in tensors]
     notes = [f"left out (by the patterns): {abridged(left_out)}"] if left_out else []
+    for pattern in (*series.include, *series.exclude):
+        if not any(fnmatchcase(name, pattern) for name in series.contents[0].entries):
+            notes.append(f"no tensor has a name as {pattern}")
     notes += dict.fromkeys(note for contents in series.contents for note in contents.notes)
     others = (name for t in range(1, len(series)) for name in series.tensors(t))
     if aliases := [name for name in dict.fromkeys(others) if name not in tensors]:

@@ -7,6 +7,7 @@ Batch-norm statistics of an average are not the average of the statistics: re-es
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from ..subspace.grouped import GroupedSubspace, group_slices
 from ..tensors.names import places_of
 from ..tensors.parameters import named_parameters, type_name
 from ..trajectory.trajectory import Trajectory
-from .kinds import COMPLEX, FLOAT, OTHER, accumulator, describe, kind, same
+from .kinds import COMPLEX, FLOAT, INTEGER, OTHER, accumulator, describe, kind, same
 
 State = Mapping[str, Any]
 
@@ -62,7 +63,8 @@ def uniform_soup(checkpoints: Iterable[State] | Trajectory) -> dict[str, Any]:
     -------
     dict
         A state dict on the devices and in the dtypes of the first one; sums are float64 or
-        complex128. Integers (counts of batches) and what is no tensor are those of the last one.
+        complex128. Integers (counts of batches) and what is no tensor are those of the last one;
+        a warning names arrays of integers that differ.
 
     Raises
     ------
@@ -95,6 +97,7 @@ def uniform_soup(checkpoints: Iterable[State] | Trajectory) -> dict[str, Any]:
     mean = _RunningMean()
     for state in _each_state(checkpoints):
         mean.add(state)
+    mean.warn()
     return mean.state_dict()
 
 
@@ -157,6 +160,7 @@ def greedy_soup(
         if candidate_score >= highest:
             mean, highest = candidate, candidate_score
             members.append(t)
+    mean.warn()
     return Soup(mean.state_dict(), members, highest)
 
 
@@ -250,6 +254,7 @@ class _RunningMean:
         self.sums: dict[str, Tensor] = {}  # never changed in place: copies share them
         self.last: State = {}
         self.first: State = {}
+        self.differing: frozenset[str] = frozenset()  # names of arrays of integers
 
     def add(self, state: State) -> None:
         if self.count == 0:
@@ -257,6 +262,8 @@ class _RunningMean:
         _check_same(self.first, state, self.count)
         for name, value in state.items():
             if kind(value) not in (FLOAT, COMPLEX):
+                if kind(value) == INTEGER and value.dim() and not same(self.first[name], value):
+                    self.differing |= {name}
                 continue
             if name in self.sums:
                 sums = self.sums[name]
@@ -271,6 +278,16 @@ class _RunningMean:
         extended.sums = dict(self.sums)
         extended.add(state)
         return extended
+
+    def warn(self) -> None:
+        """Say what is no mean; single integers are counters."""
+        if self.differing:
+            listed = ", ".join(name for name in self.first if name in self.differing)
+            warnings.warn(
+                f"not averaged, but as in the last one: {listed} (integers that differ)",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         if self.count == 0:

@@ -29,6 +29,7 @@ Fits = Callable[[Mapping[str, Tensor]], bool]
 _INDEX_LIMIT = 1 << 28  # bytes; the index of a model of 100,000 tensors has 10 MB
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 _SAFETENSORS_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 KIND_RECORD = "dldr_ext.json"  # in a file of torch.save that this package wrote
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save wrote first, before torch 1.6
 _OTHERS = {  # how files begin that are not checkpoints of torch
@@ -248,6 +249,13 @@ def _read_zip(path: Path, size: int, key: str | None, fits: Fits | None) -> Cont
             roots = [name.removesuffix("data.pkl") for name in members if _is_pickle(name)]
             if len(roots) != 1 or f"{roots[0]}constants.pkl" in members:
                 raise CheckpointError(path, _other_archive(members))
+            for packed in archive.filelist:
+                if packed.compress_type not in _COMPRESSIONS or packed.flag_bits & 1:
+                    raise CheckpointError(
+                        path,
+                        "expected a zip archive that Python reads (stored, deflated, bzip2, LZMA; "
+                        f"not encrypted), found {packed.filename} otherwise: pack it anew",
+                    )
             root = roots[0]
             order = members.get(f"{root}byteorder")
             swapped = order is not None and _whole(archive, file, order) == b"big"

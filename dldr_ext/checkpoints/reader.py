@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import zipfile
-import zlib
 from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
@@ -135,9 +134,11 @@ class CheckpointReader:
                 if got == 0:
                     raise CheckpointError(entry.file, f"truncated: {entry.name} ends early")
                 done += got
+        except CheckpointError:
+            raise
         except OSError as error:
             raise CheckpointError(entry.file, reason(error)) from error
-        except (zipfile.BadZipFile, KeyError, zlib.error, EOFError, RuntimeError) as error:
+        except Exception as error:  # of a damaged record: any
             raise CheckpointError(entry.file, f"corrupt: {entry.name} ({error})") from error
         values = torch.frombuffer(self._buffer, dtype=entry.dtype, count=count)
         if entry.swapped:

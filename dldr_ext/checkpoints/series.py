@@ -74,6 +74,8 @@ class Series:
         The place of each in the list that was given, each folder in the place of its checkpoints.
     repeats : dict of int to int
         Places in that list of the same files once more, which do not count, and of the first.
+    include, exclude : list of str
+        As given.
     folders : set of Path
         Those that the checkpoints lie in.
     contents : list of Contents
@@ -129,7 +131,7 @@ class Series:
     ) -> None:
         include = [include] if isinstance(include, str) else list(include)
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-        self._patterns = (include, exclude)
+        self.include, self.exclude = include, exclude
         self.skip_bad = skip_bad
         self.notes: list[str] = []
         self.skipped: list[CheckpointError] = []
@@ -272,7 +274,8 @@ class Series:
         dict of str to Entry
         """
         entries = self.contents[t].entries
-        return {name: entry for name, entry in entries.items() if selected(name, *self._patterns)}
+        patterns = (self.include, self.exclude)
+        return {name: entry for name, entry in entries.items() if selected(name, *patterns)}
 
     def dtypes(self, t: int) -> list[torch.dtype]:
         """Return the dtypes of the tensors in row ``t`` as they are stored.

@@ -97,8 +97,12 @@ def test_codes_stay_or_are_refused(name: str) -> None:
 def test_integers_are_those_of_the_last() -> None:
     for dtype in (torch.bool, torch.uint8, torch.int64, torch.uint16, torch.uint32, torch.uint64):
         values = [torch.tensor([i, 1]).to(dtype) for i in range(3)]
-        found = uniform_soup([{"w": torch.ones(1), "x": value, "epoch": 3} for value in values])
-        assert found["x"] is values[-1]
+        states = [{"w": torch.ones(1), "x": value, "n": value[0], "epoch": 3} for value in values]
+        for average in (uniform_soup, lambda s: greedy_soup(s[::-1], lambda _: 0.0).state_dict):
+            with pytest.warns(UserWarning, match=r"as in the last one: x \(integers that differ\)"):
+                found = average(states)
+            assert found["x"] is values[-1 if average is uniform_soup else 0]
+        assert uniform_soup(states[:1] * 2)["x"] is values[0]
 
 
 def test_a_tensor_without_values_is_refused() -> None:

@@ -230,6 +230,8 @@ def test_patterns_and_what_is_said(tmp_path):
         "left out (not tensors): epoch",
     ]
     assert notes[2].startswith("batch-norm statistics were averaged")
+    again = Series(folder, rows=False, exclude=["b.*", "d.*"], include=["*"])
+    assert "no tensor has a name as d.*" in write_mean(again, tmp_path / "x.pt")
     with pytest.raises(
         ValueError, match=r"expected patterns that let a tensor through: a.weight, b"
     ):

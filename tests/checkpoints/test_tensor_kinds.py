@@ -111,7 +111,15 @@ def same(found, expected):
     assert torch.equal(*flat)
 
 
-@pytest.mark.parametrize("save", [save_zip, save_legacy, save_compressed])
+def save_bzip2(state, path):
+    rewritten(state, path, compression=zipfile.ZIP_BZIP2)
+
+
+def save_lzma(state, path):
+    rewritten(state, path, compression=zipfile.ZIP_LZMA)
+
+
+@pytest.mark.parametrize("save", [save_zip, save_legacy, save_compressed, save_bzip2, save_lzma])
 def test_each_is_read_to_the_bit(tmp_path, save):
     tensors = number_tensors()
     save(tensors, tmp_path / "x.pt")
@@ -139,6 +147,17 @@ def test_every_protocol_of_pickle(tmp_path, protocol):
     assert list(found) == list(state)
     for name, tensor in found.items():
         same(tensor, state[name])
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_an_archive_that_python_cannot_unpack_is_no_corrupt_one(tmp_path, encrypted):
+    save_compressed({"w": torch.ones(3)}, tmp_path / "x.pt")
+    data = bytearray((tmp_path / "x.pt").read_bytes())
+    at = data.rindex(b"PK\1\2")  # of the last record in the directory
+    data[at + (8 if encrypted else 10)] = 1 if encrypted else 93  # Zstandard
+    (tmp_path / "x.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"expected a zip archive that Python reads .* pack"):
+        read_contents(tmp_path / "x.pt")
 
 
 def unusual():
