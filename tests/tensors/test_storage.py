@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dldr_ext import PBFGS, PSGD, InSubspace, Subspace, Trajectory
@@ -72,6 +78,36 @@ def test_elements_that_share_memory_in_one_tensor_are_found(tensor: Tensor) -> N
 )
 def test_memory_of_ones_own_is_accepted(tensors: list[Tensor]) -> None:
     assert first_shared(tensors) is None
+
+
+_VIEW = st.tuples(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=0, max_size=3),
+    st.integers(0, 6),
+    st.sampled_from([torch.float32, torch.float16, torch.float64]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(_VIEW, min_size=1, max_size=4))
+def test_any_views_of_one_storage(views: list[Any]) -> None:
+    """Against the sets of bytes of their elements."""
+    storage = torch.zeros(64, dtype=torch.float64).untyped_storage()
+    tensors, places = [], []
+    for dims, offset, dtype in views:
+        shape, stride = [n for n, _ in dims], [s for _, s in dims]
+        tensor = torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
+        indices = itertools.product(*map(range, shape))
+        starts = [offset + sum(map(operator.mul, i, stride)) for i in indices]
+        size = dtype.itemsize
+        tensors.append(tensor)
+        places.append([size * start + byte for start in starts for byte in range(size)])
+    shared = {
+        (i, j)
+        for i, j in itertools.combinations_with_replacement(range(len(tensors)), 2)
+        if (len(set(places[i])) < len(places[i]) if i == j else set(places[i]) & set(places[j]))
+    }
+    found = first_shared(tensors)
+    assert found in shared if shared else found is None
 
 
 class _Shared(nn.Module):
