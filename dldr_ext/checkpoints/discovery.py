@@ -17,6 +17,7 @@ from .state_dicts import is_copy
 SUFFIXES = (
     ".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".th", ".pt.tar", ".pth.tar", ".ckpt.tar"
 )  # fmt: skip
+_SUFFIX = re.compile(rf"(?:{'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 #: Of a folder of torch.distributed.checkpoint.
 METADATA = ".metadata"
@@ -162,7 +163,7 @@ class _Folder:
         model = self._model(files)
         folders = [p for p in self._folders() if _STEP_FOLDER.fullmatch(p.name)]
         steps = [p for p in folders if not _UNFINISHED.search(p.name)]
-        self._pass_over("not whole, by their names", [p for p in folders if p not in steps])
+        self._pass_over("not whole, by their names", _without(folders, steps))
         others = [p for p in files if not _MODEL.fullmatch(p.name)]
         numbered = [p for p in others if _number(p) and not _is_apart(p)]
         if len(numbered) > 1 and "random_states_0.pkl" not in self._names:
@@ -171,7 +172,7 @@ class _Folder:
         if model is not None and all(p.name.startswith("global_step") for p in steps):
             return self._of_model(model, files)
         if found := self._each(steps, needed=model is None and not files):
-            rest = [p for p in self._folders() if p not in folders and _holds_weights(p)]
+            rest = [p for p in _without(self._folders(), folders) if _holds_weights(p)]
             self._pass_over("beside folders of steps", [*files, *rest])
             paths = list(found)
             return [(self._only(paths[i], found[paths[i]]), paths[i]) for i in in_order(paths)[0]]
@@ -195,8 +196,7 @@ class _Folder:
         files = [p for p in inside if p.name.lower().endswith(SUFFIXES)]
         files = files or [p for p in inside[:_PEEKED] if _is_of_torch(p)]
         self._own = [p for p in files if is_own(p)]
-        own = set(self._own)
-        files = [p for p in files if p not in own]
+        files = _without(files, self._own)
         lost = [p for p in self._inside if p.is_symlink() and not p.exists()]
         self._pass_over("links to nothing", [p for p in lost if p.name.endswith(SUFFIXES)])
         self._check_whole(files)
@@ -205,7 +205,7 @@ class _Folder:
             return files  # of the folder that was named: reading says what they are
         if not any(_MODEL.fullmatch(path.name) for path in files):
             self._pass_over("no weights, by their names", beside)
-        return [path for path in files if path not in beside]
+        return _without(files, beside)
 
     def _check_whole(self, files: list[Path]) -> None:
         """Refuse parts of a model that nothing says how to put together."""
@@ -266,7 +266,8 @@ class _Folder:
             if first is not path:
                 note = f"{path} is the same folder as {first.name}: counts once"
                 self._notes += [] if note in self._notes else [note]
-        return [path for path in self._inside if path in once.values()]
+        names = set(once.values())
+        return [path for path in self._inside if path in names]
 
     def _each(
         self, folders: Sequence[Path], needed: bool = True
@@ -369,8 +370,7 @@ class _Folder:
 
 
 def _stem(path: Path) -> str:
-    suffix = max((s for s in SUFFIXES if path.name.lower().endswith(s)), key=len, default="")
-    return path.name[: len(path.name) - len(suffix)]
+    return _SUFFIX.sub("", path.name)
 
 
 def _number(path: Path) -> bool:
@@ -397,12 +397,10 @@ def _is_of_torch(path: Path) -> bool:
 
 def _holds_weights(folder: Path) -> bool:
     try:
-        return any(
-            path.name.lower().endswith(SUFFIXES) and not _BESIDE.fullmatch(_stem(path))
-            for path in folder.iterdir()
-        )
+        files = [path for path in folder.iterdir() if path.name.lower().endswith(SUFFIXES)]
     except OSError:
         return False
+    return not all(_BESIDE.fullmatch(_stem(path)) or is_own(path) for path in files)
 
 
 def _shards(index: Path) -> set[str]:
@@ -431,6 +429,11 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return (status.st_dev, status.st_ino) if status.st_ino else None
+
+
+def _without(paths: Sequence[Path], others: Sequence[Path]) -> list[Path]:
+    left_out = set(others)
+    return [path for path in paths if path not in left_out]
 
 
 def _listed(paths: Sequence[Path]) -> str:

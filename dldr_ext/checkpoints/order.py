@@ -84,8 +84,9 @@ def _by_name(paths: Sequence[Path], names: Sequence[str]) -> tuple[list[int], li
     if not unnumbered or len(paths) == 1:
         return natural, []
     first = [i for i in unnumbered if _FIRST.search(names[i])]
-    last = sorted((i for i in unnumbered if i not in first), key=lambda i: _time(paths[i]))
-    numbered = [i for i in natural if i not in unnumbered]
+    last = sorted(set(unnumbered).difference(first), key=lambda i: (_time(paths[i]), names[i]))
+    apart = set(unnumbered)
+    numbered = [i for i in natural if i not in apart]
     listed = ", ".join(names[i] for i in last[:5])
     if not last:
         notes = []
