@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -211,14 +212,14 @@ class Owners:
         self._tensors = tensors
         self.places: list[tuple[weakref.ref[nn.Module], str, int]] = []
         self._root: weakref.ref[nn.Module] | None = None
-        self._grown(None)
+        self._look_below(None)
         if any(is_dtensor(t) or hasattr(t, "_fsdp_flattened") for t in tensors):
             return
         modules = _live_modules()
         self.places = self._found(modules)
         root = self._root_of(modules)
         self._root = None if root is None else weakref.ref(root)
-        self._grown(root)
+        self._look_below(root)
 
     @property
     def model(self) -> nn.Module | None:
@@ -227,26 +228,27 @@ class Owners:
 
     def change(self) -> Change | None:
         """Return what has changed, if anything has."""
-        tensors, same = self._tensors, True
-        for ref, key, i in self.places:
-            module = ref()
-            if module is None or module._parameters.get(key) is not tensors[i]:
-                same = False
-                break
-        if same and self._count() == self._size:
+        tensors = self._tensors
+        same = all(
+            (module := ref()) is not None and module._parameters.get(key) is tensors[i]
+            for ref, key, i in self.places
+        )
+        if same and self._below() == self._seen:
             return None
-        root, found = self.model, self._found(_live_modules())
-        whole = None if root is None else set(map(id, root.parameters()))
-        there = {i for _, _, i in found if whole is None or id(tensors[i]) in whole}
-        lost = [(ref(), i) for ref, _, i in self.places if i not in there]
-        for module, i in sorted(lost, key=lambda pair: (pair[0] is None, pair[1])):
-            return Change("gone" if module is None and root is None else "replaced", i)
+        root = self.model
+        whole = {} if root is None else {id(p): name for name, p in root.named_parameters()}
+        if not same:
+            found = self._found(_live_modules())
+            there = {i for _, _, i in found if root is None or id(tensors[i]) in whole}
+            lost = [(ref(), i) for ref, _, i in self.places if i not in there]
+            for module, i in sorted(lost, key=lambda pair: (pair[0] is None, pair[1])):
+                return Change("gone" if module is None and root is None else "replaced", i)
+            self.places = found
         known = {id(t) for t in tensors}
-        for name, p in () if root is None else root.named_parameters():
+        for p in () if root is None else root.parameters():
             if p.requires_grad and id(p) not in known:
-                return Change("added", name=name)
-        self.places = found
-        self._grown(root)
+                return Change("added", name=whole[id(p)])
+        self._look_below(root)
         return None
 
     def forget_gone(self) -> None:
@@ -280,15 +282,16 @@ class Owners:
         whole = [m for m in (around or {}).values() if {id(p) for p in _counting(m)} == wanted]
         return min(whole, key=lambda module: sum(1 for _ in module.modules()), default=None)
 
-    def _grown(self, root: nn.Module | None) -> None:
+    def _look_below(self, root: nn.Module | None) -> None:
         below = [] if root is None else list(root.modules())
         self._tree = [weakref.ref(module) for module in below]
-        self._size = self._count()
+        self._seen = self._below()
 
-    def _count(self) -> int:
-        """Return how many parameters and modules the modules of the model hold."""
+    def _below(self) -> list[int]:
+        """Return which parameters and modules the modules of the model hold, as numbers."""
         modules = [module for ref in self._tree if (module := ref()) is not None]
-        return sum(len(module._parameters) + len(module._modules) for module in modules)
+        held = (d.values() for m in modules for d in (m._parameters, m._modules))
+        return list(map(id, chain.from_iterable(held)))
 
 
 def _live_modules() -> list[nn.Module]:

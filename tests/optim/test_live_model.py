@@ -93,6 +93,10 @@ def _add_layer(m: Model) -> None:
     m.append(nn.Linear(2, 2))
 
 
+def _replace_frozen(m: Model) -> None:
+    m[1] = nn.PReLU()  # for a module without parameters
+
+
 def _tie(m: Model) -> None:
     m[2].weight.data = m[2].weight.data.clone()
     m[2].bias.data = m[0].bias.data
@@ -113,6 +117,7 @@ _CHANGES = {
     _reshape: r"params\[0\]: expected shape \(4, 5\), .* got \(5, 4\) \(0.weight\)",
     _add: r"params: expected the trainable parameters that the model had .* got 1.scale too",
     _add_layer: r"params: expected the trainable parameters .* got 4.weight too",
+    _replace_frozen: r"params: expected the trainable parameters .* got 1.weight too",
     _tie: r"params\[3\] .*expected memory of its own, got that of params\[1\]",
     _weight_norm: r"params\[2\]: expected the parameter that the model has, .* \(2.weight\)",
 }
