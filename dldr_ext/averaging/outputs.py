@@ -58,13 +58,15 @@ class Writer(Protocol):
         """Remove what was written."""
 
 
-def parse_output(output: str | os.PathLike[str]) -> Output:
+def parse_output(output: str | os.PathLike[str], of_models: bool = True) -> Output:
     """Find out what to write, and whether it can be written.
 
     Parameters
     ----------
     output : path
         Its suffix says the format; a folder ends with a slash, or is there already.
+    of_models : bool
+        The checkpoints are folders of a model: a name without suffix is that of a folder too.
 
     Raises
     ------
@@ -74,7 +76,8 @@ def parse_output(output: str | os.PathLike[str]) -> Output:
     text = os.fspath(output)
     path = Path(os.path.realpath(text))
     form = next((f for f, known in _SUFFIXES.items() if text.lower().endswith(known)), None)
-    if text.endswith(os.sep) or (form is None and path.is_dir()):
+    bare = of_models and not Path(text).suffix
+    if text.endswith(os.sep) or (form is None and (bare or path.is_dir())):
         form = FOLDER
     if form is None:
         listed = "; ".join(f"{', '.join(known)} ({f})" for f, known in _SUFFIXES.items())
@@ -247,11 +250,16 @@ class _Folder(ExitStack):
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
+def is_of_model(like: Contents) -> bool:
+    """Tell whether a checkpoint is the folder of a model, as transformers and PEFT write it."""
+    return any((like.files[0].parent / name).is_file() for name in _CONFIGS)
+
+
 def companions(like: Contents) -> list[Path]:
     """Return the files beside a checkpoint that its folder needs to be loaded as a model."""
-    folder = like.files[0].parent
-    if not any((folder / name).is_file() for name in _CONFIGS):
+    if not is_of_model(like):
         return []
+    folder = like.files[0].parent
     return sorted(
         path
         for path in folder.iterdir()

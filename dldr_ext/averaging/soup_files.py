@@ -25,6 +25,7 @@ from .outputs import (
     check_tensors,
     folder_notes,
     hollow,
+    is_of_model,
     parse_output,
     writing,
 )
@@ -159,7 +160,7 @@ def soup_notes(series: Series, output: Output) -> list[str]:
 
 
 def _checked_output(series: Series, path: str | os.PathLike[str]) -> Output:
-    output = parse_output(path)
+    output = parse_output(path, of_models=is_of_model(series.contents[0]))
     check_inputs(output, series)
     return output
 

@@ -258,7 +258,7 @@ def test_shards(tmp_path, monkeypatch, shards):
     if shards == 1:
         monkeypatch.setattr(outputs, "_SHARD", 2 * 64 * 64 * 4)
     paths = [model_folder(tmp_path / f"c-{i}", i, shards) for i in range(2)]
-    write_mean(series(paths), f"{tmp_path}/mean/")
+    write_mean(series(paths), tmp_path / "mean")  # of folders of a model it is one
     index = json.loads((tmp_path / "mean" / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 4 * 64 * 64 * 4}
     files = sorted(path.name for path in (tmp_path / "mean").glob("*.safetensors"))
