@@ -190,7 +190,7 @@ class Evaluator:
     def _scaled_backward(self, loss: Tensor) -> None:
         # Not under the caller's autocast, nor under the closure's: what the forward pass has cast
         # its graph casts back.
-        with torch.enable_grad(), _without_autocast():
+        with torch.enable_grad(), _without_autocast(), self._gradients.own_backward():
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def _drop_gradients(self) -> None:

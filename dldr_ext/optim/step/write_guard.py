@@ -143,6 +143,7 @@ class GradientWatch:
         self.factor: float | None = None
         self._ran = False
         self._sample = _sample(params)
+        _WATCHES.add(self)
         self.rounding = max((8 * torch.finfo(p.dtype).eps for p in self._sample), default=0.0)
         self.remember()
 
@@ -166,6 +167,17 @@ class GradientWatch:
         """Return the first parameter with a gradient, not zero, that came since `remember`."""
         same = self._same(self._left)
         return next((i for i, p in enumerate(self._params) if not same[i] and any_of(p.grad)), None)
+
+    @contextmanager
+    def own_backward(self) -> Iterator[None]:
+        """Run backward for this optimizer: what it leaves with others' parameters is old to them.
+
+        So two networks that are trained against each other need no zeroing.
+        """
+        others = [watch for watch in _WATCHES if watch is not self and watch.foreign() is None]
+        yield
+        for watch in others:
+            watch.remember()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -263,6 +275,7 @@ class GradientWatch:
         ]
 
 
+_WATCHES: weakref.WeakSet[GradientWatch] = weakref.WeakSet()
 # References and version counters: no pairs, which the garbage collector would all look at.
 _Seen = tuple[list["weakref.ref[Tensor] | None"], list[int]]
 

@@ -174,6 +174,33 @@ def test_forward_only_closures_do_not_lose_what_came_before_them() -> None:
     assert bits(batches.params) != before
 
 
+@pytest.mark.parametrize("make", [PBFGS, lambda p, s: PSGD(p, s, lr=0.1, momentum=0.0)])
+def test_two_networks_against_each_other_need_no_zeroing(
+    make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The backward of one leaves gradients with the other: not accumulated for it."""
+    runs = []
+    for zeroing in (False, True):
+        torch.manual_seed(0)
+        one, other = nn.Linear(3, 6).double(), nn.Linear(6, 1).double()
+        x, z = torch.randn(8, 6).double(), torch.randn(8, 3).double()
+        first, second = (make(m.parameters(), whole_space(m.parameters())) for m in (one, other))
+        for _ in range(3):
+            if zeroing:
+                second.zero_grad()
+            fake = one(z).detach()
+            second.step(lambda: nn.functional.softplus(other(fake) - other(x)).mean())  # noqa: B023
+            if zeroing:
+                first.zero_grad()
+            first.step(lambda: nn.functional.softplus(-other(one(z))).mean())  # noqa: B023
+        runs.append(bits(one.parameters()) + bits(other.parameters()))
+    assert runs[0] == runs[1] and not caplog.records
+    other(x).sum().backward()  # but this is the user's
+    if make is not PBFGS:
+        with pytest.raises(ValueError, match="no gradients from before the step"):
+            second.step(lambda: other(x).mean())
+
+
 def test_a_virtual_batch_takes_in_what_came_before_it_once() -> None:
     ours, theirs = Batches(0), Batches(0)
     subspace = random_subspace(ours.params, 4)
