@@ -77,10 +77,7 @@ def test_what_has_no_mean_is_named_with_the_way_out(run, tmp_path, capsys):
 def test_outputs_that_cannot_be_written(run, tmp_path, capsys, metric):
     """Said at once, with the option and the way out."""
     for output, message in (
-        (
-            "soup",
-            "expected a name that ends with one of .safetensors",
-        ),
+        ("soup.tar", "expected a name that ends with one of .safetensors"),
         ("soup.npz", "or with / for a folder that transformers or PEFT loads, got"),
         ("no/x.pt", "expected a path in a folder that is there, unlike"),
         ("run", "expected a new or an empty folder, not one with 3 entries"),
@@ -89,6 +86,8 @@ def test_outputs_that_cannot_be_written(run, tmp_path, capsys, metric):
         code, printed, err = call(capsys, *arguments)
         assert (code, printed) == (2, "")
         assert "--output" in words(err) and message[:40] in words(err)
+    code, printed, err = call(capsys, "soup", str(run), "-o", str(tmp_path / "soup"), *metric)
+    assert (code, printed) == (1, "") and "expected a name that ends with one of" in err
     before = (run / "1.pt").read_bytes()
     code, printed, err = call(capsys, "soup", str(run), "-o", str(run / "1.pt"), *metric)
     assert (code, printed) == (1, "")
