@@ -296,8 +296,10 @@ class Owners:
 
 def _live_modules() -> list[nn.Module]:
     objects = gc.get_objects()
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, nn.Module)}
-    return [x for x in objects if type(x) in kinds and x.__dict__.keys() >= _HELD]
+    # By their ids: other people's metaclasses may compare classes, or not let them be hashed.
+    kinds = {id(kind): kind for kind in map(type, objects)}
+    modules = {key for key, kind in kinds.items() if issubclass(kind, nn.Module)}
+    return [x for x in objects if id(type(x)) in modules and x.__dict__.keys() >= _HELD]
 
 
 def _counting(module: nn.Module) -> list[nn.Parameter]:

@@ -265,6 +265,20 @@ def test_nothing_goes_on_from_other_parameters(make: Any) -> None:
             call()
 
 
+class _Unhashable(type):
+    """A metaclass as some packages have."""
+
+    def __eq__(cls, other: object) -> bool:
+        raise RuntimeError("compared")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_odd_objects_of_the_process_are_in_nobodys_way() -> None:
+    odd = [_Unhashable("Odd", (), {})(), nn.Module.__new__(nn.Module)]  # the second in the making
+    assert Trajectory(_model().named_parameters()).record() == 0 and len(odd) == 2
+
+
 def test_an_untied_weight_is_a_parameter_more() -> None:
     model, x = Model(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(8, 4)
     model[1].weight = model[0].weight
