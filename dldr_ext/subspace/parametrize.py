@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from ..tensors.names import places_of
 from ..tensors.parameters import check_matches, named_parameters, numel
+from ..tensors.storage import first_shared
 
 _PREFIX = "model."
 _WRITES = "expected weights that a forward pass leaves as they are"
@@ -118,6 +119,7 @@ class SubspaceModule(nn.Module):
                     "renormalises them: set its max_norm to None"
                 )
         params = [model.get_parameter(name) for name in self._names]
+        _check_apart(model, params)
         self._shapes = [p.shape for p in params]
         self._trained = [p.requires_grad for p in params]
         if params[0].device != subspace.device:
@@ -277,6 +279,22 @@ class SubspaceModule(nn.Module):
         state = self.model.state_dict(keep_vars=True)
         buffers = self.model.named_buffers(remove_duplicate=False)
         return {name: buffer for name, buffer in buffers if name in state}
+
+
+def _check_apart(model: nn.Module, params: Sequence[Tensor]) -> None:
+    """Refuse what lies in the memory of parameters, and would not follow theta."""
+    storages = {p.untyped_storage().data_ptr() for p in params if type(p) is nn.Parameter}
+    own = set(map(id, params))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+        if not plain or id(tensor) in own or tensor.device.type == "meta":
+            continue
+        if tensor.untyped_storage().data_ptr() in storages and first_shared([*params, tensor]):
+            raise ValueError(
+                f"model: {name}: expected memory of its own, got that of a parameter that moves "
+                "with theta, without being that parameter: tie the parameter itself "
+                "(b.weight = a.weight)"
+            )
 
 
 def _matching_names(model: nn.Module, subspace: _Subspace) -> list[str]:

@@ -392,3 +392,20 @@ def test_a_model_that_has_changed_since() -> None:
         for call in (lambda m=module: m(x), module.write_back):
             with pytest.raises(ValueError, match=message):
                 call()
+
+
+def test_what_lies_in_the_memory_of_a_parameter_would_not_follow_theta() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight.requires_grad_(False)
+    subspace = Subspace.random(model.named_parameters(), 3)
+    model[1].weight.data = model[0].weight.data
+    with pytest.raises(ValueError, match=r"model: 1.weight: expected memory of its own, got that"):
+        subspace.parametrize(model)
+    model[1].weight.data = torch.zeros(4, 4)
+    model.register_buffer("row", model[0].weight.data[2])
+    with pytest.raises(ValueError, match=r"model: row: expected memory of its own"):
+        subspace.parametrize(model)
+    flat = torch.zeros(32)
+    model[0].weight.data, model[1].weight.data = (half.view(4, 4) for half in flat.split(16))
+    model.row = torch.zeros(4)
+    assert subspace.parametrize(model)(torch.ones(1, 4)).shape == (1, 4)
