@@ -18,5 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(problem, file=sys.stderr)
         sys.exit(2)
     from .app import app  # which imports both
+    from .terminal import any_encoding
 
+    any_encoding()
     app(args=arguments, prog_name="dldr")

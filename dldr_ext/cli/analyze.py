@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from ..analysis import plots, report
 from ..analysis.analysis import Analysis
+from ..reporting.text import printable
 from .options import (
+    STORED,
     AsGiven,
     AsJson,
     ByteBar,
@@ -26,21 +26,13 @@ from .options import (
     Quiet,
     SkipBad,
     directions,
+    dtype_of,
+    number,
     one_line_errors,
     open_series,
 )
 from .requirements import missing
-
-
-class Dtype(str, Enum):
-    """Formats of differences and basis."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float64 = "float64"
-    int8 = "int8"
-    float8_e4m3fn = "float8_e4m3fn"
+from .terminal import console, say
 
 
 def analyze(
@@ -63,8 +55,11 @@ def analyze(
         float | None, typer.Option(help="Keep as many as explain this share, as 0.99.")
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the differences and the basis.")
-    ] = Dtype.bfloat16,
+        str,
+        dtype_of(
+            "--dtype", "Of differences and basis: fp32, bf16, fp16, fp64, int8 or fp8.", *STORED
+        ),
+    ] = "bfloat16",
     include: Include = None,
     exclude: Exclude = None,
     key: Key = None,
@@ -73,7 +68,7 @@ def analyze(
     subspace: Annotated[
         bool, typer.Option(help="Whether to write subspace.safetensors: dim n numbers.")
     ] = True,
-    chunk_mb: Annotated[int, typer.Option(min=1, help="Megabytes in memory at a time.")] = 112,
+    chunk_mb: Annotated[int, number("Megabytes in memory at a time.")] = 112,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -98,7 +93,7 @@ def analyze(
         typer.echo(problem, err=True)
         raise typer.Exit(2)
 
-    with one_line_errors("; the same command goes on from here"), ByteBar(quiet or as_json) as bar:
+    with one_line_errors("the same command goes on from here"), ByteBar(quiet or as_json) as bar:
         series = open_series(
             checkpoints,
             as_given,
@@ -112,7 +107,7 @@ def analyze(
             output,
             dim=count,
             explained=explained,
-            dtype=getattr(torch, dtype.value),
+            dtype=getattr(torch, dtype),
             keep_basis=subspace,
             chunk_bytes=chunk_mb << 20,
             skip_bad=skip_bad,
@@ -121,7 +116,7 @@ def analyze(
         (output / "analysis.json").write_text(json.dumps(results, indent=1) + "\n")
         page = report.write(results, plots.draw(results, output), output)
     for line in results["skipped"]:
-        typer.echo(f"dldr: left out {line}", err=True)
+        say(f"dldr: left out {line}", err=True)
     if as_json:
         typer.echo(json.dumps(results))
     elif not quiet:
@@ -129,8 +124,8 @@ def analyze(
 
 
 def _print(results: dict[str, Any], page: Path) -> None:
-    console = Console()
-    console.print(report.verdict(results), highlight=False)
+    screen = console()
+    screen.print(report.verdict(results))
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -140,11 +135,11 @@ def _print(results: dict[str, Any], page: Path) -> None:
     for name, text in results["report"].items():
         table.add_row(name, text)
     if kept is not None:
-        table.add_row("written", kept["path"])
+        table.add_row("written", printable(kept["path"]))
     table.add_row("read", f"{results['bytes'] / 1e9:.2f} GB, {results['seconds']:.1f} s")
     for note in results["notes"]:
-        table.add_row("note", note)
+        table.add_row("note", printable(note))
     for line in report.duplicates(results):
-        table.add_row("near-duplicate", line)
-    console.print(table)
-    console.print(f"Open {page}", highlight=False, soft_wrap=True)
+        table.add_row("near-duplicate", printable(line))
+    screen.print(table)
+    screen.print(f"Open {printable(page)}", soft_wrap=True)

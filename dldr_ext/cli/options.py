@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -21,12 +21,69 @@ from rich.progress import (
 
 from ..checkpoints import Series
 from ..ops.library import device_problem
+from ..plan.costs import SHORT
+from .terminal import console, say
 
 INTERRUPTED = 130
+STORED = ("float64", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn")
+
+_SUFFIXES = {"k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
+
+
+def _whole(text: str | int) -> int | None:
+    """Return a whole number of at least 1; None for anything else."""
+    digits, power = str(text).strip().lower(), 0
+    if digits[-1:] in _SUFFIXES:
+        digits, power = digits[:-1].rstrip(), _SUFFIXES[digits[-1]]
+    try:
+        value = Decimal(digits).scaleb(power)
+        fits = 1 <= value < 1 << 63 and value == value.to_integral_value()
+    except ArithmeticError:  # no number, or NaN
+        return None
+    return int(value) if fits else None
+
+
+def count(text: str | int) -> int:
+    """Parse a whole number, also as 7e9, 7B, 1.5M or 7_000_000_000."""
+    number = _whole(text)
+    if number is None:
+        raise typer.BadParameter(f"expected a whole number of at least 1, as 7e9, got {text}")
+    return number
+
+
+def number(help: str, least: int = 1, most: int | None = None, **settings: Any) -> Any:
+    """Return an option for a whole number, written as `count` takes it."""
+
+    def parse(text: str | int) -> int:
+        value = count(text)
+        if value < least or (most is not None and value > most):
+            bounds = f"at least {least}" if most is None else f"{least} to {most}"
+            raise typer.BadParameter(f"expected {bounds}, got {text}")
+        return value
+
+    return typer.Option(parser=parse, metavar="INT", help=help, **settings)
+
+
+def dtype_of(option: str, help: str, *names: str) -> Any:
+    """Return an option for a dtype, by torch's name or a short one."""
+
+    def parse(text: str) -> str:
+        name = text.lower().removeprefix("torch.")
+        name = SHORT.get(name, name)
+        if name not in names:
+            short = {long: name for name, long in reversed(SHORT.items())}
+            known = ", ".join(
+                f"{long} ({short[long]})" if long in short else long for long in names
+            )
+            raise typer.BadParameter(f"expected one of {known}, got {text}", param_hint=option)
+        return name
+
+    return typer.Option(option, parser=parse, metavar="DTYPE", help=help)
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="all cores")]
+Threads = Annotated[int | None, number("CPU threads.", show_default="all cores")]
 
 # Of the commands that read checkpoints.
 Paths = Annotated[
@@ -56,26 +113,16 @@ AsGiven = Annotated[
 ]
 
 
-def count(text: str | int) -> int:
-    """Parse a whole number, also as 7e9 or 7_000_000_000."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.5
-    if not (value.is_integer() and value >= 1):
-        raise typer.BadParameter(f"expected a whole number of at least 1, as 7e9, got {text}")
-    return int(text) if isinstance(text, int) or text.isdecimal() else int(value)
-
-
 def directions(text: str) -> int | str:
     """Parse a number of directions, or "auto"."""
     if text == "auto":
         return text
-    if not text.isdecimal() or int(text) < 1:
+    number = _whole(text)
+    if number is None:
         raise typer.BadParameter(
             f"expected a number of at least 1, or auto, got {text}", param_hint="--dim"
         )
-    return int(text)
+    return number
 
 
 def usable_device(name: str) -> torch.device:
@@ -109,34 +156,40 @@ def open_series(paths: list[Path], as_given: bool, **options: Any) -> Series:
 
 
 @contextmanager
-def one_line_errors(hint: str = "") -> Iterator[None]:
-    """End the command with one line and exit code 1, or 130 if it was interrupted."""
+def one_line_errors(kept: str = "nothing has been written") -> Iterator[None]:
+    """End the command with one line and exit code 1, or 130 and what is kept after Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"dldr: interrupted{hint}", err=True)
+        say(f"dldr: interrupted; {kept}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        raise  # nobody reads on, as after `| head`: click ends the command without a word
     except (ValueError, TypeError, OSError) as error:
-        typer.echo(f"dldr: {' '.join(str(error).split())}", err=True)
+        say(f"dldr: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
 
 
 class ByteBar:
-    """A progress bar on stderr of bytes read, bytes/s and the time left: a context manager."""
+    """A progress bar on stderr of bytes read, bytes/s and the time left: a context manager.
+
+    It is shown in a terminal alone, from the first bytes on.
+    """
 
     def __init__(self, quiet: bool) -> None:
+        screen = console(stderr=True, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description:<11}"),
             BarColumn(bar_width=30),
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True, quiet=quiet),
+            console=screen,
+            disable=not screen.is_terminal,
         )
         self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> ByteBar:
-        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,4 +197,5 @@ class ByteBar:
 
     def __call__(self, description: str, done: int, total: int) -> None:
         """Move the bar to ``done`` of ``total`` bytes."""
+        self._bar.start()
         self._bar.update(self._task, description=description, completed=done, total=total)

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from ..ops.library import cuda_loaded
 from ..plan.calibration import with_shares
-from ..plan.costs import SHORT, Job, Plan, plan
+from ..plan.costs import Job, Plan, plan
 from ..plan.devices import TABLE, Device, measure
-from .options import count, usable_device
+from .options import STORED, count, dtype_of, number, one_line_errors, usable_device
+from .terminal import console, fits
 
 # A message that would take less takes as long as any short one: some microseconds.
 _LATENCY = 1e-6
@@ -41,20 +42,25 @@ class Shard(str, Enum):
 
 def plan_command(
     params: Annotated[
-        int, typer.Option(parser=count, metavar="N", help="Trainable parameters, as 7e9.")
+        int, typer.Option(parser=count, metavar="N", help="Trainable parameters, as 7B or 7e9.")
     ],
-    dim: Annotated[int, typer.Option(help="Directions.")] = 40,
-    snapshots: Annotated[int, typer.Option(help="Snapshots that the directions come from.")] = 81,
+    dim: Annotated[int, number("Directions.")] = 40,
+    snapshots: Annotated[int, number("Snapshots that the directions come from.")] = 81,
     dtype: Annotated[
-        str, typer.Option(help="Of snapshots and basis: fp32, bf16, fp16, fp64, int8 or fp8.")
+        str,
+        dtype_of(
+            "--dtype", "Of snapshots and basis: fp32, bf16, fp16, fp64, int8 or fp8.", *STORED
+        ),
     ] = "bf16",
-    param_dtype: Annotated[str, typer.Option(help="Of weights and gradients.")] = "fp32",
+    param_dtype: Annotated[
+        str, dtype_of("--param-dtype", "Of weights and gradients.", *STORED[:4])
+    ] = "fp32",
     device: Annotated[
         str,
         typer.Option(help=f"{', '.join(TABLE)} (data sheets); cpu, cuda or this: measured here."),
     ] = "this",
     storage: Annotated[Storage, typer.Option(help="Where the snapshots are.")] = Storage.device,
-    ranks: Annotated[int, typer.Option(help="Devices.")] = 1,
+    ranks: Annotated[int, number("Devices.")] = 1,
     shard: Annotated[
         Shard | None,
         typer.Option(
@@ -62,10 +68,8 @@ def plan_command(
             show_default="all with several ranks",
         ),
     ] = None,
-    block: Annotated[
-        int, typer.Option(help="Snapshots to each pass over earlier ones, off the device.")
-    ] = 8,
-    steps: Annotated[int, typer.Option(help="P-BFGS steps of the run.")] = 100,
+    block: Annotated[int, number("Snapshots to each pass over earlier ones, off the device.")] = 8,
+    steps: Annotated[int, number("P-BFGS steps of the run.")] = 100,
     trials: Annotated[float, typer.Option(help="Trials of a line search, on average.")] = 1.0,
     closure_seconds: Annotated[
         float, typer.Option(help="One forward and backward pass of the model, in seconds.")
@@ -90,8 +94,8 @@ def plan_command(
             params,
             dim,
             snapshots,
-            SHORT.get(dtype, dtype),
-            SHORT.get(param_dtype, param_dtype),
+            dtype,
+            param_dtype,
             storage.value,
             ranks,
             shard.value,
@@ -103,7 +107,8 @@ def plan_command(
     except ValueError as error:
         option, _, reason = str(error).partition(": ")
         raise typer.BadParameter(reason, param_hint=f"--{option.replace('_', '-')}") from None
-    planned = plan(job, _device(device, job))
+    with one_line_errors():
+        planned = plan(job, _device(device, job))
     if as_json:
         typer.echo(json.dumps(asdict(planned) | {"fits": _fits(planned)}, indent=1))
     else:
@@ -130,39 +135,39 @@ def _fits(planned: Plan) -> bool:
 
 def _print(planned: Plan) -> None:
     job, device = planned.job, planned.device
-    console = Console(highlight=False)
-    console.print(
+    screen = console()
+    screen.print(
         f"{job.numel:,} parameters in {job.param_dtype}, d = {job.dim}, T = {job.snapshots} in "
         f"{job.dtype}"
     )
     if job.ranks > 1:
-        console.print(f"{job.ranks} ranks: {_shared(job)}")
-    console.print(
+        screen.print(f"{job.ranks} ranks: {_shared(job)}")
+    screen.print(
         f"{device.name}: reads {_bytes(device.read)}/s, float64 {device.float64 / 1e12:.3g} TFLOP/s"
     )
     nominal = "" if device.measured else "; nominal, no device reaches it"
-    console.print(f"({device.source}{nominal})\n", style="dim")
-    console.print(_memory_table(planned))
+    screen.print(f"({device.source}{nominal})\n", style="dim")
+    screen.print(_memory_table(planned))
     room = _bytes(device.memory) + (" that are free" if device.measured else "")
     if _fits(planned):
-        console.print(f"Fits the device: {_bytes(planned.peak)} of {room}.\n", style="green")
+        screen.print(f"Fits the device: {_bytes(planned.peak)} of {room}.\n", style="green")
     else:
-        console.print(
+        screen.print(
             f"Does not fit the device: {_bytes(planned.peak)} of {room}. More ranks, --storage "
             "host or disk,\na shorter --dtype or fewer --snapshots help.\n",
             style="bold red",
         )
-    console.print(_step_table(planned))
-    console.print()
+    screen.print(_step_table(planned))
+    screen.print()
     if planned.messages:
-        console.print(_message_table(planned))
-        console.print()
+        screen.print(_message_table(planned, screen))
+        screen.print()
     run = ", ".join(f"{k} {_seconds(v)}" for k, v in planned.run.items() if k != "all")
-    console.print(
+    screen.print(
         f"A run of {job.steps} steps, {job.trials:g} trials each: "
-        f"[bold]{_seconds(planned.run['all'])}[/bold]\n({run})",
+        f"{_seconds(planned.run['all'])}\n({run})",
     )
-    console.print(_notes(planned), style="dim")
+    screen.print(_notes(planned), style="dim")
 
 
 def _shared(job: Job) -> str:
@@ -193,14 +198,23 @@ def _step_table(planned: Plan) -> Table:
     return table
 
 
-def _message_table(planned: Plan) -> Table:
-    table = _table("communication of a rank", "numbers", "sends", "least time", "on top of")
+def _message_table(planned: Plan, screen: Console) -> Table:
+    table = _messages(planned, whole=True)
+    return table if fits(screen, table) else _messages(planned, whole=False)
+
+
+def _messages(planned: Plan, whole: bool) -> Table:
+    headings = ["numbers"] * whole + ["sends", "least time", "on top of"]
+    table = _table("communication of a rank", *headings)
+    table.columns[0].min_width = 13  # the longest word
+    table.columns[-1].no_wrap = whole
     for message in planned.messages:
         took = "-" if message.seconds is None else _seconds(message.seconds)
         if message.seconds is not None and message.seconds < _LATENCY:
             took = "latency"
         numbers = f"{message.numbers:,g}" if message.numbers < 1e6 else f"{message.numbers:.3g}"
-        table.add_row(message.name, numbers, _bytes(message.bytes), took, message.on_top_of)
+        cells = [numbers] * whole + [_bytes(message.bytes), took, message.on_top_of]
+        table.add_row(message.name, *cells)
     return table
 
 

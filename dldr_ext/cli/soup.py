@@ -28,6 +28,7 @@ from .options import (
     one_line_errors,
     open_series,
 )
+from .terminal import say
 
 
 def soup(
@@ -108,16 +109,16 @@ def soup(
     facts |= {"skipped": [str(error) for error in series.skipped]}
     facts |= {"members": list(map(str, members)), "notes": notes}
     for line in facts["skipped"]:
-        typer.echo(f"dldr: left out {line}", err=True)
+        say(f"dldr: left out {line}", err=True)
     if as_json:
         typer.echo(json.dumps(facts))
     elif not quiet:
         reached = f", score {facts['score']:g}" if "score" in facts else ""
-        typer.echo(f"{len(facts['members'])} checkpoints{reached}: {output}")
+        say(f"{len(facts['members'])} checkpoints{reached}: {output}")
         for weight, member in zip(facts.get("weights", ()), facts["members"], strict=False):
-            typer.echo(f"{weight:.4g} x {member}")
+            say(f"{weight:.4g} x {member}")
         for note in facts["notes"]:
-            typer.echo(f"note: {note}")
+            say(f"note: {note}")
 
 
 def _numbers(text: str) -> list[float]:

@@ -142,44 +142,56 @@ def _run(config: Config, progress: Progress) -> tuple[dict[str, Any], Landscape 
         "explained_variance_ratio": [],
         "explained_variance_ratio_by_seed": [],
         "runs": [],
+        "interrupted": False,
     }
     plane: Landscape | None = None
-    for seed in range(config.seeds):
-
-        def report(method: str, done: float, seed: int = seed) -> None:
-            progress(seed, method, done)
-
-        task = methods.Task(data, config.recipe, seed, config.snapshots, report)
-        sgd, half, trajectory = methods.sgd(task)
-        subspace = methods.stored_as(trajectory.subspace(dim=config.dim), config.dtype)
-        outcomes = [
-            sgd,
-            half,
-            methods.psgd(task, subspace),
-            methods.pbfgs(task, subspace),
-            methods.one_pass(task, subspace),
-            methods.random(task, subspace.dim, config.dtype),
-        ]
-        ratio = trajectory.explained_variance_ratio()
-        if seed == 0 and subspace.dim > 1:
-            named = {outcome.method: outcome for outcome in outcomes}
-            decay = config.recipe.weight_decay
-            plane = landscape(
-                subspace,
-                trajectory,
-                named,
-                task.model(),
-                data.train,
-                decay,
-                partial(report, "landscape"),
-            )
-        results["explained_variance_ratio_by_seed"].append(ratio.tolist())
-        explained = float(ratio[: subspace.dim].sum())
-        results["runs"] += [
-            _record(outcome, task, config, subspace, explained) for outcome in outcomes
-        ]
+    try:
+        for seed in range(config.seeds):
+            plane = _run_seed(config, data, seed, results, progress) or plane
+    except KeyboardInterrupt:
+        finished = len(results["explained_variance_ratio_by_seed"])
+        if not finished:
+            raise
+        results["interrupted"] = True
+        results["config"]["seeds"] = list(range(finished))
     results["explained_variance_ratio"] = results["explained_variance_ratio_by_seed"][0]
     return results, plane
+
+
+def _run_seed(
+    config: Config, data: Dataset, seed: int, results: dict[str, Any], progress: Progress
+) -> Landscape | None:
+    """Train by all methods and, once all are done, add them to the results."""
+    task = methods.Task(data, config.recipe, seed, config.snapshots, partial(progress, seed))
+    sgd, half, trajectory = methods.sgd(task)
+    subspace = methods.stored_as(trajectory.subspace(dim=config.dim), config.dtype)
+    outcomes = [
+        sgd,
+        half,
+        methods.psgd(task, subspace),
+        methods.pbfgs(task, subspace),
+        methods.one_pass(task, subspace),
+        methods.random(task, subspace.dim, config.dtype),
+    ]
+    ratio = trajectory.explained_variance_ratio()
+    plane: Landscape | None = None
+    if seed == 0 and subspace.dim > 1:
+        named = {outcome.method: outcome for outcome in outcomes}
+        decay = config.recipe.weight_decay
+        plane = landscape(
+            subspace,
+            trajectory,
+            named,
+            task.model(),
+            data.train,
+            decay,
+            partial(progress, seed, "landscape"),
+        )
+    explained = float(ratio[: subspace.dim].sum())
+    runs = [_record(outcome, task, config, subspace, explained) for outcome in outcomes]
+    results["runs"] += runs
+    results["explained_variance_ratio_by_seed"].append(ratio.tolist())
+    return plane
 
 
 def _record(

@@ -49,8 +49,8 @@ class Spread:
 
     @staticmethod
     def of(values: list[float]) -> Spread:
-        """Return the quartiles of at least two values."""
-        low, median, high = statistics.quantiles(values, n=4)
+        """Return the quartiles of at least two values; none is outside of them."""
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return Spread(low, median, high)
 
     def show(self, unit: str = "", digits: int = 2) -> str:

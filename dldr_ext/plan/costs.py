@@ -37,8 +37,10 @@ ITEMSIZE = {
     "float8_e4m3fn": 1 + 4 / SCALE_BLOCK,
 }
 SHORT = {
-    "fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16",
-    "fp8": "float8_e4m3fn",
+    "fp64": "float64", "f64": "float64", "double": "float64",
+    "fp32": "float32", "f32": "float32", "float": "float32",
+    "bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16",
+    "fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "e4m3": "float8_e4m3fn",
 }  # fmt: skip
 STORAGES = ("device", "host", "disk")
 SHARDS = ("none", "basis", "all")

@@ -7,14 +7,18 @@ template of a report lies beside its code. Whatever is filled in is escaped.
 from __future__ import annotations
 
 import base64
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .text import printable
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 _PACKAGE = Path(__file__).parents[1]
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Card(NamedTuple):
@@ -44,7 +48,8 @@ def write(path: Path, template: str, **content: Any) -> Path:
         The same path.
     """
     text = _environment().get_template(template).render(content)
-    path.write_text(text, encoding="utf-8")
+    # File names may hold bytes that are not UTF-8, which come as surrogates.
+    path.write_text(_SURROGATE.sub(lambda c: printable(c[0]), text), encoding="utf-8")
     return path
 
 
