@@ -9,6 +9,7 @@ from torch import Tensor
 
 # Two checkpoints nearer than this share of the median step between neighbours are as good as one.
 _NEAR = 0.01
+_MOST_PAIRS = 1000  # that are kept
 _SHARES = (0.9, 0.95, 0.99)
 
 
@@ -69,7 +70,7 @@ def pairwise_distances(gram: Tensor) -> Tensor:
 
 def of_gram(gram: Tensor, ratio: Tensor) -> dict[str, Any]:
     """Collect all metrics as JSON can hold them."""
-    cosines = step_cosines(gram)
+    cosines, pairs = step_cosines(gram), near_duplicates(gram)
     return {
         "explained_variance_ratio": ratio.tolist(),
         "effective_dimension": effective_dimension(ratio),
@@ -78,6 +79,7 @@ def of_gram(gram: Tensor, ratio: Tensor) -> dict[str, Any]:
             "successive": cosines.diagonal(1).tolist(),
             "steps": cosines.tolist(),
         },
-        "near_duplicates": [list(pair) for pair in near_duplicates(gram)],
+        "near_duplicates": [list(pair) for pair in pairs[:_MOST_PAIRS]],
+        "near_duplicates_in_all": len(pairs),
         "gram": gram.tolist(),
     }

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..files import artifacts
 from ..reporting import html
 from ..reporting.html import Card
 
 _MOST_PAIRS = 20  # near-duplicates that are listed
+_MOST_ROWS = 100  # of matrices in analysis.json: some hundred kilobytes
+_MATRICES = "matrices.safetensors"
 
 
 def verdict(results: dict[str, Any]) -> str:
@@ -31,7 +37,7 @@ def duplicates(results: dict[str, Any]) -> list[str]:
         else f"{paths[s]} and {paths[t]} differ by {share:.1e} of a step"
         for s, t, share in results["near_duplicates"][:_MOST_PAIRS]
     ]
-    more = len(results["near_duplicates"]) - _MOST_PAIRS
+    more = results.get("near_duplicates_in_all", 0) - _MOST_PAIRS
     return [*lines, f"and {more} more pairs"] if more > 0 else lines
 
 
@@ -71,6 +77,39 @@ def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path
         checkpoints=_rows(results),
         settings=settings | {"subspace": results["subspace"] or "not kept"},
     )
+
+
+def write_json(results: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Write analysis.json; of many checkpoints the T x T matrices go into a file beside it.
+
+    Parameters
+    ----------
+    results : dict
+        As `Analysis.run` returned it.
+    folder : Path
+        An existing folder.
+
+    Returns
+    -------
+    dict
+        What was written. Of more than 100 checkpoints ``gram`` and ``cosines["steps"]`` are None,
+        and ``matrices`` is the path of a safetensors file with the tensors "gram" and "cosines".
+    """
+    path = folder / _MATRICES
+    written = {**results, "matrices": None}
+    if len(results["checkpoints"]) > _MOST_ROWS:
+        matrices = {"gram": results["gram"], "cosines": results["cosines"]["steps"]}
+        tensors = {
+            name: torch.tensor(matrix, dtype=torch.float64, device="cpu")
+            for name, matrix in matrices.items()
+        }
+        artifacts.save(path, "analysis_matrices", 1, tensors, {})
+        written["gram"], written["matrices"] = None, str(path)
+        written["cosines"] = {**results["cosines"], "steps": None}
+    else:
+        path.unlink(missing_ok=True)  # of an earlier analysis
+    (folder / "analysis.json").write_text(json.dumps(written, indent=1) + "\n")
+    return written
 
 
 def _cards(results: dict[str, Any]) -> Iterable[Card]:

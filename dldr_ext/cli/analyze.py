@@ -113,12 +113,12 @@ def analyze(
             skip_bad=skip_bad,
             progress=bar,
         ).run()
-        (output / "analysis.json").write_text(json.dumps(results, indent=1) + "\n")
         page = report.write(results, plots.draw(results, output), output)
+        written = report.write_json(results, output)
     for line in results["skipped"]:
         say(f"dldr: left out {line}", err=True)
     if as_json:
-        typer.echo(json.dumps(results))
+        typer.echo(json.dumps(written))
     elif not quiet:
         _print(results, page)
 

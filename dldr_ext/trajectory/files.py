@@ -170,7 +170,7 @@ def _open_folder(
             f"path: expected a folder that a trajectory was recorded to, got {path} without "
             f"{HEADER}"
         )
-    lock = FolderLock(path)
+    lock = FolderLock(path, reading=True)
     try:
         with Reader(path / HEADER, HEADER_KIND, HEADER_VERSION) as file:
             saved = matching(file, params, names)

@@ -523,7 +523,8 @@ class Trajectory:
         ----------
         path : path
             A file that `save` has written, or the folder of a trajectory that was recorded with
-            ``storage="disk"``: every snapshot in it is read and checked once.
+            ``storage="disk"``: every snapshot in it is read and checked once. One that may not be
+            written to, an archive or another user's run, is opened to read; `record` refuses.
         params : iterable of Tensor
             As in the constructor: the same shapes (and names, where both are known) in the same
             order. Their values do not matter.

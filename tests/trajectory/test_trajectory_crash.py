@@ -285,6 +285,35 @@ def test_folders_that_cannot_be_used(tmp_path):
     assert len(Trajectory.load(tmp_path / "old", parameters())) == 3, "the lock was given back"
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EPERM])
+def test_a_folder_that_may_not_be_written_to_is_read(tmp_path, monkeypatch, code):
+    recorded(tmp_path / "old", 4).close()
+    (tmp_path / "old" / ".000009.safetensors.x.tmp").write_text("half-written by somebody")
+    before = sorted(path.name for path in (tmp_path / "old").iterdir())
+    opened = os.open
+
+    def read_only(path, flags, *mode, **where):
+        if flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(path, flags, *mode, **where)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        first, second = (Trajectory.load(tmp_path / "old", parameters()) for _ in range(2))
+        assert values(first) == values(second) == [1, 2, 3, 4]
+        assert len(first.explained_variance_ratio()) == len(second.subspace(dim=1).basis) == 1
+        with pytest.raises(ValueError, match=r"may be written to, got .*old, which was opened to"):
+            first.record()
+        assert len(first) == 4
+        with pytest.raises(OSError, match="lock"):
+            recorded(tmp_path / "new", 0)
+    assert sorted(path.name for path in (tmp_path / "old").iterdir()) == before
+    with pytest.warns(UserWarning, match="half-written file was dropped"):
+        writer = Trajectory.load(tmp_path / "old", parameters())  # those that read keep no lock
+    writer.record()
+    assert len(writer) == 5 and len(first) == 4
+
+
 def test_a_folder_without_permission():
     """As another user, where the tests run as root, whom nothing is forbidden."""
     script = """

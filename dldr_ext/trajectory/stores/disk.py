@@ -96,7 +96,8 @@ class DiskStore(DeferredStore):
     ) -> DiskStore:
         """Open the store of a folder; rows that are not whole are reported and left out."""
         result = cls(lock, spec, metadata, anchor)
-        _drop_temporaries(lock.folder)
+        if not lock.read_only:
+            _drop_temporaries(lock.folder)
         files = _row_files(lock.folder)
         for _, path in files:
             try:
@@ -173,6 +174,11 @@ class DiskStore(DeferredStore):
 
     def _write_row(self, pieces: Iterable[tuple[Sequence[Tensor], Tensor]], anchor: Tensor) -> bool:
         """Write one row, which comes as lists of tensors beside their part of the anchor."""
+        if self._lock.read_only:
+            raise ValueError(
+                f"path: expected a folder that may be written to, got {self._path}, which was "
+                "opened to read: copy it to record on"
+            )
         if not self._lock.held:
             raise ValueError(
                 f"path: expected a folder that this process has open, got {self._path}: it was "

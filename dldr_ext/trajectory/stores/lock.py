@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import weakref
 from pathlib import Path
 
 _NAME = "lock"
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _locks: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
@@ -18,6 +20,17 @@ class FolderLock:
     given back: that, and the number of the process that holds it, is what it has over the package
     filelock (with whose release 3.20 a child believed that it still held the lock).
 
+    Parameters
+    ----------
+    folder : Path
+    reading : bool
+        Open a folder that may not be written to as well: to read, beside others that do.
+
+    Attributes
+    ----------
+    read_only : bool
+        The folder may not be written to; nothing is locked then.
+
     Raises
     ------
     ValueError
@@ -26,9 +39,16 @@ class FolderLock:
         The folder is missing, or may not be written to.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        handle = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    def __init__(self, folder: Path, reading: bool = False) -> None:
+        self.folder, self.read_only = folder, False
+        try:
+            handle = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if not reading or error.errno not in _NOT_WRITABLE:
+                raise
+            handle, self.read_only = os.open(folder, os.O_RDONLY | os.O_CLOEXEC), True
+            self._close = weakref.finalize(self, os.close, handle)
+            return
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -50,7 +70,7 @@ class FolderLock:
     @property
     def held(self) -> bool:
         """Whether this process holds the lock."""
-        return self._close.alive
+        return self._close.alive and not self.read_only
 
     def close(self) -> None:
         """Give the folder back."""
