@@ -21,4 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     from .terminal import any_encoding
 
     any_encoding()
-    app(args=arguments, prog_name="dldr")
+    try:
+        app(args=arguments, prog_name="dldr")
+    except OSError as error:  # of stdout: a full disk
+        print(f"dldr: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -102,8 +102,8 @@ def demo(
         screen.print()
         _closing(screen, results, written, time.perf_counter() - start)
     if results["interrupted"]:
-        done = len(results["config"]["seeds"])
-        say(f"dldr: interrupted; {written[0]} has the {done} seeds that were finished", err=True)
+        done = ", ".join(map(str, results["config"]["seeds"]))
+        say(f"dldr: interrupted; {written[0]} has the seeds that were done: {done}", err=True)
         raise typer.Exit(INTERRUPTED)
 
 

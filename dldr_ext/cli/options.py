@@ -166,7 +166,7 @@ def one_line_errors(kept: str = "nothing has been written") -> Iterator[None]:
     except BrokenPipeError:
         raise  # nobody reads on, as after `| head`: click ends the command without a word
     except (ValueError, TypeError, OSError) as error:
-        say(f"dldr: {' '.join(str(error).split())}", err=True)
+        say(f"dldr: {error}", err=True)
         raise typer.Exit(1) from None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +24,8 @@ def console(stderr: bool = False, quiet: bool = False) -> Console:
 
 def say(text: object, err: bool = False) -> None:
     """Print one line."""
-    typer.echo(printable(text), err=err)
+    # Not click's echo, which writes UTF-8 to a terminal that is not.
+    print(printable(text), file=sys.stderr if err else sys.stdout)
 
 
 def fits(screen: Console, table: Table) -> bool:
