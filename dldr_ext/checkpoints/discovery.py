@@ -57,6 +57,7 @@ _CURRENT = re.compile(
     re.IGNORECASE,
 )
 _UNFINISHED = re.compile(r"(?<![a-z])(?:tmp|temp|partial|incomplete)(?![a-z])", re.IGNORECASE)
+_NO_RUN = re.compile(r"__|(?:wandb|mlruns|blobs)$")  # folders of Python, of loggers, of caches
 _DEPTH = 4  # of folders in folders
 _PEEKED = 1000  # files without a known suffix that are looked into
 _HEAD = 4096  # bytes at the start of a file, in which it says that this package wrote it
@@ -173,7 +174,8 @@ class _Folder:
             return self._of_model(model, files)
         if found := self._each(steps, needed=model is None and not files):
             rest = [p for p in _without(self._folders(), folders) if _holds_weights(p)]
-            self._pass_over("beside folders of steps", [*files, *rest])
+            index = [] if model is None or model in files else [model]
+            self._pass_over("beside folders of steps", [*index, *files, *rest])
             paths = list(found)
             return [(self._only(paths[i], found[paths[i]]), paths[i]) for i in in_order(paths)[0]]
         if model is not None:
@@ -194,7 +196,8 @@ class _Folder:
         """Return the files that may be checkpoints."""
         inside = [p for p in self._inside if p.is_file()]
         files = [p for p in inside if p.name.lower().endswith(SUFFIXES)]
-        files = files or [p for p in inside[:_PEEKED] if _is_of_torch(p)]
+        if not files and self._depth == _DEPTH:
+            files = [p for p in inside[:_PEEKED] if _is_of_torch(p)]
         self._own = [p for p in files if is_own(p)]
         files = _without(files, self._own)
         lost = [p for p in self._inside if p.is_symlink() and not p.exists()]
@@ -260,7 +263,7 @@ class _Folder:
         """Return the folders in which checkpoints may be, each under one name."""
         once: dict[object, Path] = {}
         for path in sorted(self._inside, key=lambda p: (p.is_symlink(), _is_apart(p))):
-            if path.name.startswith("__") or _BESIDE.fullmatch(path.name) or not path.is_dir():
+            if _NO_RUN.match(path.name) or _BESIDE.fullmatch(path.name) or not path.is_dir():
                 continue
             first = once.setdefault(_identity(path) or path, path)
             if first is not path:
@@ -309,10 +312,27 @@ class _Folder:
         if sum(map(_number, steps)) > 1:
             steps = [p for p in steps if not _CURRENT.fullmatch(_stem(p))]
         if steps:
-            chosen = set(steps)
-            self._pass_over("not among the steps of the run", [p for p in kept if p not in chosen])
+            self._pass_over("not among the steps of the run", _without(kept, steps))
         counted = steps or kept
+        self._check_one_of_each_step(counted)
         return [(counted[i], counted[i]) for i in in_order(counted)[0]]
+
+    def _check_one_of_each_step(self, files: list[Path]) -> None:
+        """Refuse two files for each step, of two models: G_1.pt, D_1.pt, G_2.pt, D_2.pt."""
+        numbers: dict[str, set[str]] = {}
+        for path in files:
+            family = re.sub(r"\d+", "*", path.name)
+            numbers.setdefault(family, set()).add(" ".join(re.findall(r"\d+", path.name)))
+        steps: dict[frozenset[str], list[str]] = {}
+        for family, told in numbers.items():
+            steps.setdefault(frozenset(told), []).append(family)
+        twice = next((same for told, same in steps.items() if len(told) > 1 < len(same)), None)
+        if twice is not None:
+            raise CheckpointError(
+                self.path,
+                f"expected one checkpoint of each step, found {' and '.join(twice)}: name those of "
+                f"one, as {self.path / twice[0]}, or all",
+            )
 
     def _of_folders(self) -> list[tuple[Path, Path]]:
         """Return the checkpoints in folders that are not named after steps."""

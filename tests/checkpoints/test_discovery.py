@@ -196,6 +196,14 @@ def test_several_of_a_folder_have_to_be_named(tmp_path):
         find_checkpoints(tmp_path / "pipeline")
     with pytest.raises(CheckpointError, match=r"version_0 \(3\), version_1 \(3\): name one"):
         find_checkpoints(tmp_path / "runs")
+    for name in ("G_1.pth", "G_20.pth", "D_1.pth", "D_20.pth", "G_best.pth"):
+        made(tmp_path / "flat" / name)
+    message = (
+        r"one checkpoint of each step, found D_\*.pth and G_\*.pth: name those of one, as .*/D_"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoints(tmp_path / "flat")
+    assert len(find_checkpoints(sorted((tmp_path / "flat").glob("G_*0.pth")))) == 1
     assert len(find_checkpoints(sorted((tmp_path / "pipeline").glob("*/unet")))) == 2
 
 
@@ -224,6 +232,18 @@ def test_a_folder_under_two_names_counts_once(tmp_path):
     assert "checkpoint-3 is the same folder as" in "".join(notes) and "links to nothing" in "".join(
         notes
     )
+
+
+def test_a_final_model_in_shards_beside_the_steps(tmp_path):
+    for i in (1, 2):
+        made(tmp_path / f"checkpoint-{i}" / "model.safetensors")
+    made(tmp_path / "model-00001-of-00001.safetensors")
+    places = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(places))
+    found, notes = discover(tmp_path)
+    assert len(found) == 2
+    assert "beside folders of steps: model.safetensors.index.json (count if" in notes[0]
+    assert "00001" not in notes[0]
 
 
 def test_a_step_without_weights_is_passed_over(tmp_path):
