@@ -609,9 +609,8 @@ class Trajectory:
         progress : callable, optional
             Called with the bytes read so far and in all (of this rank's columns).
         process_group : ProcessGroup, DeviceMesh, module, "world" or None
-            As in the constructor. Each rank reads its own columns of every checkpoint; files that
-            can only be loaded whole (compressed ones, those of before torch 1.6) are so by every
-            rank.
+            As in the constructor. Each rank reads its own columns of every checkpoint; of a
+            compressed file it also unpacks what is before them in each tensor.
 
         Returns
         -------
