@@ -54,7 +54,7 @@ inline Plan make_plan(int64_t numel, int64_t tile = kTile, int64_t max_chunks = 
 
 enum class DType : int32_t { f32, f64, bf16, f16, i8, f8e4m3 };
 
-constexpr int64_t dtype_size(DType dtype) {
+DLDR_HOST_DEVICE constexpr int64_t dtype_size(DType dtype) {
   return dtype == DType::f64                            ? 8
          : dtype == DType::f32                          ? 4
          : dtype == DType::i8 || dtype == DType::f8e4m3 ? 1

@@ -80,20 +80,24 @@ __device__ inline void combine_rows(const Rows& rows, int64_t i, const A* theta,
 }
 
 // out[k * tile + ...] = the sums of this thread's pack, for all threads of the block: K tiles of
-// P theta in shared memory. `theta` (K * rows numbers) is copied to shared memory first.
+// P theta in shared memory, the first with the origin (which may be null) added last: the small sum
+// keeps its own precision. `theta` (K * rows numbers) is copied to shared memory first.
 template <class T, int K, class A>
 __device__ inline void combine_tile_into(const Rows& rows, int64_t at, bool aligned,
-                                         const A* const (&theta)[K], A* shared_theta, A* out) {
+                                         const A* origin, const A* const (&theta)[K],
+                                         A* shared_theta, A* out) {
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
   const int tile = threads * kPack<T>;
+  const int64_t i = at + thread * kPack<T>;
+  A start[kPack<T>] = {};
+  // Under way beside the thetas.
+  if (origin != nullptr) load_numbers(origin + i, rows.numel - i, aligned, start);
   for (int k = 0; k < K; ++k) {
-    for (int64_t r = thread; r < rows.rows; r += threads) {
-      shared_theta[k * rows.rows + r] = theta[k][r];
-    }
+    read_run<A>(theta[k], static_cast<int>(rows.rows),
+                [&](int r, A value) { shared_theta[k * rows.rows + r] = value; });
   }
   __syncthreads();
   A sums[K][kPack<T>] = {};
-  const int64_t i = at + thread * kPack<T>;
   if (aligned && i + kPack<T> <= rows.numel) {
     combine_rows<T, K, true>(rows, i, shared_theta, sums);
   } else if (i < rows.numel) {
@@ -102,7 +106,10 @@ __device__ inline void combine_tile_into(const Rows& rows, int64_t at, bool alig
   DLDR_UNROLL
   for (int k = 0; k < K; ++k) {
     DLDR_UNROLL
-    for (int e = 0; e < kPack<T>; ++e) out[k * tile + thread * kPack<T> + e] = sums[k][e];
+    for (int e = 0; e < kPack<T>; ++e) {
+      out[k * tile + thread * kPack<T> + e] =
+          k == 0 && origin != nullptr ? start[e] + sums[k][e] : sums[k][e];
+    }
   }
   __syncthreads();
 }

@@ -1,7 +1,8 @@
 // Products of stored rows with a few right-hand sides in one read of the rows: the heart of project
-// and gram_block. One block of threads takes one tile of the elements and a range of the rows; the
-// sums of the tiles are added up in float64 by a second kernel (sum_tiles), in an order that
-// depends on n alone.
+// and gram_block. One block of threads takes one chunk of the elements, tile by tile, and a range
+// of the rows. The sums of the chunks are added up in float64: where there are few, by the last
+// block that is done with its rows, else by a second kernel (sum_chunks). Every order depends on n
+// alone.
 #pragma once
 
 #include "lanes.cuh"
@@ -19,8 +20,14 @@ template <int K>
 constexpr int kDotBlocks = K == 1   ? 4
                            : K == 2 ? 3
                                     : 2;
-// Rows times right-hand sides of one block: bounds the sums kept in shared memory.
+// Rows times right-hand sides of one block: bounds the sums kept in shared memory. Whole groups of
+// rows for any number of right-hand sides.
 constexpr int kDotSums = 512;
+// Most chunks, and bytes of their sums: more rows than fit are taken in several launches.
+constexpr int64_t kDotChunks = 8192;
+constexpr int64_t kDotScratch = 32 << 20;
+// With so many chunks, about a million elements, one launch does it all.
+constexpr int64_t kDotFewChunks = 512;
 static_assert(kDotTile % (kDotThreads * kPack<int8_t>) == 0, "whole packs for every thread");
 static_assert(kDotTile % kScaleBlock == 0, "whole blocks of scales");
 
@@ -53,11 +60,10 @@ struct FromRows {
     if constexpr (scaled_format<T>::value) {
       scale = rows.scale + row * ceil_div(rows.numel, kScaleBlock) + at / kScaleBlock;
     }
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kDotThreads) {
-      A value = widen(data[i]);
+    read_run<A>(data, count, [&](int i, A value) {
       if constexpr (scaled_format<T>::value) value *= scale[i / kScaleBlock];
       put(i, value);
-    }
+    });
   }
 };
 
@@ -125,84 +131,167 @@ __device__ inline void dot_rows(const Rows& rows, int64_t first, int rows_here, 
   }
 }
 
-// partials[(k * total + r) * tiles + tile] for K right-hand sides and the rows of this block.
-template <class T, int K, class Source>
+// Which part of the sums a launch makes: rows [first, first + rows) of the products.
+struct DotPart {
+  int64_t first, rows;
+  int rows_per_block;
+  int64_t tiles_per_chunk;
+  double* partials;   // [K][rows][chunks]
+  uint64_t* arrived;  // one for every range of rows; null: a second kernel adds the chunks up
+  uint64_t mark;      // of this launch
+};
+
+// Counts the calling blocks; whether this is the last. The count of a launch carries its mark:
+// whatever memory held before counts as none. The last one leaves zeros for the next replay of a
+// captured graph.
+__device__ inline bool is_last(uint64_t* arrived, uint64_t mark, unsigned blocks) {
+  auto* const word = reinterpret_cast<unsigned long long*>(arrived);
+  unsigned long long seen = atomicAdd(word, 0ull);
+  for (;;) {
+    const unsigned long long count = (seen ^ mark) < kDotFewChunks ? (seen ^ mark) + 1 : 1;
+    const unsigned long long before = atomicCAS(word, seen, count == blocks ? 0 : mark ^ count);
+    if (before == seen) return count == blocks;
+    seen = before;
+  }
+}
+
+// The sum of `count` numbers in the order of one warp, in lane 0.
+__device__ inline double warp_sum(const double* from, int64_t count) {
+  double sum[1] = {0};
+  for (int64_t i = lane(); i < count; i += kWarp) sum[0] += from[i];
+  sum_lanes(sum);
+  return sum[0];
+}
+
+// put(k, row, sum) for K right-hand sides and the rows of this part, or their sums by chunk.
+template <class T, int K, class Source, class Put>
 __global__ void __launch_bounds__(kDotThreads, kDotBlocks<K>)
-    dot_tile(const __grid_constant__ DeviceList list, const Rows rows, const Source source,
-             int64_t total, int rows_per_block, bool aligned, double* partials) {
+    dot_chunk(const __grid_constant__ DeviceList list, const Rows rows, const Source source,
+              const DotPart part, bool aligned, const Put put) {
   using A = typename wide_of<T>::type;
-  DLDR_DYNAMIC_SHARED(A, x);
+  DLDR_DYNAMIC_SHARED(A,
+                      x);  // [K][kDotTile], then sums[kDotWarps][K * rows], then totals in double
+  __shared__ bool last;
+  const int64_t ahead = static_cast<int64_t>(blockIdx.y) * part.rows_per_block;
+  const int rows_here = static_cast<int>(min_of(part.rows_per_block, part.rows - ahead));
   A* const sums = x + K * kDotTile;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kDotTile;
-  const int count = static_cast<int>(min_of(kDotTile, rows.numel - at));
-  for (int k = 0; k < K; ++k) {
-    A* const to = x + k * kDotTile;
-    Source::template stage<A, T>(source, list, rows, k, at, count,
-                                 [&](int i, A value) { to[slot<T>(i)] = value; });
-    for (int i = count + static_cast<int>(threadIdx.x); i < kDotTile; i += kDotThreads) {
-      to[slot<T>(i)] = 0;
+  double* const totals = reinterpret_cast<double*>(sums + kDotWarps * K * part.rows_per_block);
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * part.tiles_per_chunk * kDotTile;
+  const int64_t end = min_of(rows.numel, begin + part.tiles_per_chunk * kDotTile);
+  for (int64_t at = begin; at < end; at += kDotTile) {
+    const int count = static_cast<int>(min_of(kDotTile, rows.numel - at));
+    for (int k = 0; k < K; ++k) {
+      A* const to = x + k * kDotTile;
+      Source::template stage<A, T>(source, list, rows, k, at, count,
+                                   [&](int i, A value) { to[slot<T>(i)] = value; });
+      for (int i = count + static_cast<int>(threadIdx.x); i < kDotTile; i += kDotThreads) {
+        to[slot<T>(i)] = 0;
+      }
+    }
+    __syncthreads();
+    if (aligned && count == kDotTile) {
+      dot_rows<T, K, true>(rows, part.first + ahead, rows_here, at, count, x, sums);
+    } else {
+      dot_rows<T, K, false>(rows, part.first + ahead, rows_here, at, count, x, sums);
+    }
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < K * rows_here; i += kDotThreads) {
+      const int k = i / rows_here, r = i % rows_here;
+      double sum = at == begin ? 0 : totals[i];
+      for (int w = 0; w < kDotWarps; ++w) sum += sums[(k * kDotWarps + w) * rows_here + r];
+      totals[i] = sum;
+      if (at + kDotTile >= end) {
+        part.partials[(k * part.rows + ahead + r) * gridDim.x + blockIdx.x] = sum;
+      }
     }
   }
+  if (part.arrived == nullptr) return;
+  __threadfence();
   __syncthreads();
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * rows_per_block;
-  const int rows_here = static_cast<int>(min_of(rows_per_block, total - first));
-  if (aligned && count == kDotTile) {
-    dot_rows<T, K, true>(rows, first, rows_here, at, count, x, sums);
-  } else {
-    dot_rows<T, K, false>(rows, first, rows_here, at, count, x, sums);
-  }
+  if (threadIdx.x == 0) last = is_last(part.arrived + blockIdx.y, part.mark, gridDim.x);
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < K * rows_here; i += kDotThreads) {
-    const int k = i / rows_here, r = i % rows_here;
-    double sum = 0;
-    for (int w = 0; w < kDotWarps; ++w) sum += sums[(k * kDotWarps + w) * rows_here + r];
-    partials[(k * total + first + r) * gridDim.x + blockIdx.x] = sum;
+  if (!last) return;
+  __threadfence();
+  for (int i = warp(); i < K * rows_here; i += kDotWarps) {
+    const int64_t k = i / rows_here, r = ahead + i % rows_here;
+    const double sum = warp_sum(part.partials + (k * part.rows + r) * gridDim.x, gridDim.x);
+    if (lane() == 0) put(k, part.first + r, sum);
   }
 }
 
-inline int64_t dot_tiles(const Rows& rows) { return ceil_div(rows.numel, kDotTile); }
-
-// Doubles that dot_tile writes for `lists` right-hand sides and `total` rows.
-inline int64_t dot_partials(const Rows& rows, int64_t total, int64_t lists) {
-  return dot_tiles(rows) * total * lists;
-}
-
-// Queues dot_tile for K right-hand sides and the first `total` rows.
-template <class T, int K, class Source>
-void launch_dot(const char* what, const DeviceList& list, const Rows& rows, const Source& source,
-                int64_t total, double* partials, const Stream& stream) {
-  using A = typename wide_of<T>::type;
-  // Few tiles: more blocks for each, so that the device is full; every one takes whole groups of
-  // rows.
-  const int64_t wanted = 4 * stream.multiprocessors;
-  const int64_t groups = ceil_div(total, kDotRows);
-  const int64_t splits =
-      min_of(groups, max_of(ceil_div(total * K, kDotSums), ceil_div(wanted, dot_tiles(rows))));
-  const int64_t per_block = ceil_div(groups, splits) * kDotRows;
-  const int64_t shared =
-      static_cast<int64_t>(sizeof(A)) * (K * kDotTile + kDotWarps * K * per_block);
-  launch(what, dot_tile<T, K, Source>, make_grid(dot_tiles(rows), ceil_div(total, per_block)),
-         kDotThreads, shared, stream.handle, list, rows, source, total, static_cast<int>(per_block),
-         rows_aligned(rows), partials);
-}
-
-// Threads of sum_tiles.
+// Threads of sum_chunks.
 constexpr int kSumThreads = 256;
 
-// put(v, sum over the tiles of partials[v * tiles + tile]) for v = 0 ... grid - 1.
+// put(k, first + r, sum over the chunks of partials[(k * rows + r) * chunks + chunk]).
 template <class Put>
 __global__ void __launch_bounds__(kSumThreads)
-    sum_tiles(const double* partials, int64_t tiles, const Put put) {
+    sum_chunks(const double* partials, int64_t chunks, int64_t first, int64_t rows, const Put put) {
   __shared__ double warps[kSumThreads / kWarp];
   const int64_t v = blockIdx.x;
   double sum[1] = {0};
-  for (int64_t i = threadIdx.x; i < tiles; i += kSumThreads) sum[0] += partials[v * tiles + i];
+  for (int64_t i = threadIdx.x; i < chunks; i += kSumThreads) sum[0] += partials[v * chunks + i];
   sum_lanes(sum);
   if (lane() == 0) warps[warp()] = sum[0];
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int w = 1; w < kSumThreads / kWarp; ++w) sum[0] += warps[w];
-    put(v, sum[0]);
+    put(v / rows, first + v % rows, sum[0]);
+  }
+}
+
+inline Plan dot_plan(int64_t numel) { return make_plan(numel, kDotTile, kDotChunks); }
+
+// Rows that one launch takes for so many right-hand sides.
+inline int64_t dot_rows_at_once(const Plan& plan, int64_t lists) {
+  return kDotScratch / (8 * lists * max_of(plan.chunks, 1));
+}
+
+// Bytes of scratch memory for `total` rows and at most `lists` right-hand sides at a time.
+inline int64_t dot_scratch(const Rows& rows, int64_t total, int64_t lists) {
+  const Plan plan = dot_plan(rows.numel);
+  const int64_t sums = lists * min_of(total, dot_rows_at_once(plan, lists)) * plan.chunks;
+  return 8 * (sums + ceil_div(total, kDotRows));
+}
+
+// Queues what calls put(k, row, sum) for K right-hand sides and the first `total` rows.
+template <class T, int K, class Source, class Put>
+void launch_dot(const char* what, const DeviceList& list, const Rows& rows, const Source& source,
+                int64_t total, void* scratch, const Stream& stream, const Put& put) {
+  using A = typename wide_of<T>::type;
+  const Plan plan = dot_plan(rows.numel);
+  const bool one_launch = plan.chunks > 0 && plan.chunks <= kDotFewChunks;
+  const int64_t at_once = dot_rows_at_once(plan, K);
+  DotPart part;
+  part.tiles_per_chunk = plan.tiles_per_chunk;
+  part.partials = static_cast<double*>(scratch);
+  for (part.first = 0; part.first < total; part.first += part.rows) {
+    part.rows = min_of(at_once, total - part.first);
+    // Few chunks: more blocks for each, so that the device is full; every one takes whole groups of
+    // rows.
+    const int64_t groups = ceil_div(part.rows, kDotRows);
+    const int64_t wanted = ceil_div(4 * stream.multiprocessors, max_of(plan.chunks, 1));
+    const int64_t splits = max_of(ceil_div(groups * kDotRows * K, kDotSums), wanted);
+    const int64_t per_block = ceil_div(groups, splits) * kDotRows;
+    part.rows_per_block = static_cast<int>(per_block);
+    part.arrived = nullptr;
+    if (one_launch) {
+      part.arrived = reinterpret_cast<uint64_t*>(part.partials + K * part.rows * plan.chunks);
+      part.mark = launch_mark();
+    }
+    if (plan.chunks > 0) {
+      // Always the most that any number of rows needs: two threads of the host may be here at once,
+      // and what one asks for is also the other's.
+      constexpr int64_t kShared =
+          static_cast<int64_t>(sizeof(A)) * (K * kDotTile + kDotWarps * kDotSums) +
+          static_cast<int64_t>(sizeof(double)) * kDotSums;
+      launch(what, dot_chunk<T, K, Source, Put>,
+             make_grid(plan.chunks, ceil_div(part.rows, per_block)), kDotThreads, kShared,
+             stream.handle, list, rows, source, part, rows_aligned(rows), put);
+    }
+    if (!one_launch) {
+      launch(what, sum_chunks<Put>, make_grid(K * part.rows), kSumThreads, 0, stream.handle,
+             part.partials, plan.chunks, part.first, part.rows, put);
+    }
   }
 }
 

@@ -16,32 +16,53 @@ constexpr int kFormRows = kFormWarps * kFormLaneRows;
 // Snapshots that are staged at a time.
 constexpr int kFormSnapshots = 32;
 
-// Sums are float64: with small singular values the coefficients are large and cancel.
+// Sums are float64: with small singular values the coefficients are large and cancel. The snapshots
+// are widened once, on their way into shared memory.
 template <class T>
 __global__ void __launch_bounds__(kFormThreads)
     form_tile(const Rows rows, const double* coefficients, int64_t dim, void* out, DType out_dtype,
-              int64_t out_stride) {
-  using A = typename wide_of<T>::type;
-  __shared__ A x[kFormSnapshots][kFormColumns];
+              int64_t out_stride, bool aligned) {
+  __shared__ double x[kFormSnapshots][kFormColumns];
+  constexpr int kRowPacks = kFormColumns / kPack<T>;
+  constexpr int kMyPacks = ceil_div(kFormSnapshots * kRowPacks, kFormThreads);
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kFormColumns;
   const int count = static_cast<int>(min_of(kFormColumns, rows.numel - at));
   const int64_t first = static_cast<int64_t>(blockIdx.y) * kFormRows + warp() * kFormLaneRows;
+  const int64_t blocks = ceil_div(rows.numel, kScaleBlock);
   double sums[kFormLaneRows][kFormLaneColumns] = {};
   for (int64_t t = 0; t < rows.rows; t += kFormSnapshots) {
     const int here = static_cast<int>(min_of(kFormSnapshots, rows.rows - t));
-    for (int s = warp(); s < here; s += kFormWarps) {
-      const T* data = static_cast<const T*>(rows.data) + (t + s) * rows.stride + at;
+    // All of a thread's packs are under way together.
+    Pack packs[kMyPacks];
+    float scales[kMyPacks];
+    DLDR_UNROLL
+    for (int u = 0; u < kMyPacks; ++u) {
+      const int p = u * kFormThreads + static_cast<int>(threadIdx.x);
+      const int s = p / kRowPacks, column = p % kRowPacks * kPack<T>;
+      packs[u] = {};
+      scales[u] = 0;
+      if (s >= here || column >= count) continue;
+      const T* from = static_cast<const T*>(rows.data) + (t + s) * rows.stride + at + column;
+      const int left = count - column;
+      packs[u] = aligned && left >= kPack<T> ? load_pack(from) : load_pack_guarded(from, left);
+      if constexpr (scaled_format<T>::value) {
+        scales[u] = rows.scale[(t + s) * blocks + (at + column) / kScaleBlock];
+      }
+    }
+    DLDR_UNROLL
+    for (int u = 0; u < kMyPacks; ++u) {
+      const int p = u * kFormThreads + static_cast<int>(threadIdx.x);
+      const int s = p / kRowPacks, column = p % kRowPacks * kPack<T>;
+      if (s >= here) continue;
       DLDR_UNROLL
-      for (int c = 0; c < kFormLaneColumns; ++c) {
-        const int i = lane() + c * kWarp;
-        A value = i < count ? widen(data[i]) : A(0);
-        if constexpr (scaled_format<T>::value) {
-          if (i < count) {
-            value *=
-                rows.scale[(t + s) * ceil_div(rows.numel, kScaleBlock) + (at + i) / kScaleBlock];
-          }
+      for (int part = 0; part < kPack<T> / kPart<T>; ++part) {
+        typename wide_of<T>::type values[kPart<T>];
+        widen_part<T>(packs[u], part, values);
+        DLDR_UNROLL
+        for (int e = 0; e < kPart<T>; ++e) {
+          if constexpr (scaled_format<T>::value) values[e] *= scales[u];
+          x[s][column + part * kPart<T> + e] = static_cast<double>(values[e]);
         }
-        x[s][i] = value;
       }
     }
     __syncthreads();
@@ -83,8 +104,8 @@ void form_basis(const Rows& snapshots, const double* coefficients, int64_t dim, 
     using T = std::remove_pointer_t<decltype(type)>;
     launch("form_basis", form_tile<T>,
            make_grid(ceil_div(snapshots.numel, kFormColumns), ceil_div(dim, kFormRows)),
-           kFormThreads, 0, stream.handle, snapshots, coefficients, dim, out, out_dtype,
-           out_stride);
+           kFormThreads, 0, stream.handle, snapshots, coefficients, dim, out, out_dtype, out_stride,
+           rows_aligned(snapshots));
   });
 }
 

@@ -144,9 +144,13 @@ constexpr int kPack = 16 / static_cast<int>(sizeof(T));
 template <class T>
 constexpr int kPart = kPack<T> < 4 ? kPack<T> : 4;
 
+inline bool is_aligned(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % sizeof(Pack) == 0;
+}
+
 // Whether every row can be read in 16-byte packs.
 inline bool rows_aligned(const Rows& rows) {
-  return reinterpret_cast<uintptr_t>(rows.data) % sizeof(Pack) == 0 &&
+  return is_aligned(rows.data) &&
          (rows.rows == 1 || rows.stride * dtype_size(rows.dtype) % sizeof(Pack) == 0);
 }
 
@@ -219,6 +223,52 @@ __device__ inline void widen_part(const Pack& pack, int part, A (&out)[kPart<T>]
   __builtin_memcpy(elements, &pack, sizeof(pack));
   for (int e = 0; e < kPart<T>; ++e) out[e] = widen(elements[part * kPart<T> + e]);
 #endif
+}
+
+// x = the N numbers at `from`, in 16-byte loads where the vector allows it; zeros behind the first
+// `left`. Also for a vector that the same launch writes, behind a barrier.
+template <class A, int N>
+__device__ inline void load_numbers(const A* from, int64_t left, bool aligned, A (&x)[N]) {
+  static_assert(N % kPack<A> == 0, "whole packs");
+  if (aligned && left >= N) {
+    Pack packs[N / kPack<A>];
+    DLDR_UNROLL
+    for (int p = 0; p < N / kPack<A>; ++p) packs[p] = reinterpret_cast<const Pack*>(from)[p];
+    DLDR_UNROLL
+    for (int p = 0; p < N / kPack<A>; ++p) {
+      A part[kPack<A>];
+      widen_part<A>(packs[p], 0, part);
+      DLDR_UNROLL
+      for (int e = 0; e < kPack<A>; ++e) x[p * kPack<A> + e] = part[e];
+    }
+  } else {
+    DLDR_UNROLL
+    for (int e = 0; e < N; ++e) x[e] = e < left ? from[e] : A(0);
+  }
+}
+
+// The first `left` of N numbers, rounded once, in wide stores where the vector allows it.
+template <class A, class T, int N>
+__device__ inline void store_numbers(const A (&x)[N], T* to, int64_t left, bool aligned) {
+  constexpr size_t kBytes = N * sizeof(T) < sizeof(Pack) ? N * sizeof(T) : sizeof(Pack);
+  struct alignas(kBytes) Chunk {
+    T elements[kBytes / sizeof(T)];
+  };
+  if (aligned && left >= N) {
+    constexpr int kEach = static_cast<int>(kBytes / sizeof(T));
+    DLDR_UNROLL
+    for (int c = 0; c < N / kEach; ++c) {
+      Chunk chunk;
+      DLDR_UNROLL
+      for (int e = 0; e < kEach; ++e) narrow(x[c * kEach + e], chunk.elements[e]);
+      reinterpret_cast<Chunk*>(to)[c] = chunk;
+    }
+  } else {
+    DLDR_UNROLL
+    for (int e = 0; e < N; ++e) {
+      if (e < left) narrow(x[e], to[e]);
+    }
+  }
 }
 
 }  // namespace dldr::cuda

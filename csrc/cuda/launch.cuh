@@ -8,6 +8,9 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <atomic>
+#include <cstdint>
+#include <random>
 #include <stdexcept>
 #include <string>
 
@@ -56,6 +59,18 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, int bloc
   emulated::run(grid, block, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
 #endif
   check(cudaGetLastError(), what);
+}
+
+// A number that marks one launch in memory whose earlier contents are unknown: random but for nine
+// zeros at the end. That memory holds it by chance is as likely as one flipped bit in 2^55.
+inline uint64_t launch_mark() {
+  static std::atomic<uint64_t> launches{(static_cast<uint64_t>(std::random_device{}()) << 32) ^
+                                        std::random_device{}()};
+  // splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
+  uint64_t z = launches.fetch_add(0x9e3779b97f4a7c15u) + 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return (z ^ (z >> 31)) & ~uint64_t{511};
 }
 
 inline dim3 make_grid(int64_t x, int64_t y = 1) {

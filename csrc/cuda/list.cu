@@ -3,12 +3,12 @@
 namespace dldr::cuda {
 namespace {
 
-struct Items {
+struct Upload {
   ListItem items[kUploadItems];
 };
 
-__global__ void upload_items(const __grid_constant__ Items items, ListItem* to, int64_t count) {
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) to[i] = items.items[i];
+__global__ void upload_items(const __grid_constant__ Upload upload, ListItem* to, int64_t count) {
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) to[i] = upload.items[i];
 }
 
 ListItem make_item(const Entry& entry) {
@@ -33,11 +33,11 @@ DeviceList make_device_list(const EntryList& list, int64_t numel, void* scratch,
     return device;
   }
   ListItem* const far = static_cast<ListItem*>(scratch);
-  Items items;
+  Upload upload;
   for (int64_t at = 0; at < list.size; at += kUploadItems) {
     const int64_t count = min_of(kUploadItems, list.size - at);
-    for (int64_t i = 0; i < count; ++i) items.items[i] = make_item(list.entries[at + i]);
-    launch("list", upload_items, dim3(1), 1024, 0, stream.handle, items, far + at, count);
+    for (int64_t i = 0; i < count; ++i) upload.items[i] = make_item(list.entries[at + i]);
+    launch("list", upload_items, dim3(1), 1024, 0, stream.handle, upload, far + at, count);
   }
   device.far = far;
   return device;

@@ -15,8 +15,8 @@ struct ListItem {
 
 // Together with the other arguments below the 4 KiB that every device takes.
 constexpr int kNearItems = 216;
-// Fills the 32 KiB that CUDA 12.1 and later take.
-constexpr int kUploadItems = 1984;
+// Together with two more arguments nearly the 32,764 bytes that CUDA 12.1 and later take.
+constexpr int kUploadItems = 2040;
 
 struct DeviceList {
   const ListItem* far = nullptr;  // null: the items are in `near`
@@ -52,70 +52,204 @@ __device__ inline int64_t find_item(const DeviceList& list, int64_t index, int64
   return low;
 }
 
+// The items that hold [begin, begin + count). In a long list all threads of the block look at once:
+// each look is as long as one load.
+struct Items {
+  int64_t first, last;
+};
+__device__ inline Items find_items(const DeviceList& list, int64_t begin, int count) {
+  const int64_t end = begin + count;
+  if (list.far == nullptr) {
+    const int64_t first = find_item(list, begin, 0, list.size);
+    return {first, find_item(list, end - 1, first, list.size)};
+  }
+  const int64_t thread = threadIdx.x, threads = blockDim.x;
+  int64_t low = 0, high = list.size;
+  while (high - low > 1) {
+    const int64_t step = ceil_div(high - low, threads), mine = low + thread * step;
+    const int before = __syncthreads_count(mine < high && begin_of(list, mine) <= begin);
+    low += (before - 1) * step;
+    high = min_of(high, low + step);
+  }
+  Items items{low, low};
+  for (int64_t more = threads; more == threads; items.last += more) {
+    const int64_t mine = items.last + 1 + thread;
+    more = __syncthreads_count(mine < list.size && begin_of(list, mine) < end);
+  }
+  return items;
+}
+
 // Tiles over fewer items are copied item by item, others element by element.
 constexpr int64_t kFewItems = 4;
+// Loads of a thread that are under way together.
+constexpr int kListLoads = 8;
 
-// Calls visit(pointer to the first element, its position in the tile, count, first, step) so that
-// all threads of the block together see every element of [begin, begin + count) of the list once:
-// elements first, first + step, ... below count. A pointer to a constant is not to be advanced.
-template <class Visit>
-__device__ void visit_list(const DeviceList& list, int64_t begin, int count, Visit&& visit) {
-  const int64_t first = find_item(list, begin, 0, list.size);
-  const int64_t last = find_item(list, begin + count - 1, first, list.size);
+// put(k, value) for every element of a run, widened, by all threads of the block: 16 bytes at a
+// time where the address allows it.
+template <class A, class T, class Put>
+__device__ inline void read_run(const T* data, int count, Put&& put) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const auto at = [&](int64_t i, int64_t from, int number, int start, int step) {
-    const ListItem item = item_of(list, i);
-    const int64_t offset = is_constant(item) ? 0 : from - begin_of(list, i);
-    dispatch_float(dtype_of(item), [&](auto* type) {
-      visit(static_cast<decltype(type)>(item.data) + offset, static_cast<int>(from - begin), number,
-            start, step, is_constant(item));
-    });
+  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(data) % sizeof(Pack));
+  const int odd =
+      past == 0 ? 0 : (static_cast<int>(sizeof(Pack)) - past) / static_cast<int>(sizeof(T));
+  const int head = odd < count ? odd : count;
+  const int packs = (count - head) / kPack<T>;
+  const int tail = head + packs * kPack<T>;
+  for (int k = thread; k < packs; k += kListLoads * threads) {
+    Pack pack[kListLoads];
+    DLDR_UNROLL
+    for (int u = 0; u < kListLoads; ++u) {
+      const int p = k + u * threads;
+      if (p < packs) pack[u] = load_pack(data + head + p * kPack<T>);
+    }
+    DLDR_UNROLL
+    for (int u = 0; u < kListLoads; ++u) {
+      const int p = k + u * threads;
+      if (p < packs) {
+        DLDR_UNROLL
+        for (int part = 0; part < kPack<T> / kPart<T>; ++part) {
+          typename wide_of<T>::type values[kPart<T>];
+          widen_part<T>(pack[u], part, values);
+          DLDR_UNROLL
+          for (int e = 0; e < kPart<T>; ++e) {
+            put(head + p * kPack<T> + part * kPart<T> + e, static_cast<A>(values[e]));
+          }
+        }
+      }
+    }
+  }
+  // Before the first whole pack and behind the last one: fewer than a block has threads.
+  if (thread < head + count - tail) {
+    const int p = thread < head ? thread : tail + thread - head;
+    put(p, static_cast<A>(widen(data[p])));
+  }
+}
+
+// One element of any format that parameters have: its bits are loaded first, by size and without a
+// branch, so that the loads of several can be under way.
+struct Element {
+  const char* at;
+  DType dtype;
+};
+__device__ inline Element element_of(const DeviceList& list, int64_t i, int64_t index) {
+  const ListItem item = item_of(list, i);
+  const DType dtype = dtype_of(item);
+  const int64_t offset = is_constant(item) ? 0 : index - begin_of(list, i);
+  return {static_cast<const char*>(item.data) + offset * dtype_size(dtype), dtype};
+}
+struct Bits {
+  uint16_t two = 0;
+  uint32_t four = 0;
+  uint64_t eight = 0;
+};
+__device__ inline Bits load_bits(const Element& element) {
+  Bits bits;
+  const int64_t size = dtype_size(element.dtype);
+  if (size == 2) __builtin_memcpy(&bits.two, __builtin_assume_aligned(element.at, 2), 2);
+  if (size == 4) __builtin_memcpy(&bits.four, __builtin_assume_aligned(element.at, 4), 4);
+  if (size == 8) __builtin_memcpy(&bits.eight, __builtin_assume_aligned(element.at, 8), 8);
+  return bits;
+}
+template <class A>
+__device__ inline A widen_bits(const Bits& bits, DType dtype) {
+  const auto as = [](auto from, auto* type) {
+    std::remove_pointer_t<decltype(type)> value;
+    __builtin_memcpy(&value, &from, sizeof(value));
+    return static_cast<A>(widen(value));
   };
-  if (last - first < kFewItems) {
-    for (int64_t i = first; i <= last; ++i) {
-      const int64_t from = max_of(begin, begin_of(list, i));
-      const int64_t to = min_of(begin + count, begin_of(list, i + 1));
-      at(i, from, static_cast<int>(to - from), thread, threads);
-    }
-  } else {
-    for (int p = thread; p < count; p += threads) {
-      at(find_item(list, begin + p, first, last + 1), begin + p, 1, 0, 1);
-    }
+  switch (dtype) {
+    case DType::f32:
+      return as(bits.four, static_cast<float*>(nullptr));
+    case DType::f64:
+      return as(bits.eight, static_cast<double*>(nullptr));
+    case DType::bf16:
+      return as(bits.two, static_cast<bf16*>(nullptr));
+    default:
+      return as(bits.two, static_cast<f16*>(nullptr));
   }
 }
 
 // put(position, value) for every element of [begin, begin + count), widened.
 template <class A, class Put>
 __device__ void read_list(const DeviceList& list, int64_t begin, int count, Put&& put) {
-  visit_list(list, begin, count,
-             [&](auto* data, int position, int number, int first, int step, bool constant) {
-               constexpr int U = 8;
-               for (int k = first; k < number; k += U * step) {
-                 A value[U];
-                 DLDR_UNROLL
-                 for (int u = 0; u < U; ++u) {
-                   const int p = k + u * step;
-                   if (p < number) value[u] = static_cast<A>(widen(data[constant ? 0 : p]));
-                 }
-                 DLDR_UNROLL
-                 for (int u = 0; u < U; ++u) {
-                   const int p = k + u * step;
-                   if (p < number) put(position + p, value[u]);
-                 }
-               }
-             });
+  const Items items = find_items(list, begin, count);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  if (items.last - items.first < kFewItems) {
+    for (int64_t i = items.first; i <= items.last; ++i) {
+      const ListItem item = item_of(list, i);
+      const int64_t from = max_of(begin, begin_of(list, i));
+      const int position = static_cast<int>(from - begin);
+      const int number = static_cast<int>(min_of(begin + count, begin_of(list, i + 1)) - from);
+      dispatch_float(dtype_of(item), [&](auto* type) {
+        const auto* const data = static_cast<decltype(type)>(item.data);
+        if (is_constant(item)) {
+          const A value = static_cast<A>(widen(*data));
+          for (int k = thread; k < number; k += threads) put(position + k, value);
+        } else {
+          read_run<A>(data + (from - begin_of(list, i)), number,
+                      [&](int k, A value) { put(position + k, value); });
+        }
+      });
+    }
+    return;
+  }
+  for (int k = thread; k < count; k += kListLoads * threads) {
+    // Looked for side by side, then loaded side by side.
+    int64_t at[kListLoads], item[kListLoads];
+    DLDR_UNROLL
+    for (int u = 0; u < kListLoads; ++u) {
+      at[u] = begin + min_of(k + u * threads, count - 1);
+      item[u] = items.first;
+    }
+    for (int64_t left = items.last + 1 - items.first; left > 1; left -= left / 2) {
+      DLDR_UNROLL
+      for (int u = 0; u < kListLoads; ++u) {
+        if (begin_of(list, item[u] + left / 2) <= at[u]) item[u] += left / 2;
+      }
+    }
+    Element elements[kListLoads];
+    DLDR_UNROLL
+    for (int u = 0; u < kListLoads; ++u) elements[u] = element_of(list, item[u], at[u]);
+    Bits bits[kListLoads];
+    DLDR_UNROLL
+    for (int u = 0; u < kListLoads; ++u) bits[u] = load_bits(elements[u]);
+    DLDR_UNROLL
+    for (int u = 0; u < kListLoads; ++u) {
+      if (k + u * threads < count) {
+        put(k + u * threads, widen_bits<A>(bits[u], elements[u].dtype));
+      }
+    }
+  }
 }
 
-// Writes value(position) into every element of [begin, begin + count), rounded once.
+// Writes value(position), from registers or shared memory, into every element of
+// [begin, begin + count), rounded once.
 template <class Value>
 __device__ void write_list(const DeviceList& list, int64_t begin, int count, Value&& value) {
-  visit_list(list, begin, count,
-             [&](auto* data, int position, int number, int first, int step, bool) {
+  const Items items = find_items(list, begin, count);
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const auto write = [&](int64_t i, int64_t from, int number, int first, int step) {
+    const ListItem item = item_of(list, i);
+    const int position = static_cast<int>(from - begin);
+    dispatch_float(dtype_of(item), [&](auto* type) {
+      auto* const data = static_cast<decltype(type)>(item.data) + (from - begin_of(list, i));
 #if defined(__CUDACC__)
 #pragma unroll 4
 #endif
-               for (int k = first; k < number; k += step) narrow(value(position + k), data[k]);
-             });
+      for (int k = first; k < number; k += step) narrow(value(position + k), data[k]);
+    });
+  };
+  if (items.last - items.first < kFewItems) {
+    for (int64_t i = items.first; i <= items.last; ++i) {
+      const int64_t from = max_of(begin, begin_of(list, i));
+      const int64_t to = min_of(begin + count, begin_of(list, i + 1));
+      write(i, from, static_cast<int>(to - from), thread, threads);
+    }
+  } else {
+    for (int p = thread; p < count; p += threads) {
+      write(find_item(list, begin + p, items.first, items.last + 1), begin + p, 1, 0, 1);
+    }
+  }
 }
 
 // Scratch bytes of a list; 0 for one that fits into the arguments.

@@ -13,10 +13,9 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocks)
   const int64_t tile = combine_tile<T>(blockDim.x);
   const int64_t at = static_cast<int64_t>(blockIdx.x) * tile;
   const A* const thetas[1] = {theta};
-  combine_tile_into<T, 1>(rows, at, aligned, thetas, sums + tile, sums);
-  // P theta is summed alone and the origin added last: the small sum keeps its own precision.
+  combine_tile_into<T, 1>(rows, at, aligned, origin, thetas, sums + tile, sums);
   write_list(list, at, static_cast<int>(min_of(tile, rows.numel - at)),
-             [&](int i) { return origin == nullptr ? sums[i] : origin[at + i] + sums[i]; });
+             [&](int i) { return sums[i]; });
 }
 
 }  // namespace
@@ -34,7 +33,8 @@ void reconstruct(const Rows& basis, const void* origin, const void* theta, const
     launch("reconstruct", reconstruct_tile<T>,
            make_grid(ceil_div(basis.numel, combine_tile<T>(threads))), threads,
            combine_shared<T>(basis, threads, 1), stream.handle, device, basis,
-           static_cast<const A*>(origin), static_cast<const A*>(theta), rows_aligned(basis));
+           static_cast<const A*>(origin), static_cast<const A*>(theta),
+           rows_aligned(basis) && is_aligned(origin));
   });
 }
 

@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kCombineThreads, kResidualBlocks<T>)
   const int64_t at = static_cast<int64_t>(blockIdx.x) * tile;
   const int count = static_cast<int>(min_of(tile, rows.numel - at));
   const A* const thetas[2] = {theta, coordinates};
-  combine_tile_into<T, 2>(rows, at, aligned, thetas, sums + 2 * tile, sums);
+  combine_tile_into<T, 2>(rows, at, aligned, static_cast<const A*>(nullptr), thetas,
+                          sums + 2 * tile, sums);
   for (int i = static_cast<int>(threadIdx.x); i < count; i += static_cast<int>(blockDim.x)) {
     direction[at + i] = sums[i];
   }

@@ -15,39 +15,43 @@ __device__ inline float2 block_scale(float largest) {
   return make_float2(scale, scale > 0 ? scaled_format<T>::largest / largest : 0.0f);
 }
 
+// Each thread owns kStoreOwn elements that lie side by side; a warp has one block of scales.
+constexpr int kStoreOwn = static_cast<int>(kStoreTile) / kStoreThreads;
+static_assert(kStoreOwn * kWarp == kScaleBlock, "one block of scales for each warp");
+
 template <class T>
 __global__ void __launch_bounds__(kStoreThreads, 1)
     store_tile(const __grid_constant__ DeviceList list, int64_t numel,
-               const typename wide_of<T>::type* anchor, T* row, float* row_scale) {
+               const typename wide_of<T>::type* anchor, T* row, float* row_scale, bool aligned) {
   using A = typename wide_of<T>::type;
   __shared__ A x[kStoreTile];
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kStoreTile;
   const int count = static_cast<int>(min_of(kStoreTile, numel - at));
-  read_list<A>(list, at, count, [&](int i, A value) { x[i] = value - anchor[at + i]; });
+  const int first = static_cast<int>(threadIdx.x) * kStoreOwn, left = count - first;
+  A start[kStoreOwn], moved[kStoreOwn];
+  // Under way beside the list.
+  load_numbers(anchor + at + first, left, aligned, start);
+  read_list<A>(list, at, count, [&](int i, A value) { x[i] = value; });
   __syncthreads();
+  DLDR_UNROLL
+  for (int e = 0; e < kStoreOwn; ++e) moved[e] = e < left ? x[first + e] - start[e] : A(0);
   if constexpr (scaled_format<T>::value) {
-    for (int block = warp(); block * kScaleBlock < count; block += kStoreThreads / kWarp) {
-      const int begin = block * static_cast<int>(kScaleBlock);
-      const int end = begin + kScaleBlock < count ? begin + static_cast<int>(kScaleBlock) : count;
-      float largest = 0;
-      for (int i = begin + lane(); i < end; i += kWarp) {
-        const float magnitude = fabsf(x[i]);
-        if (!(magnitude <= largest)) largest = magnitude;  // a NaN stays
-        if (largest != largest) break;
-      }
-      for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-        const float other = __shfl_xor_sync(kAllLanes, largest, mask);
-        if (largest == largest && !(other <= largest)) largest = other;
-      }
-      const float2 scale = block_scale<T>(largest);
-      if (lane() == 0) row_scale[at / kScaleBlock + block] = scale.x;
-      for (int i = begin + lane(); i < end; i += kWarp) narrow(x[i] * scale.y, row[at + i]);
+    float largest = 0;
+    DLDR_UNROLL
+    for (int e = 0; e < kStoreOwn; ++e) {
+      const float magnitude = fabsf(moved[e]);
+      if (largest == largest && !(magnitude <= largest)) largest = magnitude;  // a NaN stays
     }
-  } else {
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kStoreThreads) {
-      narrow(x[i], row[at + i]);
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+      const float other = __shfl_xor_sync(kAllLanes, largest, mask);
+      if (largest == largest && !(other <= largest)) largest = other;
     }
+    const float2 scale = block_scale<T>(largest);
+    if (lane() == 0 && left > 0) row_scale[at / kScaleBlock + warp()] = scale.x;
+    DLDR_UNROLL
+    for (int e = 0; e < kStoreOwn; ++e) moved[e] *= scale.y;
   }
+  store_numbers(moved, row + at + first, left, aligned);
 }
 
 }  // namespace
@@ -62,7 +66,8 @@ void store_snapshot(const Rows& snapshots, const EntryList& list, const void* an
     using T = std::remove_pointer_t<decltype(type)>;
     launch("store_snapshot_", store_tile<T>, make_grid(ceil_div(snapshots.numel, kStoreTile)),
            kStoreThreads, 0, stream.handle, device, snapshots.numel,
-           static_cast<const typename wide_of<T>::type*>(anchor), static_cast<T*>(row), row_scale);
+           static_cast<const typename wide_of<T>::type*>(anchor), static_cast<T*>(row), row_scale,
+           is_aligned(anchor) && is_aligned(row));
   });
 }
 

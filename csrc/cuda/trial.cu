@@ -6,20 +6,6 @@ namespace {
 constexpr int kTrialThreads = 256;
 constexpr int64_t kTrialTile = 2048;
 
-// x = a pack's worth of numbers at `from`, in 16-byte loads where the vector allows it.
-template <class A>
-__device__ inline void load_numbers(const A* from, int left, bool aligned, A (&x)[kPack<A>]) {
-  // Not through load_pack: in the update of the point itself the vector is written as well, though
-  // only behind a barrier and only this block's part.
-  if (aligned && left >= kPack<A>) {
-    const Pack pack = *reinterpret_cast<const Pack*>(from);
-    widen_part<A>(pack, 0, x);
-  } else {
-    DLDR_UNROLL
-    for (int e = 0; e < kPack<A>; ++e) x[e] = e < left ? from[e] : A(0);
-  }
-}
-
 template <class A>
 __global__ void __launch_bounds__(kTrialThreads)
     trial_tile(const __grid_constant__ DeviceList list, int64_t numel, const A* point,
@@ -27,14 +13,21 @@ __global__ void __launch_bounds__(kTrialThreads)
   __shared__ A x[kTrialTile];
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kTrialTile;
   const int count = static_cast<int>(min_of(kTrialTile, numel - at));
+  // All packs of a thread are under way together.
+  constexpr int kPacks = static_cast<int>(kTrialTile) / (kTrialThreads * kPack<A>);
+  A w[kPacks][kPack<A>], step[kPacks][kPack<A>];
+  const auto first = [](int u) {
+    return (u * kTrialThreads + static_cast<int>(threadIdx.x)) * kPack<A>;
+  };
   DLDR_UNROLL
-  for (int u = 0; u < kTrialTile / (kTrialThreads * kPack<A>); ++u) {
-    const int i = (u * kTrialThreads + static_cast<int>(threadIdx.x)) * kPack<A>;
-    A w[kPack<A>], step[kPack<A>];
-    load_numbers(point + at + i, count - i, aligned, w);
-    load_numbers(direction + at + i, count - i, aligned, step);
+  for (int u = 0; u < kPacks; ++u) {
+    load_numbers(point + at + first(u), count - first(u), aligned, w[u]);
+    load_numbers(direction + at + first(u), count - first(u), aligned, step[u]);
+  }
+  DLDR_UNROLL
+  for (int u = 0; u < kPacks; ++u) {
     DLDR_UNROLL
-    for (int e = 0; e < kPack<A>; ++e) x[i + e] = fma(step[e], alpha, w[e]);
+    for (int e = 0; e < kPack<A>; ++e) x[first(u) + e] = fma(step[u][e], alpha, w[u][e]);
   }
   __syncthreads();
   write_list(list, at, count, [&](int i) { return x[i]; });
@@ -43,10 +36,7 @@ __global__ void __launch_bounds__(kTrialThreads)
 template <class A>
 void launch_trial(const EntryList& list, int64_t numel, const void* point, const void* direction,
                   double alpha, void* scratch, const Stream& stream) {
-  const bool aligned =
-      (reinterpret_cast<uintptr_t>(point) | reinterpret_cast<uintptr_t>(direction)) %
-          sizeof(Pack) ==
-      0;
+  const bool aligned = is_aligned(point) && is_aligned(direction);
   launch("trial_", trial_tile<A>, make_grid(ceil_div(numel, kTrialTile)), kTrialThreads, 0,
          stream.handle, make_device_list(list, numel, scratch, stream), numel,
          static_cast<const A*>(point), static_cast<const A*>(direction), static_cast<A>(alpha),

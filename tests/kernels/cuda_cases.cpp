@@ -199,11 +199,17 @@ double product(const Shape& shape, const std::function<double(int64_t)>& a,
   return sum;
 }
 
+// Bytes of scratch memory: where most blocks are left out, their sums are to be zeros.
+int64_t room(const Shape& shape, int64_t bytes) {
+  return max_of(bytes, shape.numel > kSparse ? kSparse : 0);
+}
+
 void project(const Shape& shape) {
   Stored basis(shape);
   List list(shape.numel, shape.lists, 20, 2 + shape.lists);
   Array out(shape.wide(), shape.lists * shape.rows);
-  Array scratch(DType::i8, cuda::project_scratch(basis.rows(), list.size(), shape.lists));
+  Array scratch(DType::i8,
+                room(shape, cuda::project_scratch(basis.rows(), list.size(), shape.lists)));
   cuda::project(basis.rows(), list.view(), shape.lists, out.at(), scratch.at(), Stream{});
   for (int64_t j = 0; j < shape.lists * shape.rows; ++j) {
     const int64_t k = j / shape.rows, r = j % shape.rows;
@@ -270,7 +276,8 @@ void gram_block(const Shape& shape) {
   Stored snapshots(shape);
   const int64_t index = shape.rows - shape.lists;
   Array gram(DType::f64, shape.rows * shape.rows);
-  Array scratch(DType::i8, cuda::gram_block_scratch(snapshots.rows(), index, shape.lists));
+  Array scratch(DType::i8,
+                room(shape, cuda::gram_block_scratch(snapshots.rows(), index, shape.lists)));
   cuda::gram_block(snapshots.rows(), index, shape.lists, static_cast<double*>(gram.at()),
                    shape.rows, 1, scratch.at(), Stream{});
   for (int64_t j = index * shape.rows; j < shape.rows * shape.rows; ++j) {
@@ -284,9 +291,7 @@ void gram_block(const Shape& shape) {
 void gram(const Shape& shape) {
   Stored snapshots(shape);
   Array out(DType::f64, shape.rows * shape.rows);
-  // Where most blocks are left out, their sums are to be zeros.
-  Array scratch(DType::i8,
-                max_of(cuda::gram_scratch(snapshots.rows()), shape.numel > kSparse ? kSparse : 0));
+  Array scratch(DType::i8, room(shape, cuda::gram_scratch(snapshots.rows())));
   cuda::gram(snapshots.rows(), static_cast<double*>(out.at()), scratch.at(), Stream{});
   for (int64_t j = 0; j < shape.rows * shape.rows; ++j) {
     const double right = product(

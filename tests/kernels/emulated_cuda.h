@@ -77,7 +77,8 @@ struct Thread {
   dim3 index;
   Block* block = nullptr;
   int warp = 0, lane = 0;
-  unsigned turn = 0;  // of its shuffles
+  unsigned turn = 0;    // of its shuffles
+  unsigned counts = 0;  // of the block, that it took part in
 #if !defined(DLDR_EMULATED_THREADS)
   ucontext_t context{};
   Jump jump{};
@@ -228,6 +229,16 @@ class Block {
 
   void* shared() { return shared_.data(); }
   void sync() { all_.wait(); }
+  // How many threads of the block call it with true.
+  int count(bool yes) {
+    const size_t turn = self->counts++ % 3;
+    if (yes) __atomic_fetch_add(&counts_[turn], 1, __ATOMIC_RELAXED);
+    all_.wait();
+    const int all = __atomic_load_n(&counts_[turn], __ATOMIC_RELAXED);
+    // Of the turn before last, whose readers have all passed this barrier, for the turn after next.
+    if (self == &threads_[0]) __atomic_store_n(&counts_[(turn + 2) % 3], 0, __ATOMIC_RELAXED);
+    return all;
+  }
 
   // The value that the lane with number lane ^ mask gives.
   template <class T>
@@ -317,6 +328,7 @@ class Block {
 #endif
 
   Barrier all_;
+  int counts_[3] = {};
   const std::function<void()>& body_;
   std::vector<char> shared_;
   std::vector<std::unique_ptr<Warp>> warps_;
@@ -351,6 +363,19 @@ inline void run(dim3 grid, int block, int64_t shared, const std::function<void()
 #define gridDim (::emulated::grid_size)
 
 inline void __syncthreads() { emulated::self->block->sync(); }
+inline int __syncthreads_count(int predicate) {
+  return emulated::self->block->count(predicate != 0);
+}
+// Blocks run one after the other.
+inline void __threadfence() {}
+inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
+  return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
+inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long expected,
+                                    unsigned long long value) {
+  __atomic_compare_exchange_n(at, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
