@@ -35,19 +35,27 @@ __global__ void __launch_bounds__(kFormThreads)
     // All of a thread's packs are under way together.
     Pack packs[kMyPacks];
     float scales[kMyPacks];
-    DLDR_UNROLL
-    for (int u = 0; u < kMyPacks; ++u) {
-      const int p = u * kFormThreads + static_cast<int>(threadIdx.x);
-      const int s = p / kRowPacks, column = p % kRowPacks * kPack<T>;
-      packs[u] = {};
-      scales[u] = 0;
-      if (s >= here || column >= count) continue;
-      const T* from = static_cast<const T*>(rows.data) + (t + s) * rows.stride + at + column;
-      const int left = count - column;
-      packs[u] = aligned && left >= kPack<T> ? load_pack(from) : load_pack_guarded(from, left);
-      if constexpr (scaled_format<T>::value) {
-        scales[u] = rows.scale[(t + s) * blocks + (at + column) / kScaleBlock];
+    const auto load = [&](auto whole) {
+      DLDR_UNROLL
+      for (int u = 0; u < kMyPacks; ++u) {
+        const int p = u * kFormThreads + static_cast<int>(threadIdx.x);
+        const int s = p / kRowPacks, column = p % kRowPacks * kPack<T>;
+        packs[u] = {};
+        scales[u] = 0;
+        if (s < here && column < count) {
+          const T* from = static_cast<const T*>(rows.data) + (t + s) * rows.stride + at + column;
+          packs[u] =
+              decltype(whole)::value ? load_pack(from) : load_pack_guarded(from, count - column);
+          if constexpr (scaled_format<T>::value) {
+            scales[u] = rows.scale[(t + s) * blocks + (at + column) / kScaleBlock];
+          }
+        }
       }
+    };
+    if (aligned && count == kFormColumns) {
+      load(std::true_type());
+    } else {
+      load(std::false_type());
     }
     DLDR_UNROLL
     for (int u = 0; u < kMyPacks; ++u) {
