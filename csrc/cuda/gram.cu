@@ -1,9 +1,9 @@
-// The Gram matrix of all rows at once. A warp owns the products of two groups of rows: its lanes
-// take every 32nd element and keep all products of the pair in registers. Sums are float32 over
+// The Gram matrix of all rows at once: on tensor cores for formats of one and two bytes
+// (gram_mma.cuh). For the others a warp owns the products of two groups of rows: its lanes take
+// every 32nd element and keep all products of the pair in registers. Sums are float32 over
 // kGramTile elements and float64 beyond.
 #include "cuda_kernels.h"
-#include "formats.cuh"
-#include "lanes.cuh"
+#include "gram_mma.cuh"
 
 namespace dldr::cuda {
 namespace {
@@ -12,7 +12,7 @@ constexpr int kGramThreads = 512;
 // Elements of each row that are staged at a time, twice: the next ones are on their way meanwhile,
 // in at most two packs of each thread.
 template <class T>
-constexpr int kGramColumns = sizeof(T) >= 4 ? 64 : 128;
+constexpr int kGramColumns = 64;
 constexpr int64_t kGramTile = 4096;
 // Groups of a quarter of the matrix; two quarters are staged.
 constexpr int kGramGroups = 4;
@@ -24,32 +24,13 @@ constexpr int kGramSingle = 5;
 template <class A>
 constexpr int kGroup = sizeof(A) == 8 ? 4 : 8;
 
-struct GramShape {
-  int64_t groups;
-  int64_t sets;    // blocks of threads for each chunk
-  int64_t chunks;  // of the elements
-  int64_t tiles_per_chunk;
-};
+// Bytes of the sums of all chunks; a single chunk's go straight into the result.
+constexpr int64_t kGramScratch = 32 << 20;
+constexpr int64_t kGramChunks = 4096;
 
-GramShape gram_shape(const Rows& rows) {
-  const int64_t group = rows.dtype == DType::f64 ? kGroup<double> : kGroup<float>;
-  GramShape shape;
-  shape.groups = ceil_div(rows.rows, group);
-  const int64_t quarters = ceil_div(shape.groups, kGramGroups);
-  shape.sets = shape.groups <= kGramSingle ? 1 : quarters * (quarters + 1) / 2;
-  // Enough blocks for any device; their sums stay small beside the rows.
-  const int64_t tiles = ceil_div(rows.numel, kGramTile);
-  shape.tiles_per_chunk = max_of(1, ceil_div(tiles * shape.sets, 1024));
-  shape.chunks = ceil_div(tiles, shape.tiles_per_chunk);
-  return shape;
-}
-
-// The numbers (i, j), j <= i, of pair number p of a lower triangle.
-__device__ inline void triangle(int64_t p, int64_t& i, int64_t& j) {
-  i = static_cast<int64_t>((sqrt(8.0 * static_cast<double>(p) + 1.0) - 1.0) / 2.0);
-  while (i * (i + 1) / 2 > p) --i;
-  while ((i + 1) * (i + 2) / 2 <= p) ++i;
-  j = p - i * (i + 1) / 2;
+Plan gram_plan(const Rows& rows, int64_t tile) {
+  const int64_t most = kGramScratch / (8 * triangle_size(rows.rows));
+  return make_plan(rows.numel, tile, max_of(1, min_of(most, kGramChunks)));
 }
 
 // Which groups a block stages, and which two of them a warp multiplies.
@@ -86,10 +67,10 @@ struct Pairing {
   }
 };
 
-// partials[chunk * rows * rows + i * rows + j], j <= i, and some above the diagonal.
+// Sums of the chunk with number blockIdx.x / sets, a triangle of j <= i.
 template <class T>
 __global__ void __launch_bounds__(kGramThreads)
-    gram_chunk(const Rows rows, int64_t groups, int64_t tiles_per_chunk, bool aligned,
+    gram_chunk(const Rows rows, int64_t groups, int64_t sets, int64_t tiles_per_chunk, bool aligned,
                double* partials) {
   using A = typename wide_of<T>::type;
   constexpr int M = kGroup<A>;
@@ -100,34 +81,40 @@ __global__ void __launch_bounds__(kGramThreads)
   static_assert(kGramSlots * M * kRowPacks % kGramThreads == 0, "whole packs for every thread");
   DLDR_DYNAMIC_SHARED(A, shared);  // [2][kGramSlots * M][kColumns]
   constexpr int kStage = kGramSlots * M * kColumns;
-  const Pairing pairing(groups, blockIdx.y);
+  const int64_t chunk = blockIdx.x / sets;
+  const Pairing pairing(groups, blockIdx.x % sets);
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t blocks = ceil_div(rows.numel, kScaleBlock);
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * tiles_per_chunk * kGramTile;
+  const int64_t begin = chunk * tiles_per_chunk * kGramTile;
   const int64_t end = min_of(rows.numel, begin + tiles_per_chunk * kGramTile);
 
   Pack packs[kMyPacks];
-  float scales[kMyPacks];
   // Pack u of this thread: its row among the staged ones, and its first element.
   const auto place = [&](int u, int& row, int& column) {
     const int p = u * kGramThreads + thread;
     row = p / kRowPacks;
     column = p % kRowPacks * kPack<T>;
   };
-  const auto load = [&](int64_t at) {
+  const auto load = [&](int64_t at, auto whole) {
     DLDR_UNROLL
     for (int u = 0; u < kMyPacks; ++u) {
       int slot_row, column;
       place(u, slot_row, column);
       packs[u] = {};
-      scales[u] = 0;
-      if (slot_row >= pairing.slots * M || at + column >= end) continue;
-      const int64_t row = min_of(pairing.group(slot_row / M) * M + slot_row % M, rows.rows - 1);
       const int64_t i = at + column;
-      const T* from = static_cast<const T*>(rows.data) + row * rows.stride + i;
-      const int left = static_cast<int>(min_of(kPack<T>, end - i));
-      packs[u] = aligned && left == kPack<T> ? load_pack(from) : load_pack_guarded(from, left);
-      if constexpr (scaled_format<T>::value) scales[u] = rows.scale[row * blocks + i / kScaleBlock];
+      if (slot_row < pairing.slots * M && i < end) {
+        const int64_t row = min_of(pairing.group(slot_row / M) * M + slot_row % M, rows.rows - 1);
+        const T* from = static_cast<const T*>(rows.data) + row * rows.stride + i;
+        packs[u] = decltype(whole)::value
+                       ? load_pack(from)
+                       : load_pack_guarded(from, static_cast<int>(min_of(kPack<T>, end - i)));
+      }
+    }
+  };
+  const auto fill = [&](int64_t at) {
+    if (aligned && at + kColumns <= end) {
+      load(at, std::true_type());
+    } else {
+      load(at, std::false_type());
     }
   };
   const auto store = [&](A* stage) {
@@ -135,16 +122,10 @@ __global__ void __launch_bounds__(kGramThreads)
     for (int u = 0; u < kMyPacks; ++u) {
       int slot_row, column;
       place(u, slot_row, column);
+      A values[kPack<T>];
+      widen_part<T>(packs[u], 0, values);
       DLDR_UNROLL
-      for (int part = 0; part < kPack<T> / kPart<T>; ++part) {
-        A values[kPart<T>];
-        widen_part<T>(packs[u], part, values);
-        DLDR_UNROLL
-        for (int e = 0; e < kPart<T>; ++e) {
-          if constexpr (scaled_format<T>::value) values[e] *= scales[u];
-          stage[slot_row * kColumns + column + part * kPart<T> + e] = values[e];
-        }
-      }
+      for (int e = 0; e < kPack<T>; ++e) stage[slot_row * kColumns + column + e] = values[e];
     }
   };
 
@@ -158,14 +139,14 @@ __global__ void __launch_bounds__(kGramThreads)
     for (int k = 0; k < M * M; ++k) acc[k] = 0;
   };
 
-  load(begin);
+  fill(begin);
   store(shared);
   __syncthreads();
   unsigned turn = 0;
   for (int64_t at = begin; at < end; at += kColumns, ++turn) {
     const A* const now = shared + turn % 2 * kStage;
     const bool more = at + kColumns < end;
-    if (more) load(at + kColumns);
+    if (more) fill(at + kColumns);
     if (pairing.active) {
       const A* const left = now + pairing.a * M * kColumns + lane();
       const A* const right = now + pairing.b * M * kColumns + lane();
@@ -190,14 +171,14 @@ __global__ void __launch_bounds__(kGramThreads)
   }
 
   if (!pairing.active) return;
-  double* const out = partials + static_cast<int64_t>(blockIdx.x) * rows.rows * rows.rows;
+  double* const out = partials + chunk * triangle_size(rows.rows);
   if (M * M < kWarp && lane() % (kWarp / (M * M < kWarp ? M * M : 1)) != 0) return;
   DLDR_UNROLL
   for (int k = 0; k < kMySums; ++k) {
     const int p = first_sum<M * M>(lane()) + k;
     const int64_t i = pairing.group(pairing.a) * M + p / M,
                   j = pairing.group(pairing.b) * M + p % M;
-    if (i < rows.rows && j < rows.rows) out[i * rows.rows + j] = sums[k];
+    if (i < rows.rows && j <= i) out[triangle_size(i) + j] = sums[k];
   }
 }
 
@@ -206,36 +187,70 @@ constexpr int kSumGramThreads = 256;
 // Adds up the chunks in order; writes each sum on both sides of the diagonal.
 __global__ void sum_gram(const double* partials, int64_t chunks, int64_t rows, double* out) {
   const int64_t p = static_cast<int64_t>(blockIdx.x) * kSumGramThreads + threadIdx.x;
-  const int64_t i = p / rows, j = p % rows;
-  if (i >= rows || j > i) return;
+  if (p >= triangle_size(rows)) return;
+  int64_t i, j;
+  triangle(p, i, j);
   double sum = 0;
-  for (int64_t c = 0; c < chunks; ++c) sum += partials[c * rows * rows + p];
+  for (int64_t c = 0; c < chunks; ++c) sum += partials[c * triangle_size(rows) + p];
   out[i * rows + j] = sum;
   out[j * rows + i] = sum;
+}
+
+template <class T>
+constexpr int64_t kGramPlanTile = sizeof(T) <= 2 ? kMmaTile : kGramTile;
+
+template <class T>
+void launch_chunks(const Rows& rows, const Plan& plan, double* partials, const Stream& stream) {
+  const bool aligned = rows_aligned(rows);
+  const auto queue = [&](auto* kernel, int64_t blocks, int threads, int64_t shared,
+                         const auto&... arguments) {
+    launch("gram", kernel, make_grid(blocks), threads, shared, stream.handle, rows, arguments...,
+           plan.tiles_per_chunk, aligned, partials);
+  };
+  if constexpr (sizeof(T) <= 2) {
+    constexpr int64_t kBytes = kMmaWarps * static_cast<int64_t>(sizeof(double));
+    const int64_t groups = ceil_div(rows.rows, kMmaGroup);
+    if (groups <= 5) {
+      queue(gram_few<T, 5>, plan.chunks, kMmaThreads, kBytes * MmaTiles<5, 5, true>::kSums);
+    } else if (groups <= kMmaSide) {
+      queue(gram_few<T, kMmaSide>, plan.chunks, kMmaThreads,
+            kBytes * MmaTiles<kMmaSide, kMmaSide, true>::kSums);
+    } else {
+      const int64_t sides = ceil_div(groups, kMmaSide);
+      queue(gram_many<T>, ceil_div(plan.chunks * sides * sides, kMmaWarps), kMmaThreads,
+            kBytes * MmaTiles<kMmaSide, kMmaSide, true>::kSums, sides, plan.chunks);
+    }
+  } else {
+    using A = typename wide_of<T>::type;
+    const int64_t groups = ceil_div(rows.rows, kGroup<A>);
+    const int64_t quarters = ceil_div(groups, kGramGroups);
+    const int64_t sets = groups <= kGramSingle ? 1 : quarters * (quarters + 1) / 2;
+    queue(gram_chunk<T>, plan.chunks * sets, kGramThreads,
+          static_cast<int64_t>(sizeof(A)) * 2 * kGramSlots * kGroup<A> * kGramColumns<T>, groups,
+          sets);
+  }
 }
 
 }  // namespace
 
 int64_t gram_scratch(const Rows& snapshots) {
-  return 8 * gram_shape(snapshots).chunks * snapshots.rows * snapshots.rows;
+  int64_t chunks = 0;
+  dispatch(snapshots.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    chunks = gram_plan(snapshots, kGramPlanTile<T>).chunks;
+  });
+  return 8 * chunks * triangle_size(snapshots.rows);
 }
 
 void gram(const Rows& snapshots, double* out, void* scratch, const Stream& stream) {
-  const GramShape shape = gram_shape(snapshots);
   double* const partials = static_cast<double*>(scratch);
-  if (shape.chunks > 0) {
-    dispatch(snapshots.dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      using A = typename wide_of<T>::type;
-      const int64_t shared =
-          static_cast<int64_t>(sizeof(A)) * 2 * kGramSlots * kGroup<A> * kGramColumns<T>;
-      launch("gram", gram_chunk<T>, make_grid(shape.chunks, shape.sets), kGramThreads, shared,
-             stream.handle, snapshots, shape.groups, shape.tiles_per_chunk, rows_aligned(snapshots),
-             partials);
-    });
-  }
-  launch("gram", sum_gram, make_grid(ceil_div(snapshots.rows * snapshots.rows, kSumGramThreads)),
-         kSumGramThreads, 0, stream.handle, partials, shape.chunks, snapshots.rows, out);
+  dispatch(snapshots.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Plan plan = gram_plan(snapshots, kGramPlanTile<T>);
+    if (plan.chunks > 0) launch_chunks<T>(snapshots, plan, partials, stream);
+    launch("gram", sum_gram, make_grid(ceil_div(triangle_size(snapshots.rows), kSumGramThreads)),
+           kSumGramThreads, 0, stream.handle, partials, plan.chunks, snapshots.rows, out);
+  });
 }
 
 }  // namespace dldr::cuda

@@ -40,4 +40,15 @@ __device__ inline int first_sum(int lane) {
   return N >= kWarp ? lane * (N / kWarp) : lane / (kWarp / N);
 }
 
+// Numbers in a triangle of so many rows, and of row i those before it.
+DLDR_HOST_DEVICE constexpr int64_t triangle_size(int64_t rows) { return rows * (rows + 1) / 2; }
+
+// The numbers (i, j), j <= i, of pair number p of a lower triangle.
+__device__ inline void triangle(int64_t p, int64_t& i, int64_t& j) {
+  i = static_cast<int64_t>((sqrt(8.0 * static_cast<double>(p) + 1.0) - 1.0) / 2.0);
+  while (i * (i + 1) / 2 > p) --i;
+  while ((i + 1) * (i + 2) / 2 <= p) ++i;
+  j = p - i * (i + 1) / 2;
+}
+
 }  // namespace dldr::cuda

@@ -55,6 +55,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 namespace emulated {
 
 constexpr int kLanes = 32;
+constexpr size_t kSlot = 32;  // bytes that a lane gives others at a time
 // The limits of the smallest architecture that the kernels are built for.
 constexpr int64_t kMaxShared = 99 << 10;
 constexpr int64_t kMaxThreads = 1024;
@@ -243,7 +244,7 @@ class Block {
   // The value that the lane with number lane ^ mask gives.
   template <class T>
   T exchange(T value, int mask) {
-    static_assert(sizeof(T) <= sizeof(double));
+    static_assert(sizeof(T) <= kSlot);
     Warp& warp = *warps_[static_cast<size_t>(self->warp)];
     // Two buffers in turn: nobody writes the next value over one that is still to be read.
     auto& slots = warp.slots[self->turn++ % 2];
@@ -252,6 +253,17 @@ class Block {
     T other;
     std::memcpy(&other, &slots[self->lane ^ mask], sizeof(T));
     return other;
+  }
+
+  // What every lane gives, at its place.
+  template <class T>
+  void gather(const T& value, T (&all)[kLanes]) {
+    static_assert(sizeof(T) <= kSlot);
+    Warp& warp = *warps_[static_cast<size_t>(self->warp)];
+    auto& slots = warp.slots[self->turn++ % 2];
+    std::memcpy(&slots[self->lane], &value, sizeof(T));
+    warp.barrier.wait();
+    for (int i = 0; i < kLanes; ++i) std::memcpy(&all[i], &slots[i], sizeof(T));
   }
 
   void run() {
@@ -292,7 +304,7 @@ class Block {
   struct Warp {
     explicit Warp(int lanes) : barrier(lanes) {}
     Barrier barrier;
-    double slots[2][kLanes];
+    char slots[2][kLanes][kSlot];
   };
 
   void enter(Thread& thread) {
@@ -335,6 +347,11 @@ class Block {
   std::vector<Thread> threads_;
   std::exception_ptr error_;
 };
+
+template <class T>
+void gather(const T& value, T (&all)[kLanes]) {
+  self->block->gather(value, all);
+}
 
 inline void* dynamic_shared() { return self->block->shared(); }
 

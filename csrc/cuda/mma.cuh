@@ -1,0 +1,116 @@
+// Products of small matrices on tensor cores: one warp multiplies 16 rows of A with 8 rows of B
+// over 32 bytes of each row. Under nvcc the instruction mma.sync of sm_80 and later; the emulation
+// has a plain twin that finds every number where the instruction's layout has it.
+//
+// Lane 4 r + t holds words of rows r of A (a[0], a[2]), r + 8 of A (a[1], a[3]) and r of B (b[0],
+// b[1]); the products are those of (a[0], a[1]) with b[0] and of (a[2], a[3]) with b[1]. Which
+// words of a row these are is free, as long as A and B agree: a sum has no order here. acc holds
+// the sums of A's rows r (acc[0], acc[1]) and r + 8 (acc[2], acc[3]) with B's rows 2 t and 2 t + 1.
+#pragma once
+
+#include "formats.cuh"
+#include "lanes.cuh"
+
+namespace dldr::cuda {
+
+// What is multiplied, and what sums it up: int8 exactly in 32 bits, all others in float32, where
+// the products of 16-bit formats are exact. float8 is widened to float16 first, without loss.
+template <class T>
+struct mma_format {
+  using sum = float;
+  using element = T;
+  static constexpr int kSteps = 2;  // of a pack
+};
+template <>
+struct mma_format<int8_t> {
+  using sum = int32_t;
+  using element = int8_t;
+  static constexpr int kSteps = 2;
+};
+template <>
+struct mma_format<f8e4m3> {
+  using sum = float;
+  using element = f16;
+  static constexpr int kSteps = 4;
+};
+
+// The two words of a pack that step `step` multiplies.
+template <class T>
+__device__ inline void mma_words(const Pack& pack, int step, uint32_t (&words)[2]) {
+  if constexpr (mma_format<T>::kSteps == 2) {
+    words[0] = pack.words[2 * step];
+    words[1] = pack.words[2 * step + 1];
+  } else {
+    DLDR_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t pair = pack.words[step] >> (16 * e) & 0xffff;
+#if defined(__CUDACC__)
+      const __half2_raw two =
+          __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3);
+      words[e] = static_cast<uint32_t>(two.y) << 16 | two.x;
+#else
+      f16 low, high;
+      narrow(widen(f8e4m3{static_cast<uint8_t>(pair & 0xff)}), low);
+      narrow(widen(f8e4m3{static_cast<uint8_t>(pair >> 8)}), high);
+      words[e] = static_cast<uint32_t>(high.bits) << 16 | low.bits;
+#endif
+    }
+  }
+}
+
+#if defined(__CUDACC__)
+
+// acc += A B'.
+template <class T, class S>
+__device__ inline void mma(S (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  using E = typename mma_format<T>::element;
+  if constexpr (std::is_same_v<E, int8_t>) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else if constexpr (std::is_same_v<E, bf16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#endif
+}
+
+#else
+
+template <class T, class S>
+inline void mma(S (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  using E = typename mma_format<T>::element;
+  constexpr int kWord = 4 / static_cast<int>(sizeof(E)), kHalf = 4 * kWord;  // elements
+  struct Lane {
+    uint32_t a[4], b[2];
+  } lanes[kWarp];
+  emulated::gather(Lane{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, lanes);
+  const auto element = [](uint32_t word, int e) {
+    E elements[kWord];
+    __builtin_memcpy(elements, &word, sizeof(word));
+    return static_cast<double>(widen(elements[e]));
+  };
+  for (int c = 0; c < 4; ++c) {
+    const int row = lane() / 4 + 8 * (c / 2), column = 2 * (lane() % 4) + c % 2;
+    double sum = 0;
+    for (int k = 0; k < 2 * kHalf; ++k) {
+      const int half = k / kHalf, quad = k % kHalf / kWord, e = k % kWord;
+      sum += element(lanes[row % 8 * 4 + quad].a[row / 8 + 2 * half], e) *
+             element(lanes[column * 4 + quad].b[half], e);
+    }
+    acc[c] = static_cast<S>(static_cast<double>(acc[c]) + sum);
+  }
+}
+
+#endif
+
+}  // namespace dldr::cuda
