@@ -89,6 +89,11 @@ def cuda_library(toolkit: cuda_toolkit.Toolkit):
         os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.default_archs()
     arch_flags = cpp_extension._get_cuda_arch_flags()
     ARCHS[:] = cuda_toolkit.arch_names(arch_flags)
+    if early := [arch for arch in ARCHS if int(arch.split(".")[0]) < 8]:
+        raise SystemExit(
+            "dldr_ext: TORCH_CUDA_ARCH_LIST: expected compute capability 8.0 or newer (Ampere),"
+            f" got {', '.join(early)}"
+        )
     compiler = os.environ.get("CXX", "")
     nvcc_flags = [
         *NVCC_FLAGS,

@@ -123,7 +123,7 @@ struct QuasiNewtonArgs {
 // whether p is a descent direction, a lower bound on H's condition number (NaN without an update),
 // |p|.
 constexpr int64_t kQuasiNewtonInfo = 7;
-constexpr int64_t quasi_newton_scratch(int64_t dim) { return dim * (dim + 3); }
+constexpr int64_t quasi_newton_scratch(int64_t dim) { return dim * (dim + 4); }
 
 struct CpuKernels {
   const char* name;

@@ -10,16 +10,23 @@
 
 namespace dldr {
 
-// One thread does everything.
+// One thread does everything. Indices are 32 bits wide, as d <= 1024 is, and none is divided: on a
+// GPU that takes longer than the arithmetic.
 struct Alone {
   template <class F>
-  void each(int64_t count, F&& f) const {
-    for (int64_t i = 0; i < count; ++i) f(i);
+  void each(int count, F&& f) const {
+    for (int i = 0; i < count; ++i) f(i);
   }
   template <class F>
-  double sum(int64_t count, F&& f) const {
+  void grid(int rows, int columns, F&& f) const {
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < columns; ++j) f(i, j);
+    }
+  }
+  template <class F>
+  double sum(int count, F&& f) const {
     double total = 0;
-    for (int64_t i = 0; i < count; ++i) total += f(i);
+    for (int i = 0; i < count; ++i) total += f(i);
     return total;
   }
   void sync() const {}
@@ -29,9 +36,9 @@ template <class Team>
 class QuasiNewton {
  public:
   DLDR_HOST_DEVICE QuasiNewton(const Team& team, const QuasiNewtonArgs& args)
-      : team_(team), args_(args), d_(args.dim) {}
+      : team_(team), args_(args), d_(static_cast<int>(args.dim)) {}
 
-  // Every thread of the team calls it; `info`, `p` and H are written by the threads together.
+  // Every thread of the team calls it; `p` and H are written by the threads together.
   DLDR_HOST_DEVICE void run() {
     double updated = 0, was_reset = 0, bound = NAN;
     if (args_.s != nullptr) {
@@ -59,7 +66,9 @@ class QuasiNewton {
                                              descends(slope, size) ? 1.0 : 0.0,
                                              bound,
                                              std::sqrt(dot(args_.p, args_.p))};
-    team_.each(kQuasiNewtonInfo, [&](int64_t i) { args_.info[i] = values[i]; });
+    team_.each(1, [&](int) {
+      for (int k = 0; k < static_cast<int>(kQuasiNewtonInfo); ++k) args_.info[k] = values[k];
+    });
   }
 
  private:
@@ -67,15 +76,15 @@ class QuasiNewton {
   static constexpr double kTiny = 1e-200, kPublished = 1e-20, kPowell = 0.2;
 
   DLDR_HOST_DEVICE double dot(const double* a, const double* b) const {
-    return team_.sum(d_, [&](int64_t i) { return a[i] * b[i]; });
+    return team_.sum(d_, [&](int i) { return a[i] * b[i]; });
   }
 
   // to = H x
   DLDR_HOST_DEVICE void multiply(const double* x, double* to) const {
-    team_.each(d_, [&](int64_t i) {
+    team_.each(d_, [&](int i) {
       double sum = 0;
       // H is symmetric: by columns, neighbouring threads read neighbouring numbers.
-      for (int64_t j = 0; j < d_; ++j) sum += args_.H[j * d_ + i] * x[j];
+      for (int j = 0; j < d_; ++j) sum += args_.H[j * d_ + i] * x[j];
       to[i] = sum;
     });
     team_.sync();
@@ -87,7 +96,7 @@ class QuasiNewton {
     double* const Hy = y + d_;
     double* const v = Hy + d_;
     const double* const s = args_.s;
-    team_.each(d_, [&](int64_t i) { y[i] = args_.y[i]; });
+    team_.each(d_, [&](int i) { y[i] = args_.y[i]; });
     team_.sync();
     const double ss = dot(s, s);
     double yy = dot(y, y), sy = dot(s, y), factor = 1;
@@ -105,18 +114,15 @@ class QuasiNewton {
       if (!(sy > kCurvature * std::sqrt(ss * yy))) return 0;
     }
     if (factor != 1) {
-      team_.each(d_ * d_, [&](int64_t i) { args_.H[i] *= factor; });
+      team_.each(d_ * d_, [&](int i) { args_.H[i] *= factor; });
       team_.sync();
     }
     multiply(y, Hy);
     const double weight = 0.5 * (1 + dot(y, Hy) / sy) / sy;
-    team_.each(d_, [&](int64_t i) { v[i] = weight * s[i] - Hy[i] / sy; });
+    team_.each(d_, [&](int i) { v[i] = weight * s[i] - Hy[i] / sy; });
     team_.sync();
     // (I - s y'/sy) H (I - y s'/sy) + s s'/sy, symmetric to the bit.
-    team_.each(d_ * d_, [&](int64_t k) {
-      const int64_t i = k / d_, j = k % d_;
-      args_.H[k] += s[i] * v[j] + v[i] * s[j];
-    });
+    team_.grid(d_, d_, [&](int i, int j) { args_.H[i * d_ + j] += s[i] * v[j] + v[i] * s[j]; });
     team_.sync();
     return damped ? 2 : 1;
   }
@@ -127,7 +133,7 @@ class QuasiNewton {
     const double predicted = dot(args_.s, args_.hs) / factor;
     if (sy >= kPowell * predicted) return false;
     const double t = (1 - kPowell) * predicted / (predicted - sy);
-    team_.each(d_, [&](int64_t i) { y[i] = t * y[i] + (1 - t) * (args_.hs[i] / factor); });
+    team_.each(d_, [&](int i) { y[i] = t * y[i] + (1 - t) * (args_.hs[i] / factor); });
     team_.sync();
     yy = dot(y, y);
     sy = dot(args_.s, y);
@@ -137,19 +143,23 @@ class QuasiNewton {
   // A lower bound on H's condition number, from the diagonal of its Cholesky factor; infinite if H
   // is not positive definite.
   DLDR_HOST_DEVICE double condition() const {
-    double* const factor = args_.scratch + 3 * d_;
-    team_.each(d_ * d_, [&](int64_t i) { factor[i] = args_.H[i]; });
+    double* const quotient = args_.scratch + 3 * d_;
+    double* const factor = quotient + d_;
+    team_.each(d_ * d_, [&](int i) { factor[i] = args_.H[i]; });
     team_.sync();
     double smallest = INFINITY, largest = 0;
-    for (int64_t k = 0; k < d_; ++k) {
+    for (int k = 0; k < d_; ++k) {
       const double pivot = factor[k * d_ + k];
       if (!(pivot > 0)) return INFINITY;
       smallest = pivot < smallest ? pivot : smallest;
       largest = pivot > largest ? pivot : largest;
       // Rows below the pivot; row k stays as it is: entry (i, j) loses f_ik f_jk / pivot.
-      team_.each((d_ - k - 1) * (d_ - k - 1), [&](int64_t p) {
-        const int64_t i = k + 1 + p / (d_ - k - 1), j = k + 1 + p % (d_ - k - 1);
-        if (j <= i) factor[i * d_ + j] -= factor[i * d_ + k] * (factor[j * d_ + k] / pivot);
+      const int next = k + 1, left = d_ - next;
+      team_.each(left, [&](int j) { quotient[j] = factor[(next + j) * d_ + k] / pivot; });
+      team_.sync();
+      team_.grid(left, left, [&](int i, int j) {
+        double* const row = factor + (next + i) * d_;
+        if (j <= i) row[next + j] -= row[k] * quotient[j];
       });
       team_.sync();
     }
@@ -158,15 +168,15 @@ class QuasiNewton {
 
   DLDR_HOST_DEVICE void reset() const {
     team_.sync();
-    team_.each(d_ * d_,
-               [&](int64_t k) { args_.H[k] = k / d_ == k % d_ ? args_.initial[k % d_] : 0.0; });
+    team_.grid(d_, d_,
+               [&](int i, int j) { args_.H[i * d_ + j] = i == j ? args_.initial[i] : 0.0; });
     team_.sync();
   }
 
   // p = -H c; returns its slope c.p.
   DLDR_HOST_DEVICE double direction() const {
     multiply(args_.c, args_.p);
-    team_.each(d_, [&](int64_t i) { args_.p[i] = -args_.p[i]; });
+    team_.each(d_, [&](int i) { args_.p[i] = -args_.p[i]; });
     team_.sync();
     return dot(args_.c, args_.p);
   }
@@ -178,7 +188,7 @@ class QuasiNewton {
 
   const Team& team_;
   const QuasiNewtonArgs& args_;
-  int64_t d_;
+  int d_;
 };
 
 }  // namespace dldr

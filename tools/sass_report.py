@@ -1,11 +1,16 @@
-"""Loads under way in the streaming loops of every kernel, read off its machine code.
+"""What the machine code of every kernel says about its speed and its arithmetic.
 
 Disassembles the objects under a build folder with cuobjdump (of the CUDA toolkit, or the packages
-nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) and prints, for each kernel and architecture, the
-innermost loop that reads 16 bytes at a time: how many such loads are under way at once, that is
-before an instruction reads what the first of them brings. Source and PTX do not show this: the
-assembler may sink a load behind a branch. Also the local memory of such kernels, where spills go.
-Fails where a loop has fewer loads under way than --least, or its kernel has local memory.
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm). For each kernel and architecture it prints
+
+- the innermost loops that read 16 bytes at a time: how many such loads are under way at once, that
+  is before an instruction reads what the first of them brings. Source and PTX do not show this: the
+  assembler may sink a load behind a branch;
+- chains: innermost loops where every load waits for the store of what the one before brought;
+- instructions on local memory, where spills go;
+- contracted doubles: fused multiply-adds in a kernel whose source has none.
+
+Fails where a loop has fewer loads under way than --least, and on any chain, spill or contraction.
 """
 
 from __future__ import annotations
@@ -24,8 +29,17 @@ from pathlib import Path
 from ptxas_report import short
 
 _WIDE = 4  # wide loads that make a loop a streaming one
-# (kernel, architecture) that may have fewer: double, at a 64th of the rate, is their bound.
-_BOUND = {("reconstruct_tile<double>", "120"), ("residual_tile<double>", "120")}
+# Kernels, and architectures, that may have fewer: arithmetic on doubles is their bound.
+_BOUND = [
+    (re.compile(r"(reconstruct|residual)_tile<double>"), re.compile("120")),
+    (re.compile(r"form_tile<"), re.compile("")),
+]
+# One block with d x d numbers: its barriers are its bound, not its loads.
+_SMALL = re.compile("quasi_newton_block")
+# Kernels that multiply and add doubles in one rounding, because their source says so.
+_FUSED = re.compile(r"<double|form_tile|trial_tile")
+# Quotients and roots of doubles come with fused steps of their own, so many at most.
+_STEPS_OF_A_QUOTIENT = 12
 _FUNCTION = re.compile(r"Function : (\S+)")
 _ARCH = re.compile(r"code for sm_(\d+)")
 _LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
@@ -34,14 +48,30 @@ _PREDICATE = re.compile(r"@!?U?P\w+ ")
 
 
 @dataclass
-class Loop:
-    """A streaming loop: 16-byte loads in it and those under way at once; its kernel's spills."""
+class Kernel:
+    """What the machine code of one kernel for one architecture shows."""
 
     kernel: str
     arch: str
-    wide: int
-    under_way: int
-    local: int  # instructions on local memory, in the whole kernel
+    loops: list[tuple[int, int]]  # 16-byte loads in a streaming loop, and those under way at once
+    chains: int
+    local: int  # instructions on local memory
+    fused: int  # fused multiply-adds of doubles
+    quotients: int
+
+    def wrong(self, least: int) -> list[str]:
+        """What is wrong with it, in words."""
+        bound = any(k.match(self.kernel) and a.match(self.arch) for k, a in _BOUND)
+        found = []
+        if not bound and any(most < least for _, most in self.loops):
+            found.append("loads wait for each other")
+        if self.chains and not _SMALL.match(self.kernel):
+            found.append(f"{self.chains} load-store-load chains")
+        if self.local:
+            found.append(f"{self.local} on local memory")
+        if self.fused > _STEPS_OF_A_QUOTIENT * self.quotients and not _FUSED.search(self.kernel):
+            found.append(f"{self.fused} doubles contracted")
+        return found
 
 
 Code = list[tuple[int, str]]  # address, instruction without its predicate
@@ -71,18 +101,29 @@ def loops(code: Code) -> list[tuple[int, int]]:
     return found
 
 
-def under_way(code: Code, first: int, last: int) -> tuple[int, int]:
-    """Wide loads between two addresses, and how many are under way at once.
+def innermost(found: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those loops that hold no other."""
+    return [
+        one
+        for one in found
+        if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in found)
+    ]
+
+
+def under_way(code: Code, first: int, last: int) -> tuple[int, int, bool]:
+    """Wide loads between two addresses, how many are under way at once, whether all loads chain.
 
     Loads come back in order: what reads a register of one waits for those before it too. The loop
-    is gone through twice, since loads of a turn may be under way into the next.
+    is gone through twice, since loads of a turn may be under way into the next. It is a chain if it
+    has several loads and stores, and never two loads under way.
     """
     body = [text for at, text in code if first <= at <= last]
-    wide = most = 0
+    wide = most = most_of_all = loads = stores = 0
     pending: list[tuple[bool, range]] = []  # loads under way, wide or not, and their registers
     for text in 2 * body:
         name, _, operands = text.partition(" ")
         target, _, sources = operands.partition(",")
+        stores += name.startswith(("STG", "STS", "ST."))
         read = {int(r) for r in _REGISTER.findall(operands if name.startswith("ST") else sources)}
         waits = [i for i, (_, registers) in enumerate(pending) if not read.isdisjoint(registers)]
         if waits:
@@ -93,20 +134,29 @@ def under_way(code: Code, first: int, last: int) -> tuple[int, int]:
             width = 4 if is_wide else 2 if ".64" in name else 1
             pending.append((is_wide, range(int(match[1]), int(match[1]) + width)))
             wide += is_wide
+            loads += 1
             most = max(most, sum(is_wide for is_wide, _ in pending))
-    return wide // 2, most
+            most_of_all = max(most_of_all, len(pending))
+    return wide // 2, most, loads >= 4 and stores >= 4 and most_of_all < 2
 
 
-def streaming_loops(text: str) -> list[Loop]:
-    """The innermost streaming loop of each kernel that has one."""
+def read_kernels(text: str) -> list[Kernel]:
+    """Each kernel of what cuobjdump printed."""
     found = []
     for name, arch, code in kernels(text):
-        local = sum(op.split()[0].split(".")[0] in ("LDL", "STL") for _, op in code)
-        sizes = [(last - first, *under_way(code, first, last)) for first, last in loops(code)]
-        streaming = [size for size in sizes if size[1] >= _WIDE]
-        if streaming:
-            _, wide, most = min(streaming)
-            found.append(Loop(name, arch, wide, most, local))
+        operations = [op.split()[0].split(".")[0] for _, op in code]
+        seen = [under_way(code, first, last) for first, last in innermost(loops(code))]
+        found.append(
+            Kernel(
+                kernel=name,
+                arch=arch,
+                loops=[(wide, most) for wide, most, _ in seen if wide >= _WIDE],
+                chains=sum(chain for _, _, chain in seen),
+                local=sum(op in ("LDL", "STL") for op in operations),
+                fused=operations.count("DFMA"),
+                quotients=sum("64H" in op.split()[0] for _, op in code),
+            )
+        )
     return found
 
 
@@ -141,34 +191,35 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table; 1 if a loop waits too often or a kernel spills."""
+    """Print the table; 1 if a kernel waits, spills or contracts."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="its objects are searched for kernels")
     parser.add_argument("--least", type=int, default=6, help="wide loads under way")
     parser.add_argument("--json", type=Path, help="file for all of it")
     options = parser.parse_args(arguments)
-    found: list[Loop] = []
+    found: list[Kernel] = []
     paths = sorted(p for p in options.folder.rglob("*") if p.suffix in (".o", ".cubin"))
     for path in paths:
         if path.suffix == ".cubin" or Path(f"{path}.ptxas").exists():
-            found += streaming_loops(disassembled(path))
-    if not found:
+            found += read_kernels(disassembled(path))
+    if not any(kernel.loops for kernel in found):
         print(f"no kernel with a streaming loop in {options.folder}", file=sys.stderr)
         return 1
-    for loop, name in zip(found, demangled([loop.kernel for loop in found]), strict=True):
-        loop.kernel = name
+    for kernel, name in zip(found, demangled([kernel.kernel for kernel in found]), strict=True):
+        kernel.kernel = name
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(loop) for loop in found], indent=1) + "\n")
+        options.json.write_text(json.dumps([asdict(kernel) for kernel in found], indent=1) + "\n")
     bad = 0
-    for loop in sorted(found, key=lambda loop: (loop.kernel, int(loop.arch))):
-        short_of = loop.under_way < options.least
-        wrong = loop.local > 0 or (short_of and (loop.kernel, loop.arch) not in _BOUND)
-        bad += wrong
-        print(
-            f"{'!!' if wrong else '  '} sm_{loop.arch:<4} {loop.under_way:2} of {loop.wide:2} wide "
-            f"loads under way, {loop.local} on local memory: {loop.kernel}"
-        )
-    print(f"{bad} of {len(found)} loops wait too often, or belong to a kernel that spills")
+    for kernel in sorted(found, key=lambda kernel: (kernel.kernel, int(kernel.arch))):
+        wrong = kernel.wrong(options.least)
+        bad += bool(wrong)
+        if kernel.loops or wrong:
+            shown = ", ".join(f"{most} of {wide}" for wide, most in kernel.loops) or "no"
+            print(
+                f"{'!!' if wrong else '  '} sm_{kernel.arch:<4} {shown} wide loads under way: "
+                f"{kernel.kernel}{': ' if wrong else ''}{', '.join(wrong)}"
+            )
+    print(f"{bad} of {len(found)} kernels wait, spill or contract")
     return int(bad > 0)
 
 

@@ -23,11 +23,14 @@ constexpr int kDotBlocks = K == 1   ? 4
 // Rows times right-hand sides of one block: bounds the sums kept in shared memory. Whole groups of
 // rows for any number of right-hand sides.
 constexpr int kDotSums = 512;
-// Most chunks, and bytes of their sums: more rows than fit are taken in several launches.
+// Most chunks. Bytes of their sums: more rows than fit are taken in several launches. Chunks, about
+// a million elements, whose sums the same launch adds up. Under emulation small cases go every way.
 constexpr int64_t kDotChunks = 8192;
-constexpr int64_t kDotScratch = 32 << 20;
-// With so many chunks, about a million elements, one launch does it all.
-constexpr int64_t kDotFewChunks = 512;
+#if defined(DLDR_EMULATED_CUDA)
+constexpr int64_t kDotScratch = 4 << 10, kDotFewChunks = 4;
+#else
+constexpr int64_t kDotScratch = 32 << 20, kDotFewChunks = 512;
+#endif
 static_assert(kDotTile % (kDotThreads * kPack<int8_t>) == 0, "whole packs for every thread");
 static_assert(kDotTile % kScaleBlock == 0, "whole blocks of scales");
 
@@ -243,7 +246,7 @@ inline Plan dot_plan(int64_t numel) { return make_plan(numel, kDotTile, kDotChun
 
 // Rows that one launch takes for so many right-hand sides.
 inline int64_t dot_rows_at_once(const Plan& plan, int64_t lists) {
-  return kDotScratch / (8 * lists * max_of(plan.chunks, 1));
+  return max_of(1, kDotScratch / (8 * lists * max_of(plan.chunks, 1)));
 }
 
 // Bytes of scratch memory for `total` rows and at most `lists` right-hand sides at a time.

@@ -24,8 +24,13 @@ constexpr int kGramSingle = 5;
 template <class A>
 constexpr int kGroup = sizeof(A) == 8 ? 4 : 8;
 
-// Bytes of the sums of all chunks; a single chunk's go straight into the result.
+// Bytes of the sums of all chunks, which are as few as it takes; under emulation small cases have
+// chunks of several tiles.
+#if defined(DLDR_EMULATED_CUDA)
+constexpr int64_t kGramScratch = 16 << 10;
+#else
 constexpr int64_t kGramScratch = 32 << 20;
+#endif
 constexpr int64_t kGramChunks = 4096;
 
 Plan gram_plan(const Rows& rows, int64_t tile) {
@@ -71,7 +76,7 @@ struct Pairing {
 template <class T>
 __global__ void __launch_bounds__(kGramThreads)
     gram_chunk(const Rows rows, int64_t groups, int64_t sets, int64_t tiles_per_chunk, bool aligned,
-               double* partials) {
+               const GramSums chunks) {
   using A = typename wide_of<T>::type;
   constexpr int M = kGroup<A>;
   constexpr int kColumns = kGramColumns<T>;
@@ -171,41 +176,41 @@ __global__ void __launch_bounds__(kGramThreads)
   }
 
   if (!pairing.active) return;
-  double* const out = partials + chunk * triangle_size(rows.rows);
   if (M * M < kWarp && lane() % (kWarp / (M * M < kWarp ? M * M : 1)) != 0) return;
   DLDR_UNROLL
   for (int k = 0; k < kMySums; ++k) {
     const int p = first_sum<M * M>(lane()) + k;
     const int64_t i = pairing.group(pairing.a) * M + p / M,
                   j = pairing.group(pairing.b) * M + p % M;
-    if (i < rows.rows && j <= i) out[triangle_size(i) + j] = sums[k];
+    if (i < rows.rows && j <= i) chunks.at(chunk, i, j) = sums[k];
   }
 }
 
 constexpr int kSumGramThreads = 256;
 
 // Adds up the chunks in order; writes each sum on both sides of the diagonal.
-__global__ void sum_gram(const double* partials, int64_t chunks, int64_t rows, double* out) {
+__global__ void sum_gram(const GramSums chunks, int64_t count, double* out) {
   const int64_t p = static_cast<int64_t>(blockIdx.x) * kSumGramThreads + threadIdx.x;
-  if (p >= triangle_size(rows)) return;
+  if (p >= triangle_size(chunks.rows)) return;
   int64_t i, j;
   triangle(p, i, j);
   double sum = 0;
-  for (int64_t c = 0; c < chunks; ++c) sum += partials[c * triangle_size(rows) + p];
-  out[i * rows + j] = sum;
-  out[j * rows + i] = sum;
+  for (int64_t c = 0; c < count; ++c) sum += chunks.at(c, i, j);
+  out[i * chunks.rows + j] = sum;
+  out[j * chunks.rows + i] = sum;
 }
 
 template <class T>
 constexpr int64_t kGramPlanTile = sizeof(T) <= 2 ? kMmaTile : kGramTile;
 
 template <class T>
-void launch_chunks(const Rows& rows, const Plan& plan, double* partials, const Stream& stream) {
+void launch_chunks(const Rows& rows, const Plan& plan, const GramSums& chunks,
+                   const Stream& stream) {
   const bool aligned = rows_aligned(rows);
   const auto queue = [&](auto* kernel, int64_t blocks, int threads, int64_t shared,
                          const auto&... arguments) {
     launch("gram", kernel, make_grid(blocks), threads, shared, stream.handle, rows, arguments...,
-           plan.tiles_per_chunk, aligned, partials);
+           plan.tiles_per_chunk, aligned, chunks);
   };
   if constexpr (sizeof(T) <= 2) {
     constexpr int64_t kBytes = kMmaWarps * static_cast<int64_t>(sizeof(double));
@@ -239,17 +244,18 @@ int64_t gram_scratch(const Rows& snapshots) {
     using T = std::remove_pointer_t<decltype(type)>;
     chunks = gram_plan(snapshots, kGramPlanTile<T>).chunks;
   });
-  return 8 * chunks * triangle_size(snapshots.rows);
+  return chunks <= 1 ? 0 : 8 * chunks * triangle_size(snapshots.rows);
 }
 
 void gram(const Rows& snapshots, double* out, void* scratch, const Stream& stream) {
-  double* const partials = static_cast<double*>(scratch);
   dispatch(snapshots.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Plan plan = gram_plan(snapshots, kGramPlanTile<T>);
-    if (plan.chunks > 0) launch_chunks<T>(snapshots, plan, partials, stream);
+    const bool square = plan.chunks <= 1;
+    const GramSums chunks{square ? out : static_cast<double*>(scratch), snapshots.rows, square};
+    if (plan.chunks > 0) launch_chunks<T>(snapshots, plan, chunks, stream);
     launch("gram", sum_gram, make_grid(ceil_div(triangle_size(snapshots.rows), kSumGramThreads)),
-           kSumGramThreads, 0, stream.handle, partials, plan.chunks, snapshots.rows, out);
+           kSumGramThreads, 0, stream.handle, chunks, plan.chunks, out);
   });
 }
 

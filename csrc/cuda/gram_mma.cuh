@@ -25,6 +25,16 @@ constexpr int64_t kGramFlush = scaled_format<T>::value ? kScaleBlock : kMmaUnit;
 // Elements that the second level cache is asked for in advance, where the registers hold one step.
 constexpr int64_t kMmaAhead = 1024;
 
+// Where the sums of chunks go: a triangle each, or straight into the square result of a single one.
+struct GramSums {
+  double* data;
+  int64_t rows;
+  bool square;
+  __device__ double& at(int64_t chunk, int64_t i, int64_t j) const {
+    return data[square ? i * rows + j : chunk * triangle_size(rows) + triangle_size(i) + j];
+  }
+};
+
 // The products of M groups of rows with N others, or with themselves (kDiagonal, N = M): 16 x 8
 // numbers each, those above the diagonal left out.
 template <int M, int N, bool kDiagonal>
@@ -203,7 +213,7 @@ __device__ inline void each_sum(const Rows& rows, int64_t upper, int64_t left, P
 // in order.
 template <class T, int G>
 __global__ void __launch_bounds__(kMmaThreads, G <= 5 && !scaled_format<T>::value ? 3 : 2)
-    gram_few(const Rows rows, int64_t tiles_per_chunk, bool aligned, double* partials) {
+    gram_few(const Rows rows, int64_t tiles_per_chunk, bool aligned, const GramSums chunks) {
   constexpr int kSums = MmaTiles<G, G, true>::kSums;
   DLDR_DYNAMIC_SHARED(double, sums);  // [kMmaWarps][kSums]
   const int64_t part = tiles_per_chunk * kMmaUnit;
@@ -211,12 +221,11 @@ __global__ void __launch_bounds__(kMmaThreads, G <= 5 && !scaled_format<T>::valu
   gram_tiles<T, G, G, true, G <= 5 ? 2 : 1, false>(
       rows, 0, 0, begin, min_of(rows.numel, begin + part), aligned, sums + warp() * kSums);
   __syncthreads();
-  double* const out = partials + static_cast<int64_t>(blockIdx.x) * triangle_size(rows.rows);
   if (warp() > 0) return;
   each_sum<G, G, true>(rows, 0, 0, [&](int64_t i, int64_t j, int at) {
     double sum = 0;
     for (int w = 0; w < kMmaWarps; ++w) sum += sums[w * kSums + at];
-    out[triangle_size(i) + j] = sum;
+    chunks.at(blockIdx.x, i, j) = sum;
   });
 }
 
@@ -228,19 +237,18 @@ inline int64_t mma_sets(int64_t sides) { return sides * sides; }
 // neighbours.
 template <class T>
 __global__ void __launch_bounds__(kMmaThreads, 2)
-    gram_many(const Rows rows, int64_t sides, int64_t chunks, int64_t tiles_per_chunk, bool aligned,
-              double* partials) {
+    gram_many(const Rows rows, int64_t sides, int64_t count, int64_t tiles_per_chunk, bool aligned,
+              const GramSums chunks) {
   constexpr int kSums = MmaTiles<kMmaSide, kMmaSide, true>::kSums;
   static_assert(kSums >= MmaTiles<kMmaSide, kMmaHalf, false>::kSums, "room for either");
   DLDR_DYNAMIC_SHARED(double, all);  // [kMmaWarps][kSums]
   double* const sums = all + warp() * kSums;
   const int64_t number = static_cast<int64_t>(blockIdx.x) * kMmaWarps + warp();
   const int64_t chunk = number / (sides * sides), set = number % (sides * sides);
-  if (chunk >= chunks) return;
+  if (chunk >= count) return;
   const int64_t begin = chunk * tiles_per_chunk * kMmaTile;
   const int64_t end = min_of(rows.numel, begin + tiles_per_chunk * kMmaTile);
-  double* const out = partials + chunk * triangle_size(rows.rows);
-  const auto put = [&](int64_t i, int64_t j, int at) { out[triangle_size(i) + j] = sums[at]; };
+  const auto put = [&](int64_t i, int64_t j, int at) { chunks.at(chunk, i, j) = sums[at]; };
   constexpr int64_t kSideRows = kMmaSide * kMmaGroup;
   if (set < sides) {
     const int64_t upper = set * kSideRows;

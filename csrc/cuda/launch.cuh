@@ -32,19 +32,58 @@
 
 namespace dldr::cuda {
 
+#if defined(DLDR_EMULATED_CUDA)
+inline std::string remedy(cudaError_t) { return ""; }
+#else
+#define DLDR_TEXT(...) #__VA_ARGS__
+#define DLDR_TEXT_OF(...) DLDR_TEXT(__VA_ARGS__)
+// What to do about an error that comes from the machine, not from the call.
+inline std::string remedy(cudaError_t error) {
+  int device = 0, major = 0, minor = 0, driver = 0;
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    const std::string found = std::to_string(major) + "." + std::to_string(minor);
+    return "; this GPU has compute capability " + found +
+           ", and the library has code for __CUDA_ARCH_LIST__ = " DLDR_TEXT_OF(
+               __CUDA_ARCH_LIST__) ": use tensors on the CPU" +
+           (major >= 8 ? ", or build with TORCH_CUDA_ARCH_LIST=" + found
+                       : std::string("; GPUs before 8.0 are not supported"));
+  }
+  if (error == cudaErrorInsufficientDriver || error == cudaErrorUnsupportedPtxVersion) {
+    cudaDriverGetVersion(&driver);
+    return "; the driver is for CUDA " + std::to_string(driver / 1000) + "." +
+           std::to_string(driver % 1000 / 10) + ", and the library was built with " +
+           std::to_string(CUDART_VERSION / 1000) + "." +
+           std::to_string(CUDART_VERSION % 1000 / 10) +
+           ": update the driver, or build with an older CUDA toolkit";
+  }
+  return "";
+}
+#endif
+
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("dldr_ext: ") + what + ": " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string("dldr_ext: ") + what + ": " + cudaGetErrorString(error) +
+                             remedy(error));
   }
 }
 
 // More than this much shared memory has to be asked for.
 constexpr int64_t kDefaultShared = 48 << 10;
 
-// Queues kernel<<<grid, block, shared, stream>>>(arguments...) and checks that it was accepted.
+// Bytes of arguments that every driver takes, and that CUDA 12.1 and later do.
+constexpr size_t kParameters = 4096, kManyParameters = 32764;
+
+// Queues kernel<<<grid, block, shared, stream>>>(arguments...) and checks that it was accepted. A
+// kernel that needs more than the default shared memory always asks for the same: the request is
+// the kernel's, and another thread of the host may be here at the same time.
 template <class... Parameters, class... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, int block, int64_t shared,
             void* stream, const Arguments&... arguments) {
+  static_assert((sizeof(Parameters) + ... + (8 * sizeof...(Parameters))) <= kManyParameters,
+                "too many bytes of arguments");
   if (shared > kDefaultShared) {
     check(
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -56,7 +95,8 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, int bloc
            static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
 #else
   (void)stream;
-  emulated::run(grid, block, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+  emulated::run(reinterpret_cast<const void*>(kernel), grid, block, shared,
+                [&] { kernel(static_cast<Parameters>(arguments)...); });
 #endif
   check(cudaGetLastError(), what);
 }

@@ -13,10 +13,8 @@ struct ListItem {
   uint64_t meta;  // index of its first element; dtype and "constant" in the top byte
 };
 
-// Together with the other arguments below the 4 KiB that every device takes.
+// Together with the other arguments below what every driver takes.
 constexpr int kNearItems = 216;
-// Together with two more arguments nearly the 32,764 bytes that CUDA 12.1 and later take.
-constexpr int kUploadItems = 2040;
 
 struct DeviceList {
   const ListItem* far = nullptr;  // null: the items are in `near`

@@ -58,12 +58,15 @@ __device__ inline void mma_words(const Pack& pack, int step, uint32_t (&words)[2
   }
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "dldr_ext needs compute capability 8.0 or newer: name no older one in TORCH_CUDA_ARCH_LIST"
+#endif
+
 #if defined(__CUDACC__)
 
 // acc += A B'.
 template <class T, class S>
 __device__ inline void mma(S (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#if __CUDA_ARCH__ >= 800
   using E = typename mma_format<T>::element;
   if constexpr (std::is_same_v<E, int8_t>) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -81,7 +84,6 @@ __device__ inline void mma(S (&acc)[4], const uint32_t (&a)[4], const uint32_t (
         : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
-#endif
 }
 
 #else

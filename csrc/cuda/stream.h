@@ -5,6 +5,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <atomic>
+
 #include "../inputs.h"
 #include "cuda_kernels.h"
 
@@ -20,11 +22,7 @@ class Call {
     if (aoti_torch_get_current_cuda_stream(device, &stream_.handle) != 0) {
       throw std::runtime_error("dldr_ext: torch has no current CUDA stream");
     }
-    int count = 0;
-    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-      throw std::runtime_error("dldr_ext: CUDA does not say how many multiprocessors there are");
-    }
-    stream_.multiprocessors = count;
+    stream_.multiprocessors = multiprocessors(device);
   }
 
   const Stream& stream() const { return stream_; }
@@ -36,6 +34,19 @@ class Call {
   }
 
  private:
+  // Asked once for each device.
+  static int64_t multiprocessors(int32_t device) {
+    static std::atomic<int> known[64];
+    const bool kept = device < 64;
+    int count = kept ? known[device].load() : 0;
+    if (count > 0) return count;
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+      throw std::runtime_error("dldr_ext: CUDA does not say how many multiprocessors there are");
+    }
+    if (kept) known[device] = count;
+    return count;
+  }
+
   // A basis on the CPU with gradients on a GPU comes here, too. Asking CUDA about device -1 would
   // leave an error behind that the next kernel launch reports as its own.
   static int32_t device_of_cuda(const Tensor& tensor) {

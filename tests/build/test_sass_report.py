@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -54,18 +55,55 @@ IN_TURN = [text for pair in zip(LOADS, USES, strict=True) for text in pair]
     ],
 )
 def test_loads_under_way_are_counted(body: list[str], expected: tuple[int, int]) -> None:
-    (loop,) = sass_report.streaming_loops(listing("f", body))
-    assert (loop.wide, loop.under_way) == expected
-    assert (loop.kernel, loop.arch, loop.local) == ("f", "90", 0)
+    (kernel,) = sass_report.read_kernels(listing("f", body))
+    assert kernel.loops == [expected]
+    assert (kernel.kernel, kernel.arch, kernel.local, kernel.chains) == ("f", "90", 0, 0)
 
 
-def test_the_innermost_loop_and_each_architecture_count() -> None:
+def test_every_innermost_loop_and_each_architecture_count() -> None:
     text = listing("f", LOADS, 80) + listing("f", IN_TURN, 120)
     text += listing("short", LOADS[:3])  # no streaming loop
     text += listing("spills", ["STL [R1], R4", *LOADS, "LDL R4, [R1]"])
-    found = {(loop.kernel, loop.arch): loop for loop in sass_report.streaming_loops(text)}
-    assert found.keys() == {("f", "80"), ("f", "120"), ("spills", "90")}
-    assert found["f", "120"].under_way == 1 and found["spills", "90"].local == 2
+    text += listing("nested", ["MOV R0, RZ", *LOADS, *USES, "@P1 BRA 0x20", *IN_TURN])
+    found = {(kernel.kernel, kernel.arch): kernel for kernel in sass_report.read_kernels(text)}
+    assert found["f", "120"].loops == [(8, 1)] and found["spills", "90"].local == 2
+    assert found["short", "90"].loops == []
+    assert found["nested", "90"].loops == [(8, 8)]  # not the loop around it
+
+
+CHAIN = [text for i in range(4) for text in (f"LDG.E R{8 + i}, [R2.64]", f"STS [R5], R{8 + i}")]
+BATCH = [*CHAIN[::2], *CHAIN[1::2]]
+
+
+@pytest.mark.parametrize(
+    ("body", "chains"),
+    [
+        (CHAIN, 1),
+        (BATCH, 0),
+        (CHAIN[:2], 0),  # a tail of one element
+        ([text.replace("STS", "STG.E") for text in CHAIN], 1),
+        ([*BATCH, "FADD R0, R8, R0"], 0),
+    ],
+)
+def test_loads_that_wait_for_stores_are_chains(body: list[str], chains: int) -> None:
+    (kernel,) = sass_report.read_kernels(listing("f", body))
+    assert kernel.chains == chains
+    assert any("chains" in text for text in kernel.wrong(6)) == bool(chains)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "wrong"),
+    [
+        ("sum_gram", ["DMUL R4, R6, R8", "DADD R4, R4, R6"], False),
+        ("sum_gram", ["DFMA R4, R6, R8, R4"], True),
+        ("dot_chunk<double, 1>", ["DFMA R4, R6, R8, R4"], False),  # fma() in the source
+        ("quasi_newton_block", ["MUFU.RCP64H R5, R7", *8 * ["DFMA R4, R6, R8, R4"]], False),
+        ("quasi_newton_block", ["MUFU.RCP64H R5, R7", *30 * ["DFMA R4, R6, R8, R4"]], True),
+    ],
+)
+def test_contracted_doubles_are_found(name: str, body: list[str], wrong: bool) -> None:
+    (kernel,) = sass_report.read_kernels(listing(name, body))
+    assert any("contracted" in text for text in kernel.wrong(6)) == wrong
 
 
 def report(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -77,36 +115,49 @@ def report(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, *arguments:
 def test_a_loop_that_waits_and_a_kernel_that_spills_fail(tmp_path, monkeypatch, capsys) -> None:
     good = listing("f", LOADS + USES)
     assert report(tmp_path, good, monkeypatch, "--json", str(tmp_path / "all.json")) == 0
-    assert '"under_way": 8' in (tmp_path / "all.json").read_text()
+    assert json.loads((tmp_path / "all.json").read_text())[0]["loops"] == [[8, 8]]
     assert report(tmp_path, good + listing("g", IN_TURN), monkeypatch) == 1
-    assert (
-        "!! sm_90    1 of  8 wide loads under way, 0 on local memory: g" in capsys.readouterr().out
-    )
+    line = "!! sm_90   1 of 8 wide loads under way: g: loads wait for each other"
+    assert line in capsys.readouterr().out
     assert report(tmp_path, good + listing("h", ["STL [R1], R4", *LOADS]), monkeypatch) == 1
     assert report(tmp_path, listing("f", USES), monkeypatch) == 1  # nothing was looked at
 
 
-def test_a_planted_branch_is_found_in_real_machine_code(tmp_path: Path) -> None:
-    """Each load waits for the one before: once in reconstruct_ loads had sunk behind a branch."""
+PLANTED = {
+    # Each load waits for the one before: once in reconstruct_ loads had sunk behind a branch.
+    "loads wait": (
+        "combine.cuh",
+        "reconstruct",
+        "      scaled[j] = 1;\n",
+        "      if (reinterpret_cast<const unsigned*>(packs + j)[0] == 12345u) return;\n"
+        "      scaled[j] = 1;\n",
+        [],
+    ),
+    "contracted": ("", "quasi_newton", "", "", ["-fmad=true"]),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_a_planted_fault_is_found_in_real_machine_code(tmp_path: Path, fault: str) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not here")
+    header, unit, before, after, flags = PLANTED[fault]
     found = {}
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    header = tmp_path / "csrc/cuda/combine.cuh"
     for planted in (False, True):
-        if planted:
-            place = "      scaled[j] = 1;\n"
-            branch = (
-                "      if (reinterpret_cast<const unsigned*>(packs + j)[0] == 12345u) return;\n"
-            )
-            assert place in header.read_text()
-            header.write_text(header.read_text().replace(place, branch + place))
-        source, cubin = tmp_path / "csrc/cuda/reconstruct.cu", tmp_path / f"{planted}.cubin"
+        if planted and header:
+            path = tmp_path / "csrc/cuda" / header
+            assert path.read_text().count(before) == 1
+            path.write_text(path.read_text().replace(before, after))
+        source, cubin = tmp_path / f"csrc/cuda/{unit}.cu", tmp_path / f"{planted}.cubin"
         command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-cubin", "-arch=sm_90"]
-        subprocess.run([*command, str(source), "-o", str(cubin)], check=True)
+        extra = flags if planted else []
+        subprocess.run([*command, *extra, str(source), "-o", str(cubin)], check=True)
         try:
             text = sass_report.disassembled(cubin)
         except FileNotFoundError as error:
             pytest.skip(str(error))
-        found[planted] = [loop.under_way for loop in sass_report.streaming_loops(text)]
-    assert min(found[False]) >= 6 and min(found[True]) < 3
+        kernels = sass_report.read_kernels(text)
+        found[planted] = [text for kernel in kernels for text in kernel.wrong(6)]
+    assert not found[False]
+    assert any(fault in text for text in found[True])

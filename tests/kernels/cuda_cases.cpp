@@ -247,13 +247,16 @@ void reconstruct_residual(const Shape& shape) {
 
 void trial(const Shape& shape) {
   Vector point(shape.wide(), shape.numel, 20), direction(shape.wide(), shape.numel, 30);
-  // More tensors than a kernel's arguments hold: list.cu's kernel too.
-  List params(shape.numel, 1, 40, shape.numel > kSparse ? 3 : 230);
-  Array scratch(DType::i8, cuda::trial_scratch(params.size()));
-  cuda::trial(params.view(), shape.numel, point.at(), direction.at(), 2.0,
-              shape.dtype == DType::f64, scratch.at(), Stream{});
-  for (const int64_t i : seen(shape.numel)) {
-    expect("trial", i, params.get(i), number(20, i) + 2 * number(30, i));
+  // More tensors than a kernel's arguments hold: list.cu's kernel too, in one launch or several.
+  for (const bool many_parameters : {true, false}) {
+    emulated::many_parameters = many_parameters;
+    List params(shape.numel, 1, 40, shape.numel > kSparse ? 3 : 300);
+    Array scratch(DType::i8, cuda::trial_scratch(params.size()));
+    cuda::trial(params.view(), shape.numel, point.at(), direction.at(), 2.0,
+                shape.dtype == DType::f64, scratch.at(), Stream{});
+    for (const int64_t i : seen(shape.numel)) {
+      expect("trial", i, params.get(i), number(20, i) + 2 * number(30, i));
+    }
   }
 }
 
@@ -299,6 +302,20 @@ void gram(const Shape& shape) {
         [&](int64_t i) { return snapshots.value(j % shape.rows, i); });
     expect("gram", j, out.get(j), right);
   }
+}
+
+// So many rows that their pairs fill no dimension of a grid but the first.
+void tall_gram(DType dtype) {
+  constexpr int64_t kRows = 12000, kNumel = 16;
+  emulated::sampled_blocks = 1;
+  Array data(dtype, kRows * kNumel), scale(DType::f32, kRows), out(DType::f64, kRows * kRows);
+  Rows rows{data.at(), dtype, kRows, kNumel, kNumel, nullptr};
+  for (int64_t i = 0; i < kRows; ++i) scale.put(i, 1);
+  if (is_quantized(dtype)) rows.scale = static_cast<float*>(scale.at());
+  for (const int64_t r : {int64_t{0}, kRows - 1}) data.put(r * kNumel, 3);
+  Array scratch(DType::i8, cuda::gram_scratch(rows));
+  cuda::gram(rows, static_cast<double*>(out.at()), scratch.at(), Stream{});
+  expect("tall gram", 0, out.get(0), 9);
 }
 
 void form_basis(const Shape& shape) {
@@ -365,6 +382,7 @@ struct Kernel {
 };
 constexpr Kernel kKernels[] = {
     {"project", project, 9, 2101},
+    {"project", project, 9, 9001},  // more chunks than one launch adds up
     {"reconstruct", reconstruct, 9, 2101},
     {"reconstruct_residual", reconstruct_residual, 9, 2101},
     {"trial", trial, 1, 2101},
@@ -392,6 +410,9 @@ int main(int count, char** arguments) {
 #else
   const std::vector<DType> dtypes = {DType::f32, DType::i8, DType::f64, DType::bf16};
 #endif
+  if (far && (only.empty() || only == "gram")) {
+    for (const DType dtype : {DType::f32, DType::bf16, DType::i8}) tall_gram(dtype);
+  }
   for (const Kernel& kernel : kKernels) {
     if ((!only.empty() && only != kernel.name) || (far && kernel.numel == 0)) continue;
     for (const DType dtype : dtypes) {

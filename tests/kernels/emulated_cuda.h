@@ -16,6 +16,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -58,6 +59,7 @@ constexpr int kLanes = 32;
 constexpr size_t kSlot = 32;  // bytes that a lane gives others at a time
 // The limits of the smallest architecture that the kernels are built for.
 constexpr int64_t kMaxShared = 99 << 10;
+constexpr int64_t kDefaultShared = 48 << 10;
 constexpr int64_t kMaxThreads = 1024;
 constexpr int64_t kMaxGridX = 0x7fffffff;
 constexpr int64_t kMaxGridY = 0xffff;
@@ -91,6 +93,10 @@ struct Thread {
 inline thread_local Thread* self = nullptr;
 inline dim3 block_index, block_size, grid_size;
 inline cudaError_t last_error = cudaSuccess;
+// Whether the driver takes 32 KiB of arguments.
+inline bool many_parameters = true;
+// What kernels have asked for beyond the default.
+inline std::map<const void*, int64_t> requests;
 // Of a grid with more blocks along x, only so many at either end are run; 0: all.
 inline int64_t sampled_blocks = 0;
 
@@ -355,11 +361,16 @@ void gather(const T& value, T (&all)[kLanes]) {
 
 inline void* dynamic_shared() { return self->block->shared(); }
 
-inline void run(dim3 grid, int block, int64_t shared, const std::function<void()>& body) {
+inline void run(const void* kernel, dim3 grid, int block, int64_t shared,
+                const std::function<void()>& body) {
   if (grid.x < 1 || grid.x > kMaxGridX || grid.y < 1 || grid.y > kMaxGridY || block < 1 ||
       block > kMaxThreads || shared > kMaxShared) {
     last_error = cudaErrorInvalidValue;
     return;
+  }
+  // With two threads of the host, one's request may come between the other's and its launch.
+  if (shared > kDefaultShared && requests[kernel] != shared) {
+    throw std::logic_error("shared memory that was not asked for");
   }
   grid_size = grid;
   block_size = dim3(static_cast<unsigned>(block));
@@ -395,7 +406,9 @@ inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long e
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
+T __shfl_xor_sync(unsigned lanes, T value, int mask) {
+  // Every lane that is left out waits for nothing and gives nothing.
+  if (lanes != 0xffffffffu) throw std::logic_error("a shuffle among some lanes of a warp only");
   return emulated::self->block->exchange(value, mask);
 }
 
@@ -405,8 +418,13 @@ inline cudaError_t cudaGetLastError() {
   emulated::last_error = cudaSuccess;
   return error;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= emulated::kMaxShared ? cudaSuccess : cudaErrorInvalidValue;
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > emulated::kMaxShared) return cudaErrorInvalidValue;
+  if (emulated::requests.count(kernel) > 0 && emulated::requests[kernel] != bytes) {
+    throw std::logic_error("a kernel asks for shared memory of several sizes: threads would race");
+  }
+  emulated::requests[kernel] = bytes;
+  return cudaSuccess;
 }
 
 #define DLDR_DYNAMIC_SHARED(type, name) \
