@@ -72,8 +72,8 @@ TAILS = [
 AT = "const int64_t at = static_cast<int64_t>(blockIdx.x) * "
 INT_AT = "const int at = static_cast<int>(blockIdx.x) * static_cast<int>"
 INT32 = [
-    Bug("dot.cuh", "const int64_t begin = static_cast<int64_t>(blockIdx.x) * part.tiles_per_chunk",
-        "const int begin = static_cast<int>(blockIdx.x) * static_cast<int>(part.tiles_per_chunk)",
+    Bug("dot.cuh", "for (int64_t at = begin; at < end; at += kDotTile) {",
+        "for (int at = static_cast<int>(begin); at < end; at += static_cast<int>(kDotTile)) {",
         WRAPPED, "far"),
     Bug("dot.cuh", "rows_here - 1)) * rows.stride;",
         "rows_here - 1)) * static_cast<int>(rows.stride);", WRAPPED, "far"),
