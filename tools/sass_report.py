@@ -29,8 +29,10 @@ from pathlib import Path
 from ptxas_report import short
 
 _WIDE = 4  # wide loads that make a loop a streaming one
-# Kernels, and architectures, that may have fewer: arithmetic on doubles is their bound.
+# Kernels, and architectures, that may have fewer: arithmetic on doubles is their bound, or, in the
+# residual of one-byte formats, the instructions that widen them.
 _BOUND = [
+    (re.compile(r"residual_tile<(signed char|f8e4m3)>"), re.compile("100|120")),
     (re.compile(r"(reconstruct|residual)_tile<double>"), re.compile("120")),
     (re.compile(r"form_tile<"), re.compile("")),
 ]

@@ -17,9 +17,7 @@ constexpr int kDotRows = 8;
 // Blocks that share a multiprocessor, so that the loads of some hide the staging of others; many
 // right-hand sides need the registers.
 template <int K>
-constexpr int kDotBlocks = K == 1   ? 4
-                           : K == 2 ? 3
-                                    : 2;
+constexpr int kDotBlocks = K == 1 ? 3 : 2;
 // Rows times right-hand sides of one block: bounds the sums kept in shared memory. Whole groups of
 // rows for any number of right-hand sides.
 constexpr int kDotSums = 512;
@@ -36,27 +34,32 @@ static_assert(kDotTile % kScaleBlock == 0, "whole blocks of scales");
 
 // Where element i of a staged tile lies: the quarters of all packs apart, so that threads with
 // neighbouring packs read from different banks.
+template <int kPackOf, int kPartOf>
+struct Slot {
+  __device__ static int of(int i) {
+    constexpr int kParts = kPackOf / kPartOf, kPacks = static_cast<int>(kDotTile) / kPackOf;
+    const int pack = i / kPackOf, part = i % kPackOf / kPartOf;
+    return kParts == 1 ? i : (part * kPacks + pack) * kPartOf + i % kPartOf;
+  }
+};
 template <class T>
-__device__ inline int slot(int i) {
-  constexpr int kParts = kPack<T> / kPart<T>, kPacks = static_cast<int>(kDotTile) / kPack<T>;
-  const int pack = i / kPack<T>, part = i % kPack<T> / kPart<T>;
-  return kParts == 1 ? i : (part * kPacks + pack) * kPart<T> + i % kPart<T>;
-}
+using SlotOf = Slot<kPack<T>, kPart<T>>;
 
-// Sources of right-hand sides: put(position, value) for elements [at, at + count) of vector k.
+// Sources of right-hand sides: elements [at, at + count) of vector k to their slots.
 struct FromList {
   int64_t first = 0;
-  template <class A, class T, class Put>
+  template <class A, class T>
   __device__ static void stage(const FromList& from, const DeviceList& list, const Rows& rows,
-                               int k, int64_t at, int count, Put&& put) {
-    read_list<A>(list, (from.first + k) * rows.numel + at, count, put);
+                               int k, int64_t at, int count, A* to) {
+    read_list<A>(list, (from.first + k) * rows.numel + at, count,
+                 [&](int i, A value) { to[SlotOf<T>::of(i)] = value; });
   }
 };
 struct FromRows {
   int64_t first = 0;
-  template <class A, class T, class Put>
+  template <class A, class T>
   __device__ static void stage(const FromRows& from, const DeviceList&, const Rows& rows, int k,
-                               int64_t at, int count, Put&& put) {
+                               int64_t at, int count, A* to) {
     const int64_t row = from.first + k;
     const T* data = static_cast<const T*>(rows.data) + row * rows.stride + at;
     const float* scale = nullptr;
@@ -65,7 +68,7 @@ struct FromRows {
     }
     read_run<A>(data, count, [&](int i, A value) {
       if constexpr (scaled_format<T>::value) value *= scale[i / kScaleBlock];
-      put(i, value);
+      to[SlotOf<T>::of(i)] = value;
     });
   }
 };
@@ -80,8 +83,11 @@ __device__ inline void dot_rows(const Rows& rows, int64_t first, int rows_here, 
   const T* data = static_cast<const T*>(rows.data) + at;
   for (int r = 0; r < rows_here; r += kDotRows) {
     A acc[K][kDotRows] = {};
-    DLDR_UNROLL_TWICE  // 16 loads of a thread in flight
-        for (int u = 0; u < kPacks; ++u) {
+    // 16 loads of a thread in flight, 8 where the sums take the registers.
+#if defined(__CUDACC__)
+#pragma unroll(K < 8 ? 2 : 1)
+#endif
+    for (int u = 0; u < kPacks; ++u) {
       const int i = (u * kDotThreads + static_cast<int>(threadIdx.x)) * kPack<T>;
       Pack packs[kDotRows];
       DLDR_UNROLL
@@ -95,7 +101,7 @@ __device__ inline void dot_rows(const Rows& rows, int64_t first, int rows_here, 
         A g[K][kPart<T>];
         DLDR_UNROLL
         for (int k = 0; k < K; ++k) {
-          const A* from = x + k * kDotTile + slot<T>(i + part * kPart<T>);
+          const A* from = x + k * kDotTile + SlotOf<T>::of(i + part * kPart<T>);
           DLDR_UNROLL
           for (int e = 0; e < kPart<T>; ++e) g[k][e] = from[e];
         }
@@ -132,6 +138,10 @@ __device__ inline void dot_rows(const Rows& rows, int64_t first, int rows_here, 
       }
     }
   }
+}
+
+DLDR_HOST_DEVICE inline int64_t dot_tiles(const Rows& rows) {
+  return ceil_div(rows.numel, kDotTile);
 }
 
 // Which part of the sums a launch makes: rows [first, first + rows) of the products.
@@ -172,23 +182,26 @@ __global__ void __launch_bounds__(kDotThreads, kDotBlocks<K>)
     dot_chunk(const __grid_constant__ DeviceList list, const Rows rows, const Source source,
               const DotPart part, bool aligned, const Put put) {
   using A = typename wide_of<T>::type;
-  DLDR_DYNAMIC_SHARED(A,
-                      x);  // [K][kDotTile], then sums[kDotWarps][K * rows], then totals in double
+  // [K][kDotTile] elements, [kDotWarps][K * rows] sums of the warps, [K * rows] totals in double.
+  DLDR_DYNAMIC_SHARED(A, x);
   __shared__ bool last;
   const int64_t ahead = static_cast<int64_t>(blockIdx.y) * part.rows_per_block;
   const int rows_here = static_cast<int>(min_of(part.rows_per_block, part.rows - ahead));
   A* const sums = x + K * kDotTile;
   double* const totals = reinterpret_cast<double*>(sums + kDotWarps * K * part.rows_per_block);
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * part.tiles_per_chunk * kDotTile;
-  const int64_t end = min_of(rows.numel, begin + part.tiles_per_chunk * kDotTile);
-  for (int64_t at = begin; at < end; at += kDotTile) {
+  const int tiles = static_cast<int>(
+      min_of(part.tiles_per_chunk, dot_tiles(rows) - blockIdx.x * part.tiles_per_chunk));
+  // Little is kept from tile to tile: the registers are full of sums.
+  DLDR_NO_UNROLL
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int64_t at = (blockIdx.x * part.tiles_per_chunk + tile) * kDotTile;
     const int count = static_cast<int>(min_of(kDotTile, rows.numel - at));
+    DLDR_NO_UNROLL
     for (int k = 0; k < K; ++k) {
       A* const to = x + k * kDotTile;
-      Source::template stage<A, T>(source, list, rows, k, at, count,
-                                   [&](int i, A value) { to[slot<T>(i)] = value; });
+      Source::template stage<A, T>(source, list, rows, k, at, count, to);
       for (int i = count + static_cast<int>(threadIdx.x); i < kDotTile; i += kDotThreads) {
-        to[slot<T>(i)] = 0;
+        to[SlotOf<T>::of(i)] = 0;
       }
     }
     __syncthreads();
@@ -200,10 +213,10 @@ __global__ void __launch_bounds__(kDotThreads, kDotBlocks<K>)
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < K * rows_here; i += kDotThreads) {
       const int k = i / rows_here, r = i % rows_here;
-      double sum = at == begin ? 0 : totals[i];
+      double sum = tile == 0 ? 0 : totals[i];
       for (int w = 0; w < kDotWarps; ++w) sum += sums[(k * kDotWarps + w) * rows_here + r];
       totals[i] = sum;
-      if (at + kDotTile >= end) {
+      if (tile + 1 == tiles) {
         part.partials[(k * part.rows + ahead + r) * gridDim.x + blockIdx.x] = sum;
       }
     }
@@ -299,10 +312,10 @@ void launch_dot(const char* what, const DeviceList& list, const Rows& rows, cons
 }
 
 // Calls f with the number of right-hand sides to take next as a compile-time constant; four at most
-// in float64, whose registers would not hold eight.
-template <class A, class F>
+// in float64 and beside the widening of one-byte formats, whose registers would not hold eight.
+template <class T, class F>
 void dispatch_lists(int64_t left, F&& f) {
-  if constexpr (sizeof(A) == 4) {
+  if constexpr (sizeof(T) == 2 || sizeof(T) == 4) {
     if (left >= 8) return f(std::integral_constant<int, 8>());
   }
   if (left >= 4) return f(std::integral_constant<int, 4>());

@@ -26,7 +26,7 @@ void gram_block(const Rows& snapshots, int64_t index, int64_t count, double* gra
   dispatch(snapshots.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t done = 0; done < count;) {
-      dispatch_lists<typename wide_of<T>::type>(count - done, [&](auto number) {
+      dispatch_lists<T>(count - done, [&](auto number) {
         constexpr int K = decltype(number)::value;
         launch_dot<T, K>("gram_block_", DeviceList{}, snapshots, FromRows{index + done},
                          index + done + K, scratch, stream,

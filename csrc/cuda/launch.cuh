@@ -18,7 +18,6 @@
 
 #if defined(__CUDACC__)
 #define DLDR_UNROLL _Pragma("unroll")
-#define DLDR_UNROLL_TWICE _Pragma("unroll 2")
 #define DLDR_NO_UNROLL _Pragma("unroll 1")
 // Shared memory whose size the launch gives, aligned for 16-byte accesses.
 #define DLDR_DYNAMIC_SHARED(type, name)                        \
@@ -26,7 +25,6 @@
   type* const name = reinterpret_cast<type*>(dldr_shared)
 #else
 #define DLDR_UNROLL
-#define DLDR_UNROLL_TWICE
 #define DLDR_NO_UNROLL
 #endif
 

@@ -79,8 +79,9 @@ __device__ inline Items find_items(const DeviceList& list, int64_t begin, int co
 
 // Tiles over fewer items are copied item by item, others element by element.
 constexpr int64_t kFewItems = 4;
-// Loads of a thread that are under way together.
-constexpr int kListLoads = 8;
+// Loads of a thread that are under way together: whole packs of a tensor, or single elements of
+// many. The kernels' own streams have the registers.
+constexpr int kListPacks = 3, kListLoads = 4;
 
 // put(k, value) for every element of a run, widened, by all threads of the block: 16 bytes at a
 // time where the address allows it.
@@ -93,15 +94,16 @@ __device__ inline void read_run(const T* data, int count, Put&& put) {
   const int head = odd < count ? odd : count;
   const int packs = (count - head) / kPack<T>;
   const int tail = head + packs * kPack<T>;
-  for (int k = thread; k < packs; k += kListLoads * threads) {
-    Pack pack[kListLoads];
+  DLDR_NO_UNROLL
+  for (int k = thread; k < packs; k += kListPacks * threads) {
+    Pack pack[kListPacks];
     DLDR_UNROLL
-    for (int u = 0; u < kListLoads; ++u) {
+    for (int u = 0; u < kListPacks; ++u) {
       const int p = k + u * threads;
       if (p < packs) pack[u] = load_pack(data + head + p * kPack<T>);
     }
     DLDR_UNROLL
-    for (int u = 0; u < kListLoads; ++u) {
+    for (int u = 0; u < kListPacks; ++u) {
       const int p = k + u * threads;
       if (p < packs) {
         DLDR_UNROLL

@@ -13,21 +13,14 @@ __global__ void __launch_bounds__(kTrialThreads)
   __shared__ A x[kTrialTile];
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kTrialTile;
   const int count = static_cast<int>(min_of(kTrialTile, numel - at));
-  // All packs of a thread are under way together.
-  constexpr int kPacks = static_cast<int>(kTrialTile) / (kTrialThreads * kPack<A>);
-  A w[kPacks][kPack<A>], step[kPacks][kPack<A>];
-  const auto first = [](int u) {
-    return (u * kTrialThreads + static_cast<int>(threadIdx.x)) * kPack<A>;
-  };
   DLDR_UNROLL
-  for (int u = 0; u < kPacks; ++u) {
-    load_numbers(point + at + first(u), count - first(u), aligned, w[u]);
-    load_numbers(direction + at + first(u), count - first(u), aligned, step[u]);
-  }
-  DLDR_UNROLL
-  for (int u = 0; u < kPacks; ++u) {
+  for (int u = 0; u < kTrialTile / (kTrialThreads * kPack<A>); ++u) {
+    const int i = (u * kTrialThreads + static_cast<int>(threadIdx.x)) * kPack<A>;
+    A w[kPack<A>], step[kPack<A>];
+    load_numbers(point + at + i, count - i, aligned, w);
+    load_numbers(direction + at + i, count - i, aligned, step);
     DLDR_UNROLL
-    for (int e = 0; e < kPack<A>; ++e) x[first(u) + e] = fma(step[u][e], alpha, w[u][e]);
+    for (int e = 0; e < kPack<A>; ++e) x[i + e] = fma(step[e], alpha, w[e]);
   }
   __syncthreads();
   write_list(list, at, count, [&](int i) { return x[i]; });

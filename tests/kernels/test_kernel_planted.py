@@ -72,9 +72,9 @@ TAILS = [
 AT = "const int64_t at = static_cast<int64_t>(blockIdx.x) * "
 INT_AT = "const int at = static_cast<int>(blockIdx.x) * static_cast<int>"
 INT32 = [
-    Bug("dot.cuh", "for (int64_t at = begin; at < end; at += kDotTile) {",
-        "for (int at = static_cast<int>(begin); at < end; at += static_cast<int>(kDotTile)) {",
-        WRAPPED, "far"),
+    Bug("dot.cuh", "const int64_t at = (blockIdx.x * part.tiles_per_chunk + tile) * kDotTile;",
+        "const int at = static_cast<int>(blockIdx.x * part.tiles_per_chunk + tile) * "
+        "static_cast<int>(kDotTile);", WRAPPED, "far"),
     Bug("dot.cuh", "rows_here - 1)) * rows.stride;",
         "rows_here - 1)) * static_cast<int>(rows.stride);", WRAPPED, "far"),
     Bug("list.cuh", "static_cast<int64_t>(meta & (", "static_cast<int>(meta & (", WRAPPED, "far"),
