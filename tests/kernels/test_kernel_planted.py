@@ -34,6 +34,7 @@ KERNEL_OF = {
     "combine.cuh": "reconstruct",
     "list.cuh": "trial",
     "gram_mma.cuh": "gram",
+    "lanes.cuh": "project",
 }
 
 
@@ -57,6 +58,7 @@ TAILS = [
         OUTSIDE),
     Bug("gram.cu", "min_of(kPack<T>, end - i)", "min_of(kPack<T>, end - i + 1)", OUTSIDE),
     Bug("gram_mma.cuh", "min_of(room, kPack<T>)", "min_of(room + 1, kPack<T>)", OUTSIDE),
+    Bug("lanes.cuh", "kAllLanes = 0xffffffffu", "kAllLanes = 0xffffu", "some lanes of a warp only"),
     Bug("form_basis.cu", "if (first + r < dim && i < count)", "if (first + r < dim && i <= count)",
         OUTSIDE),
     Bug("trial.cu", "min_of(kTrialTile, numel - at)", "min_of(kTrialTile, numel - at + 1)",
