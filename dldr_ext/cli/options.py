@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich import filesize
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -173,11 +175,12 @@ def one_line_errors(kept: str = "nothing has been written") -> Iterator[None]:
 class ByteBar:
     """A progress bar on stderr of bytes read, bytes/s and the time left: a context manager.
 
-    It is shown in a terminal alone, from the first bytes on.
+    It is shown in a terminal alone, from the first bytes on; a log gets one line at the end.
     """
 
     def __init__(self, quiet: bool) -> None:
         screen = console(stderr=True, quiet=quiet)
+        self._screen, self._read, self._start = screen, 0, time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description:<11}"),
             BarColumn(bar_width=30),
@@ -192,10 +195,14 @@ class ByteBar:
     def __enter__(self) -> ByteBar:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
+        if error is None and self._read and not self._screen.is_terminal:
+            seconds = time.monotonic() - self._start
+            self._screen.print(f"read {filesize.decimal(self._read)} in {seconds:.1f} s")
 
     def __call__(self, description: str, done: int, total: int) -> None:
         """Move the bar to ``done`` of ``total`` bytes."""
+        self._read = max(self._read, done)
         self._bar.start()
         self._bar.update(self._task, description=description, completed=done, total=total)
