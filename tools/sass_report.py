@@ -145,7 +145,9 @@ def under_way(code: Code, first: int, last: int) -> tuple[int, int, bool]:
 def read_kernels(text: str) -> list[Kernel]:
     """Each kernel of what cuobjdump printed."""
     found = []
-    for name, arch, code in kernels(text):
+    listed = kernels(text)
+    names = demangled([name for name, _, _ in listed])
+    for name, (_, arch, code) in zip(names, listed, strict=True):
         operations = [op.split()[0].split(".")[0] for _, op in code]
         seen = [under_way(code, first, last) for first, last in innermost(loops(code))]
         found.append(
@@ -207,8 +209,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not any(kernel.loops for kernel in found):
         print(f"no kernel with a streaming loop in {options.folder}", file=sys.stderr)
         return 1
-    for kernel, name in zip(found, demangled([kernel.kernel for kernel in found]), strict=True):
-        kernel.kernel = name
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(kernel) for kernel in found], indent=1) + "\n")
     bad = 0
