@@ -4,9 +4,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.optim.swa_utils import update_bn
 
 from dldr_ext import InSubspace, greedy_soup, layer_groups, uniform_soup, weight_averaging_subspace
+from dldr_ext.batch_norm import reestimated
 
 
 def main(epochs=12, steps=60):
@@ -16,15 +16,11 @@ def main(epochs=12, steps=60):
     train, held_out, test = slice(0, 1100), slice(1100, 1400), slice(1400, None)
     model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
 
-    def accuracy(part, state=None):
-        if state is not None:
-            model.load_state_dict(state)
-            update_bn([pixels[train]], model)  # statistics of an average are no average
-        model.eval()
-        with torch.no_grad():
-            share = (model(pixels[part]).argmax(1) == labels[part]).float().mean().item()
-        model.train()
-        return share
+    def accuracy(part, state):
+        model.load_state_dict(state)
+        # Statistics of an average are no average.
+        with reestimated(model, [pixels[train]]), torch.no_grad():
+            return (model(pixels[part]).argmax(1) == labels[part]).float().mean().item()
 
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
     checkpoints = []

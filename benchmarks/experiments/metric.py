@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.optim.swa_utils import update_bn
 
 from dldr_ext import PBFGS, PSGD, InSubspace, Subspace, Trajectory
+from dldr_ext.batch_norm import reestimated
 
 from .data import Problem, load
 from .networks import build
@@ -94,9 +94,9 @@ def trained(
 
 def scores(model: nn.Module, problem: Problem) -> dict[str, float]:
     """Training loss and test accuracy, with batch-norm statistics of these weights."""
-    update_bn([problem.train.inputs], model)
-    accuracy, _ = evaluate(model, problem.test)
-    return {"loss": evaluate(model, problem.train)[1], "accuracy": accuracy}
+    with reestimated(model, [problem.train.inputs]):
+        accuracy, _ = evaluate(model, problem.test)
+        return {"loss": evaluate(model, problem.train)[1], "accuracy": accuracy}
 
 
 def runs(network: str, seed: int, missing: list[tuple[str, Any]]) -> list[dict[str, Any]]:

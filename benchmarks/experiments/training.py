@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dldr_ext.batch_norm import reestimate_
 from dldr_ext.demo import recipe
 
 from . import networks
@@ -137,21 +138,11 @@ class Task:
 
         Returns how many items were read: 0 without batch norm.
         """
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        if not norms:
+        if not has_norms(model):
             return 0
-        inputs = self.problem.train.inputs[:items]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # cumulative average
-        model.train()
-        augment, generator = self.problem.augment, self.generator(10)
-        with torch.no_grad():
-            for batch in inputs.split(_EVALUATED):
-                model(augment(batch, generator) if augment else batch)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        inputs, augment = self.problem.train.inputs[:items], self.problem.augment
+        generator, batches = self.generator(10), inputs.split(_EVALUATED)
+        reestimate_(model, (augment(x, generator) for x in batches) if augment else batches)
         return len(inputs)
 
     def validate(self, model: nn.Module) -> float:

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import PBFGS, PSGD, InSubspace, Subspace, Trajectory
+from ..batch_norm import reestimate_
 from .data import Dataset
-from .model import accuracy, build, reestimate_batch_norm
+from .model import accuracy, build
 from .recipe import Account, Recipe, batches, learning_rate, shifted, snapshot_steps
 
 #: Called with the method at work and the share of it that is done, 0 to 1.
@@ -279,4 +280,5 @@ class _SubspaceRun:
         # As training sees them: statistics of images that stay in place are others.
         recipe = self.task.recipe
         images = shifted(self.task.data.train.images, recipe.shift, self.task.generator(5))
-        return reestimate_batch_norm(model, images, self.task.recipe.norm_batch_size)
+        reestimate_(model, images.split(recipe.norm_batch_size))
+        return len(images)

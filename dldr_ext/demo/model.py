@@ -46,45 +46,6 @@ def build(size: int, seed: int) -> nn.Sequential:
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    """Return the batch-norm layers of ``model``."""
-    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-
-
-@torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, images: Tensor, batch_size: int) -> int:
-    """Set every running mean and variance to the average over images at the current weights.
-
-    The running statistics belong to the weights they were gathered at; after a move in the
-    subspace they are stale (see `torch.optim.swa_utils.update_bn`, which does the same for a
-    `DataLoader`). Leaves the model in train mode.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Its batch-norm layers are updated in place.
-    images : Tensor, shape (N, 1, H, W)
-    batch_size : int
-        Images in a forward pass.
-
-    Returns
-    -------
-    int
-        How many images were read: N. The caller adds them to its account.
-    """
-    norms = batch_norms(model)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-    model.train()
-    for batch in images.split(batch_size):
-        model(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return len(images)
-
-
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the share of images classified right, in eval mode; the model keeps its mode."""

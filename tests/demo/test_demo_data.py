@@ -11,7 +11,7 @@ from torch import nn
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 from dldr_ext.demo import data
-from dldr_ext.demo.model import accuracy, batch_norms, build, reestimate_batch_norm
+from dldr_ext.demo.model import accuracy, build
 
 
 def test_split_is_disjoint_stratified_and_seeded():
@@ -84,22 +84,6 @@ def test_model_is_seeded_and_leaves_the_random_state_alone(size, numel):
     assert torch.equal(flat, same)
     assert not torch.equal(flat, different)
     assert model(torch.zeros(2, 1, size, size)).shape == (2, 10)
-
-
-def test_batch_norm_statistics_are_those_of_all_images(digits):
-    model = build(8, 0)
-    images = digits.train.images[:900]
-    model(5 * images)  # statistics of something else, to be forgotten
-    assert reestimate_batch_norm(model, images, batch_size=300) == 900
-    first = batch_norms(model)[0]
-    with torch.no_grad():
-        inner = nn.Sequential(*list(model)[:2])(images)
-    torch.testing.assert_close(first.running_mean, inner.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    groups = inner.split(300)
-    variance = torch.stack([group.var((0, 2, 3)) for group in groups]).mean(0)
-    torch.testing.assert_close(first.running_var, variance, rtol=1e-4, atol=1e-5)
-    assert first.momentum == 0.1
-    assert model.training
 
 
 def test_accuracy_counts_right_answers_and_keeps_the_mode():

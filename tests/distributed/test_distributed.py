@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_group import RankGroup
 from rank_problem import MAKE, D, closure_of, part, problem, train
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dldr_ext import PBFGS, PSGD, InSubspace, Subspace
+from dldr_ext.batch_norm import reestimated
 from dldr_ext.collectives.consistency import difference, digest
 
 
@@ -53,6 +55,28 @@ def test_a_model_in_ddp_gives_the_same(ranks: RankGroup, wrap: str) -> None:
     plain, found = ranks.all(train, "default"), ranks.all(train, "default", wrap)
     assert all(one == found[0] for one in found)
     torch.testing.assert_close(found[0]["weights"], plain[0]["weights"], rtol=1e-9, atol=1e-10)
+
+
+def reestimated_statistics(how: str) -> tuple[list[float], str]:
+    """The statistics of each rank's share of the batches, of which they have different numbers."""
+    model = DistributedDataParallel(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)).double())
+    norm, rank = model.module[0], dist.get_rank()
+    batches = [torch.full((4, 3), float(rank + k), dtype=torch.float64) for k in range(rank + 1)]
+    try:
+        with reestimated(model, [] if how == "one has none" and rank == 1 else batches):
+            return [*norm.running_mean.tolist(), *norm.running_var.tolist()], ""
+    except ValueError as error:
+        assert model.training and not norm.running_mean.any()
+        return [], str(error)
+
+
+def test_batch_norm_statistics_are_the_mean_of_the_ranks(ranks: RankGroup) -> None:
+    found, size = ranks.all(reestimated_statistics, "all"), len(ranks.processes)
+    mean = sum(1.5 * rank for rank in range(size)) / size
+    assert found == [([*[mean] * 3, 0.0, 0.0, 0.0], "")] * size
+    errors = [error for _, error in ranks.all(reestimated_statistics, "one has none")]
+    assert all("expected at least one batch, got none" in error for error in errors)
+    assert all("rank 1 failed" in error for rank, error in enumerate(errors) if rank != 1)
 
 
 def trained_theta() -> tuple[str, list[float], list[float]]:

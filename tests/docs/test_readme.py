@@ -36,3 +36,4 @@ def test_the_page_on_the_optimizers_runs():
     for code in blocks[1:]:
         exec(code, names)
     assert names["optimizer"] is not first and names["optimizer"].status.moved
+    assert names["network"].training and not names["network"][1].running_mean.any()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from ...batch_norm import StatisticsWatch
 from ...tensors.buffers import Buffers, SavedBuffers
 from ...tensors.random_state import RandomState, process_generators, reachable
 
@@ -19,11 +22,16 @@ class Replay:
 
     def __init__(self, buffers: Buffers) -> None:
         self._buffers = buffers
+        self._statistics = (
+            StatisticsWatch("PBFGS", buffers) if isinstance(buffers, nn.Module) else None
+        )
         self._saved = self._kept = SavedBuffers(buffers)
         self._before = self._after = RandomState(())
 
     def begin(self, closure: Callable[..., Any]) -> None:
         """Remember where the step starts; to be called before its first evaluation."""
+        if self._statistics is not None:
+            self._statistics.step_begins()
         self._before = RandomState([*process_generators(), *reachable(closure)])
         self._saved = self._kept = SavedBuffers(self._buffers)
 
@@ -61,3 +69,5 @@ class Replay:
     def finish(self) -> None:
         """Set the random state as one evaluation leaves it, however many there were."""
         self._after.restore()
+        if self._statistics is not None:
+            self._statistics.step_ended()
