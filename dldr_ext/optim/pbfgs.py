@@ -291,7 +291,10 @@ class PBFGS(SubspaceOptimizer):
         virtual_batch : a closure of a batch that is evaluated in parts.
         """
         if not callable(closure):
-            raise TypeError(f"PBFGS: step: closure: expected a callable, got {closure!r}")
+            raise TypeError(
+                f"PBFGS: step: closure: expected a callable, got {closure!r}; in place of "
+                "transformers' Trainer use dldr_ext.integrations.transformers.SubspaceTrainer"
+            )
         self._check_untouched()
         self._scale.begin()
         self._replay.begin(closure)

@@ -1,0 +1,1 @@
+"""Training loops of other packages, a module for each; each needs its package."""
