@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ..collectives.partition import ColumnShard
+from ..collectives.transaction import RankErrors
 from ..tensors.constants import MAX_DIM
 from ..tensors.formats import LARGEST, STORED, wide_dtype
 from ..tensors.matrices import as_stored
 from ..tensors.parameters import check_matches, dtype_name, dtype_names, flatten, type_name
 from .stores import Store
+
+
+class NotFiniteError(ValueError):
+    """A snapshot is not finite, or its square is not."""
+
+
+class RecordErrors(RankErrors):
+    """A snapshot that is not finite on one rank is so on all."""
+
+    @override
+    def told(self, error: Exception) -> dict[str, Any]:
+        return {**super().told(error), "finite": not isinstance(error, NotFiniteError)}
+
+    @override
+    def raised(self, call: str, rank: int, details: dict[str, Any]) -> Exception:
+        error = super().raised(call, rank, details)
+        return error if details["finite"] else NotFiniteError(str(error))
 
 
 class Recorded(Protocol):

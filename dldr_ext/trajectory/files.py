@@ -40,8 +40,16 @@ class Saved(NamedTuple):
     store: Store
 
 
-def load(path: str | os.PathLike[str], params: Sequence[Tensor], names: list[str] | None) -> Saved:
-    """Read a file, or open a folder to record on."""
+def load(
+    path: str | os.PathLike[str],
+    params: Sequence[Tensor],
+    names: list[str] | None,
+    ranks: Ranks | None = None,
+    shard: ColumnShard | None = None,
+) -> Saved:
+    """Read a file, or open a folder to record on; over ranks this rank's columns."""
+    if ranks is not None and shard is not None:
+        return _load_on_ranks(path, params, names, ranks, shard)
     if os.path.isdir(path):
         names, store = _open_folder(Path(path), params, names)
         return Saved(names, "disk", store)
@@ -63,7 +71,7 @@ def load(path: str | os.PathLike[str], params: Sequence[Tensor], names: list[str
     return Saved(saved.names, "device", memory)
 
 
-def load_on_ranks(
+def _load_on_ranks(
     path: str | os.PathLike[str],
     params: Sequence[Tensor],
     names: list[str] | None,
@@ -176,6 +184,8 @@ def _open_folder(
             saved = matching(file, params, names)
             if not isinstance(_field(file, "id"), str):
                 raise _wrong(file, "id", "a string", file.metadata["id"])
+            if "kept" in file.metadata:
+                _check_thinned(file)
             spec = StoreSpec(numel(params), saved.capacity, saved.dtype, params[0].device)
             anchor = torch.empty(spec.numel, dtype=wide_dtype(spec.dtype), device=spec.device)
             file.read_into("anchor", anchor)
@@ -229,6 +239,14 @@ def counted(file: Reader, name: str, least: int, most: int) -> int:
     if type(value) is not int or not least <= value <= most:
         raise _wrong(file, name, f"a number from {least} to {most}", value)
     return value
+
+
+def _check_thinned(file: Reader) -> None:
+    """Check what a header says of the rows that were left when it was written."""
+    kept = file.metadata["kept"]
+    if not isinstance(kept, list) or not all(type(number) is int for number in kept):
+        raise _wrong(file, "kept", "a list of numbers", kept)
+    counted(file, "next", 0, 1 << 40)
 
 
 def _is_shape(shape: Any) -> bool:

@@ -68,6 +68,28 @@ def open_series(
     )
 
 
+def checked_options(
+    series: Series,
+    capacity: int | None,
+    resume: bool,
+    storage: str,
+    path: str | os.PathLike[str] | None,
+    ranks: Ranks | None,
+) -> int:
+    """Return the capacity, if all checkpoints fit and the ranks agree."""
+    capacity = len(series) if capacity is None else capacity
+    if capacity < len(series):
+        raise ValueError(
+            f"capacity: expected at least {len(series)}, one for each checkpoint, got {capacity}"
+        )
+    if resume and (storage != "disk" or path is None):
+        raise ValueError(f"resume: expected storage='disk' and a path, got {storage!r}, {path!r}")
+    if ranks is not None:
+        facts = {"checkpoints": series.indices, "capacity": capacity, "resume": resume}
+        ranks.check_consistent(facts)
+    return capacity
+
+
 class CheckpointRow:
     """The columns of one checkpoint that a store keeps, in pieces: each valid until the next."""
 
@@ -103,7 +125,24 @@ class _CheckpointErrors(RankErrors):
         return OSError(f"from_checkpoints: rank {rank}: {details['error']}")
 
 
-def record_series(
+def record_checked(
+    store: Store,
+    series: Series,
+    skip_bad: bool,
+    progress: Progress | None,
+    dtype: torch.dtype,
+    capacity: int,
+    trajectory: object,
+) -> None:
+    """Store the checkpoints after those that the store has: see `_check_recorded`."""
+    with CheckpointReader() as reader:
+        if store.length:
+            with store.transaction("from_checkpoints"):
+                _check_recorded(store, series, reader, dtype, capacity, trajectory)
+        _record_series(store, series, reader, skip_bad, progress)
+
+
+def _record_series(
     store: Store,
     series: Series,
     reader: CheckpointReader,
@@ -135,7 +174,7 @@ def record_series(
     store.settle()
 
 
-def check_recorded(
+def _check_recorded(
     store: Store,
     series: Series,
     reader: CheckpointReader,

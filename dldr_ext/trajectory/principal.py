@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from ..distributed.sharded import ShardedSubspace
 from ..pca.decomposition import Decomposition, decompose
 from ..pca.dimension import Request
 from ..pca.form_basis import combined, formed
-from ..pca.gram import column_step
+from ..pca.gram import column_step, exact_gram
 from ..pca.spectrum import square_of
 from ..subspace.dense import Subspace
+from ..subspace.grouped import GroupedSubspace, group_slices
 from ..subspace.implicit import ImplicitSubspace
 from ..tensors.formats import block_range
-from ..tensors.matrices import Matrix, as_stored, scaled, stored_pieces
+from ..tensors.matrices import Matrix, as_stored, columns, scaled, stored_pieces
 from .stores import ShardedStore, Store
 
 Shapes = list[tuple[int, ...]]
@@ -128,6 +130,34 @@ def implicit_subspace(
         names=names,
         **components.metadata(),
     )
+
+
+def grouped_subspace(
+    snapshots: Matrix,
+    groups: Sequence[int],
+    origin: Tensor,
+    request: Request,
+    dtype: torch.dtype,
+    shapes: Shapes,
+    names: list[str] | None,
+    *,
+    double: bool,
+) -> tuple[GroupedSubspace, list[str]]:
+    """Form a basis of its own for each group of parameters; and return what to warn of."""
+    subspaces, warnings, end = [], [], 0
+    for i, group in enumerate(group_slices(groups, len(shapes))):
+        begin, end = end, end + sum(map(math.prod, shapes[group]))
+        rows, point = columns(snapshots, begin, end), origin[begin:end]
+        square = float(square_of(point))
+        try:
+            components = decompose(exact_gram(rows), square, request, double=double)
+        except ValueError as error:
+            raise ValueError(f"groups[{i}]: {error}") from None
+        if components.warning is not None:
+            warnings.append(components.warning)
+        of_group = shapes[group], None if names is None else names[group]
+        subspaces.append(dense_subspace(rows, components, point, dtype, *of_group))
+    return GroupedSubspace(subspaces), warnings
 
 
 def subspace_over_ranks(

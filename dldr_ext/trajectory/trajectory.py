@@ -11,24 +11,23 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.reader import CheckpointReader
 from ..collectives.partition import ColumnShard
 from ..collectives.process_group import Ranks, as_list, failing_together, ranks_for
 from ..distributed.local import LocalSubspace
 from ..distributed.sharded import ShardedSubspace
-from ..pca.decomposition import decompose
 from ..pca.dimension import Request
-from ..pca.gram import exact_gram
-from ..pca.spectrum import square_of, stored_spectrum
+from ..pca.spectrum import stored_spectrum
 from ..subspace.dense import Subspace
-from ..subspace.grouped import GroupedSubspace, group_slices
+from ..subspace.grouped import GroupedSubspace
 from ..subspace.implicit import ImplicitSubspace
 from ..tensors.formats import wide_dtype
-from ..tensors.matrices import Matrix, columns
+from ..tensors.matrices import Matrix
 from ..tensors.parameters import dtype_name, named_parameters, numel
 from ..tensors.watch import Watch
 from . import files, principal
 from .checks import (
+    NotFiniteError,
+    RecordErrors,
     check_device,
     check_in_memory,
     checked_capacity,
@@ -38,13 +37,14 @@ from .checks import (
 )
 from .from_checkpoints import (
     Progress,
-    check_recorded,
+    checked_options,
     open_series,
     placeholder,
     ranks_of_model,
-    record_series,
+    record_checked,
     was_recorded_to,
 )
+from .recorder import OnFull, Recorder
 from .stores import (
     RecordingCost,
     ShardedStore,
@@ -102,15 +102,14 @@ class Trajectory:
     >>> model, inputs = torch.nn.Linear(8, 1), torch.randn(64, 8)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> trajectory = Trajectory(model.named_parameters(), capacity=20, dtype=torch.float32)
+    >>> first = trajectory.record()
+    >>> recorder = trajectory.attach(optimizer, every=1)
     >>> for _ in range(10):
-    ...     index = trajectory.record()
     ...     optimizer.zero_grad()
     ...     (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
     ...     optimizer.step()
     >>> trajectory
-    Trajectory(10 of 20 snapshots, numel=9, dtype=float32, device=cpu)
-    >>> trajectory.gram.shape
-    torch.Size([10, 10])
+    Trajectory(11 of 20 snapshots, numel=9, dtype=float32, device=cpu)
     >>> trajectory.subspace(dim=3)
     Subspace(dim=3, numel=9, dtype=float32, device=cpu)
 
@@ -137,14 +136,11 @@ class Trajectory:
         params = as_list(params)
         ranks = _ranks(params, process_group)
         with failing_together(ranks):
-            self._set_parameters(params)
+            shard = self._set_parameters(params, ranks)
             self.capacity = checked_capacity(capacity)
             self.dtype = checked_dtype(dtype)
             check_storage(storage, path)
             self.storage = storage
-            shard = None
-            if ranks is not None:
-                shard = ColumnShard(self.params, self.names, ranks.rank, ranks.size)
             flat = None if anchor is None else flat_anchor(self, anchor, shard)
             if ranks is not None and shard is not None:
                 ranks.check_consistent({**self._facts(shard), "anchor": anchor is not None})
@@ -153,7 +149,7 @@ class Trajectory:
             storage, path, spec, self._metadata(), flat, ranks, shard
         )
 
-    def _set_parameters(self, params: Iterable[Any]) -> None:
+    def _set_parameters(self, params: Iterable[Any], ranks: Ranks | None) -> ColumnShard | None:
         self.params, self.names = named_parameters(params)
         self._watch = Watch(params, self.params, self.names, "trajectory")
         self.shapes = [tuple(p.shape) for p in self.params]
@@ -161,6 +157,9 @@ class Trajectory:
         self.device = self.params[0].device
         if self.numel == 0:
             raise ValueError("params: expected at least one element, got tensors of size 0")
+        if ranks is None:
+            return None
+        return ColumnShard(self.params, self.names, ranks.rank, ranks.size)
 
     def _metadata(self) -> dict[str, Any]:
         return {
@@ -260,7 +259,7 @@ class Trajectory:
             was before.
         """
         store, index = self._store, len(self)
-        with store.transaction("record", self.params):
+        with store.transaction("record", self.params, RecordErrors()):
             if index == self.capacity:
                 raise ValueError(
                     f"the trajectory is full: it holds {self.capacity} snapshots, its capacity; a "
@@ -270,9 +269,49 @@ class Trajectory:
             check_device(self, self.params)
             if not store.append(self.params):
                 params, names = store.local_part(self.params, self.names)
-                raise ValueError(why_not_finite(params, names, store.anchor, self.dtype))
+                raise NotFiniteError(why_not_finite(params, names, store.anchor, self.dtype))
         store.settle()
         return index
+
+    def attach(self, optimizer: Any, every: int = 1, on_full: OnFull = "thin") -> Recorder:
+        """Record after every ``every``-th step of an optimizer, from the next one on.
+
+        Call `record` before it for a snapshot of the weights that training starts from. Steps that
+        a GradScaler skips do not count.
+
+        Parameters
+        ----------
+        optimizer : torch.optim.Optimizer
+            That trains parameters of the trajectory.
+        every : int
+        on_full : "thin", "stop" or "error"
+            Once it is full: `thin` it and double the stride; record no more; or raise. Unless
+            "error", recording never ends the training: a snapshot that is not finite is left out,
+            and any other failure ends the recording, with a warning.
+
+        Returns
+        -------
+        Recorder
+            Its ``remove()`` ends the recording, ``every`` is the stride now.
+
+        Raises
+        ------
+        TypeError, ValueError
+            No optimizer, or one of other parameters; attached twice; a folder that is only read.
+        """
+        store = self._store
+        with store.transaction("attach"):
+            store.check_writable()
+            self._watch.check()
+            check_device(self, self.params)
+            recorder = Recorder(self, optimizer, every, on_full)
+        store.check_consistent({"every": every, "on_full": on_full}, "attach")
+        recorder.attach()
+        return recorder
+
+    def thin(self) -> None:
+        """Keep snapshots 0, 2, 4, ..., to the bit as if only these had been recorded."""
+        self._store.thin(in_place=all(rows() is None for rows in self._borrowed))
 
     def explained_variance_ratio(self) -> Tensor:
         """Return the share of the variance along each principal direction.
@@ -467,23 +506,13 @@ class Trajectory:
             )
         request = Request(dim, explained, center)
         dtype, origin = self._checked(request, start, dtype)
-        subspaces, end = [], 0
-        for i, group in enumerate(group_slices(groups, len(self.params))):
-            begin, end = end, end + numel(self.params[group])
-            rows, point = columns(self.snapshots, begin, end), origin[begin:end]
-            try:
-                components = decompose(
-                    exact_gram(rows), float(square_of(point)), request, double=self._is_double()
-                )
-            except ValueError as error:
-                raise ValueError(f"groups[{i}]: {error}") from None
-            if components.warning is not None and dim == "auto":
-                warnings.warn(components.warning, UserWarning, stacklevel=2)
-            names = None if self.names is None else self.names[group]
-            subspaces.append(
-                principal.dense_subspace(rows, components, point, dtype, self.shapes[group], names)
-            )
-        return GroupedSubspace(subspaces)
+        result, notes = principal.grouped_subspace(
+            self.snapshots, groups, origin, request, dtype, self.shapes, self.names,
+            double=self._is_double(),
+        )  # fmt: skip
+        for note in notes if dim == "auto" else ():
+            warnings.warn(note, UserWarning, stacklevel=2)
+        return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the trajectory as a safetensors file; an earlier file is replaced at the end.
@@ -550,16 +579,12 @@ class Trajectory:
         params = as_list(params)
         ranks = _ranks(params, process_group)
         result = cls.__new__(cls)
-        if ranks is None:
-            result._set_parameters(params)
-            saved = files.load(path, result.params, result.names)
-        else:
-            with failing_together(ranks):
-                result._set_parameters(params)
-                shard = ColumnShard(result.params, result.names, ranks.rank, ranks.size)
-                shapes = [str(shape) for shape in result.shapes]
+        with failing_together(ranks):
+            shard = result._set_parameters(params, ranks)
+            shapes = [str(shape) for shape in result.shapes]
+            if ranks is not None:
                 ranks.check_consistent({"params": shapes, "names": result.names}, "load")
-            saved = files.load_on_ranks(path, result.params, result.names, ranks, shard)
+        saved = files.load(path, result.params, result.names, ranks, shard)
         result.names, result.storage, result._kept = saved
         result.capacity, result.dtype = saved.store.capacity, saved.store.dtype
         return result
@@ -625,19 +650,7 @@ class Trajectory:
         ranks = None if process_group is None else ranks_of_model(process_group, model)
         with failing_together(ranks):
             params, series = open_series(paths, model, include, exclude, key, skip_bad)
-            capacity = len(series) if capacity is None else capacity
-            if capacity < len(series):
-                raise ValueError(
-                    f"capacity: expected at least {len(series)}, one for each checkpoint, got "
-                    f"{capacity}"
-                )
-            if resume and (storage != "disk" or path is None):
-                raise ValueError(
-                    f"resume: expected storage='disk' and a path, got {storage!r}, {path!r}"
-                )
-            if ranks is not None:
-                facts = {"checkpoints": series.indices, "capacity": capacity, "resume": resume}
-                ranks.check_consistent(facts)
+            capacity = checked_options(series, capacity, resume, storage, path, ranks)
         named = [(name, placeholder(p)) for name, p in params.items()]
         if resume and path is not None and was_recorded_to(path, ranks):
             result = cls.load(path, named, process_group=process_group)
@@ -645,18 +658,12 @@ class Trajectory:
             result = cls(named, capacity, dtype, storage, path, process_group=process_group)
         result.params = list(params.values())
         result._watch = Watch(params.items(), result.params, list(params), "trajectory")
-        store = result._store
         try:
-            with CheckpointReader() as reader:
-                if store.length:
-                    with store.transaction("from_checkpoints"):
-                        check_recorded(store, series, reader, dtype, capacity, result)
-                record_series(store, series, reader, skip_bad, progress)
+            record_checked(result._store, series, skip_bad, progress, dtype, capacity, result)
         except BaseException:
             result.close()
             raise
-        said = [f"left out {error}" for error in series.skipped]
-        for note in said + series.decisions:
+        for note in [*(f"left out {error}" for error in series.skipped), *series.decisions]:
             warnings.warn(note, UserWarning, stacklevel=2)
         return result
 
@@ -678,9 +685,8 @@ class Trajectory:
         return dtype, principal.weights_at(self.snapshots, anchor, start).to(wide_dtype(dtype))
 
     def _components(self, origin: Tensor, request: Request) -> principal.Decomposition:
-        return principal.principal_components(
-            self._store, origin, request, double=self._is_double()
-        )
+        double = self._is_double()
+        return principal.principal_components(self._store, origin, request, double=double)
 
     def _is_double(self) -> bool:
         """Whether neither the weights nor the snapshots were ever rounded to less than float64."""

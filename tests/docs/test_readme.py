@@ -13,7 +13,7 @@ def test_the_usage_example_runs():
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     names: dict = {}
     exec(code, names)
-    assert len(names["trajectory"]) == 60
+    assert len(names["trajectory"]) == 61
     assert names["optimizer"].status.moved
     # What the text below the example says.
     model, trajectory = names["model"], names["trajectory"]

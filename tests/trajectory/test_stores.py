@@ -151,6 +151,27 @@ class TestStore:
         store.append(weights(3, dtype))
         assert torch.equal(store.gram(), reference.gram())
 
+    @pytest.mark.parametrize("in_place", [True, False])
+    @pytest.mark.parametrize("count", [5, 6])
+    def test_thinned(self, make, dtype, count, in_place):
+        """As if rows of odd index had never been stored; again and again."""
+        store, expected = make(), MemoryStore(StoreSpec(NUMEL, CAPACITY, dtype, CPU))
+        for t in range(count):
+            store.append(weights(t, dtype))
+        store.settle()
+        store.thin(in_place)
+        for t in (0, 2, 4, 7, 8):
+            expected.append(weights(t, dtype))
+        for t in (7, 8):
+            store.append(weights(t, dtype))
+        assert torch.equal(store.snapshots()[:], expected.snapshots()[:])
+        assert torch.equal(store.gram(), expected.gram())
+        assert torch.equal(store.anchor, expected.anchor)
+        store.thin(in_place)
+        store.thin(in_place)
+        assert store.length == 2 and torch.equal(store.gram(), expected.gram()[::4, ::4])
+        assert torch.equal(store.snapshots()[1], expected.snapshots()[4])
+
     def test_cost(self, make, dtype):
         store = make()
         for t in range(3):

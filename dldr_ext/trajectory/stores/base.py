@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -140,6 +142,29 @@ class Store(ABC):
         if self.length == 0:
             self.anchor = self._given_anchor
 
+    def thin(self, in_place: bool = True) -> None:
+        """Keep rows 0, 2, 4, ...: as if the others had never been stored.
+
+        Parameters
+        ----------
+        in_place : bool
+            False: something else reads the rows where they are, which stay as they are.
+        """
+        self.begin_thinning()
+        self.finish_thinning(in_place)
+
+    def begin_thinning(self) -> None:
+        """Do the part of `thin` that may fail; the rows are still all there."""
+        self.gram()
+
+    def finish_thinning(self, in_place: bool = True) -> None:
+        """Do the rest of `thin`."""
+        kept, gram = (self.length + 1) // 2, torch.zeros_like(self._gram)
+        gram[:kept, :kept] = self._gram[: self.length : 2, : self.length : 2]
+        with uninterrupted():
+            self._drop_odd_rows(in_place)
+            self._gram, self.length = gram, kept
+
     def gram(self) -> Tensor:
         """Return K, shape (T, T): a view."""
         with self._clock():
@@ -166,6 +191,9 @@ class Store(ABC):
         if scale is not None:
             tensors["scale"] = _streamed(scale)
         save(path, kind, version, tensors, {**metadata, "length": self.length})
+
+    def check_writable(self) -> None:  # noqa: B027
+        """Check that rows may be stored."""
 
     # What several ranks do together; one process does it alone.
 
@@ -225,6 +253,9 @@ class Store(ABC):
     def _complete(self) -> None:  # noqa: B027
         """Fill in what the Gram matrix lacks."""
 
+    def _drop_odd_rows(self, in_place: bool) -> None:  # noqa: B027
+        """Put rows 0, 2, 4, ... first; ``length`` and the Gram matrix follow."""
+
     def _known_anchor(self) -> Tensor | None:
         # What an interrupted first row has left is none.
         return self.anchor if self.length else self._given_anchor
@@ -263,6 +294,23 @@ class Store(ABC):
             bytes_read=cost.bytes_read + read,
             bytes_written=cost.bytes_written + written,
         )
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put a Ctrl-C off until what is inside is done."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        handler(*pressed[0])
 
 
 def _streamed(rows: Tensor | StoredRows) -> Tensor | Stream:

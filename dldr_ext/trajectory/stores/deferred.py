@@ -75,6 +75,10 @@ class DeferredStore(Store):
         super().undo()
         self._multiplied = min(self._multiplied, self.length)
 
+    @override
+    def _drop_odd_rows(self, in_place: bool) -> None:
+        self._multiplied = (self.length + 1) // 2
+
     def _append(self, params: Sequence[Tensor], anchor: Tensor) -> bool:
         self._catch_up()
         return self._put(params, anchor)

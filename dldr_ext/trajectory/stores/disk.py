@@ -2,7 +2,8 @@
 
 `anchor.safetensors` holds the anchor and what the trajectory is of, `000000.safetensors`, ... one
 stored delta each, in 8 bits with its scale. A row is in its file, on the disk, before it is
-counted; the Gram matrix is not kept, since the rows give it back to the bit.
+counted; the Gram matrix is not kept, since the rows give it back to the bit. Once rows were thinned
+out, the header says which files below a number still count, before any of them is removed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import secrets
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,14 +100,14 @@ class DiskStore(DeferredStore):
         result = cls(lock, spec, metadata, anchor)
         if not lock.read_only:
             _drop_temporaries(lock.folder)
-        files = _row_files(lock.folder)
-        for _, path in files:
+        files, next_number = result._counting(_row_files(lock.folder))
+        for path in files:
             try:
                 result._rows.append(result._checked(path))
             except ValueError as error:
                 warnings.warn(f"a snapshot was left out: {error}", UserWarning, stacklevel=6)
         result.length = len(result._rows)
-        result._skipped = files[-1][0] + 1 - result.length if files else 0
+        result._skipped = next_number - result.length
         result._make_room(result.length)
         return result
 
@@ -125,6 +127,43 @@ class DiskStore(DeferredStore):
         self._maps.clear()
         self.length, self._multiplied = len(self._rows), 0
         self._skipped = next_number - self.length
+
+    @override
+    def check_writable(self) -> None:
+        if self._lock.read_only:
+            raise ValueError(
+                f"path: expected a folder that may be written to, got {self._path}, which was "
+                "opened to read: copy it to record on"
+            )
+        if not self._lock.held:
+            raise ValueError(
+                f"path: expected a folder that this process has open, got {self._path}: it was "
+                "closed, or this process is a fork of the one that opened it"
+            )
+
+    @override
+    def begin_thinning(self) -> None:
+        super().begin_thinning()
+        self.check_writable()
+        assert self.anchor is not None
+        thinned = {"kept": self.numbers[: self.length : 2], "next": self._skipped + self.length}
+        try:
+            self._write_header(self.anchor, {**self._metadata, **thinned})
+        except OSError as error:
+            raise OSError(
+                error.errno or errno.EIO,
+                f"the {self.length} snapshots were not thinned out: {error.strerror or error}; "
+                "they are whole",
+                str(self._path / HEADER),
+            ) from error
+
+    @override
+    def _drop_odd_rows(self, in_place: bool) -> None:
+        super()._drop_odd_rows(in_place)
+        self._skipped += self.length // 2  # numbers go on
+        dropped, self._rows = self._rows[1 : self.length : 2], self._rows[: self.length : 2]
+        self._maps.clear()
+        _remove([row.path for row in dropped])
 
     @override
     def undo(self) -> None:
@@ -174,23 +213,16 @@ class DiskStore(DeferredStore):
 
     def _write_row(self, pieces: Iterable[tuple[Sequence[Tensor], Tensor]], anchor: Tensor) -> bool:
         """Write one row, which comes as lists of tensors beside their part of the anchor."""
-        if self._lock.read_only:
-            raise ValueError(
-                f"path: expected a folder that may be written to, got {self._path}, which was "
-                "opened to read: copy it to record on"
-            )
-        if not self._lock.held:
-            raise ValueError(
-                f"path: expected a folder that this process has open, got {self._path}: it was "
-                "closed, or this process is a fork of the one that opened it"
-            )
+        self.check_writable()
         path = self._path / f"{self._skipped + self.length:06d}.safetensors"
         try:
             if self.length == 0:
                 # In parts: the check makes copies.
                 if not all(bool(part.isfinite().all()) for part in anchor.split(PIECE)):
                     return False
-                self._write_header(anchor)
+                # A new mark each time: what an earlier first snapshot that failed has left is not
+                # taken for a difference from this anchor.
+                self._write_header(anchor, {**self._metadata, "id": secrets.token_hex(8)})
             tensors = self._streams(pieces)
             artifacts.save(path, _KIND, _VERSION, tensors, {"of": self._metadata["id"]})
         except _NotFinite:
@@ -207,12 +239,22 @@ class DiskStore(DeferredStore):
         self._maps.pop(self.length, None)
         return True
 
-    def _write_header(self, anchor: Tensor) -> None:
-        # A new mark each time: what an earlier first snapshot that failed has left is not taken
-        # for a difference from this anchor.
-        self._metadata["id"] = secrets.token_hex(8)
+    def _write_header(self, anchor: Tensor, metadata: dict[str, Any]) -> None:
         path = self._path / HEADER
-        artifacts.save(path, HEADER_KIND, HEADER_VERSION, {"anchor": anchor}, self._metadata)
+        artifacts.save(path, HEADER_KIND, HEADER_VERSION, {"anchor": anchor}, metadata)
+        self._metadata = metadata
+
+    def _counting(self, files: list[tuple[int, Path]]) -> tuple[list[Path], int]:
+        """Return the files that were not thinned out, and the number of the next one.
+
+        A killed process may have left the others, which are removed.
+        """
+        end = self._metadata["next"] if "kept" in self._metadata else 0
+        kept = set(self._metadata.get("kept", ()))
+        counting = [path for number, path in files if number >= end or number in kept]
+        if not self._lock.read_only:
+            _remove([path for number, path in files if number < end and number not in kept])
+        return counting, max(end, *(number + 1 for number, _ in files), 0)
 
     def _streams(
         self, pieces: Iterable[tuple[Sequence[Tensor], Tensor]]
@@ -281,6 +323,13 @@ def _row_files(folder: Path) -> list[tuple[int, Path]]:
     """Return the files named like rows, by number."""
     matches = (_ROW_NAME.fullmatch(name) for name in os.listdir(folder))
     return sorted((int(match[1]), folder / match[0]) for match in matches if match)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Remove files that do not count; one that cannot be removed does no harm."""
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _drop_temporaries(folder: Path) -> None:

@@ -36,6 +36,12 @@ class HostStore(DeferredStore):
     def read_scale(self, row: int, begin: int, end: int, out: Tensor) -> None:
         self._read(self._rows[row][1][begin:end], out)
 
+    @override
+    def _drop_odd_rows(self, in_place: bool) -> None:
+        super()._drop_odd_rows(in_place)
+        stored, free = self._rows[: self.length], self._rows[self.length :]
+        self._rows = stored[::2] + stored[1::2] + free  # the memory of those dropped is used again
+
     def _read(self, source: Tensor, out: Tensor) -> None:
         if self._copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._copies)

@@ -33,9 +33,7 @@ class MemoryStore(Store):
 
     def __init__(self, spec: StoreSpec, anchor: Tensor | None = None) -> None:
         super().__init__(spec, anchor)
-        rows, columns, dtype, device = self.capacity, self.numel, self.dtype, self.device
-        self._rows = empty_rows(rows, columns, dtype=dtype, device=device)
-        self._scale = empty_scale(rows, columns, dtype, device)
+        self._rows, self._scale = self._new_rows()
         self._multiplied = 0  # rows in the Gram matrix
 
     @override
@@ -58,6 +56,22 @@ class MemoryStore(Store):
     def undo(self) -> None:
         super().undo()
         self._multiplied = min(self._multiplied, self.length)
+
+    @override
+    def _drop_odd_rows(self, in_place: bool) -> None:
+        codes, scale = self._rows, self._scale
+        if not in_place:
+            self._rows, self._scale = self._new_rows()
+        for source, target in ((codes, self._rows), (scale, self._scale)):
+            if source is not None and target is not None:
+                for row in range(0, self.length, 2):
+                    target[row // 2].copy_(source[row])
+        self._multiplied = (self.length + 1) // 2
+
+    def _new_rows(self) -> tuple[Tensor, Tensor | None]:
+        shape = self.capacity, self.numel
+        rows = empty_rows(*shape, dtype=self.dtype, device=self.device)
+        return rows, empty_scale(*shape, self.dtype, self.device)
 
     def _stored(self) -> tuple[Tensor, Tensor | None]:
         scale = None if self._scale is None else self._scale[: self.length]

@@ -21,7 +21,7 @@ from ...files.artifacts import Stream, save
 from ...pca.gram import exact_gram
 from ...pca.spectrum import Spectrum
 from ...tensors.matrices import Matrix
-from .base import PIECE, RecordingCost, RowPieces, Store
+from .base import PIECE, RecordingCost, RowPieces, Store, uninterrupted
 from .disk import RANK_FOLDERS
 
 _SAMPLED = 16  # parameters of which two elements are compared at each record
@@ -88,6 +88,21 @@ class ShardedStore(Store):
     def undo(self) -> None:
         self.local.undo()
         del self._gram_rows[self.length :]
+
+    @override
+    def thin(self, in_place: bool = True) -> None:
+        with self.transaction("thin"):
+            self.local.gram()
+        self._complete()
+        with self.transaction("thin"):
+            self.local.begin_thinning()
+        with uninterrupted():
+            self.local.finish_thinning(in_place)
+            self._gram_rows = [row[::2] for row in self._gram_rows[::2]]
+
+    @override
+    def check_writable(self) -> None:
+        self.local.check_writable()
 
     @override
     def snapshots(self) -> Matrix:
