@@ -86,6 +86,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return self._subspace
 
     @property
+    def spans_ranks(self) -> bool:
+        """Whether several processes take each step together: it has a process group."""
+        return self._ranks is not None
+
+    @property
     def theta(self) -> Tensor:
         """Coordinates (d,) of the weights, w = origin + P theta: a copy, in the ops' precision."""
         return self._to_basis(self._theta.detach(), copy=True)
