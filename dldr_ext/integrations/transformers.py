@@ -1,4 +1,4 @@
-"""transformers: training in a subspace in its Trainer."""
+"""transformers: training in a subspace, and recording, in its Trainer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.optimization import get_scheduler
 
 from ..optim.base import SubspaceOptimizer
+from ..optim.options import check_count
 from ..optim.pbfgs import PBFGS
 from ..optim.step.closure import virtual_batch
 from ..subspace.base import AffineSubspace
+from ..trajectory.trajectory import Trajectory
 
 # Arguments of Trainer that only mean something to the optimizer that it would make itself.
 _OF_THE_OPTIMIZER = (
@@ -26,6 +28,61 @@ _OF_THE_OPTIMIZER = (
 )  # fmt: skip
 # Those that cut the parameters, of which a subspace needs every one whole.
 _OF_SHARDS = ("deepspeed", "fsdp", "parallelism_config")
+
+
+class TrajectoryCallback(TrainerCallback):
+    """Records a snapshot after every ``every``-th step of the optimizer: `Trajectory.attach`.
+
+    Parameters
+    ----------
+    trajectory : Trajectory
+        Of the model that is trained, or of a part of it. One that gets full is thinned.
+    every : int
+        At least 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came; when training begins, if the
+        trajectory is that of another model or is recorded twice.
+
+    See Also
+    --------
+    SubspaceTrainer : trains in the subspace of the trajectory.
+    """
+
+    def __init__(self, trajectory: Trajectory, every: int = 1) -> None:
+        if not isinstance(trajectory, Trajectory):
+            raise TypeError(
+                "TrajectoryCallback: trajectory: expected a dldr_ext.Trajectory, got "
+                f"{type(trajectory).__name__}"
+            )
+        self.trajectory = trajectory
+        self.every = check_count("TrajectoryCallback", "every", every)
+        self._run: Any = None  # the TrainerState of the run that is being recorded
+        self._handle: Any = None
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Attach the trajectory to the optimizer."""
+        if self._run is state:
+            raise ValueError(
+                "TrajectoryCallback: callbacks: expected it once among those of the Trainer, got "
+                "it twice"
+            )
+        self._detach()  # from a run that has failed
+        self._handle = self.trajectory.attach(optimizer, every=self.every)
+        self._run = state
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End the recording."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._run = None
 
 
 class SubspaceTrainer(Trainer):
@@ -67,6 +124,10 @@ class SubspaceTrainer(Trainer):
         that have no meaning here are refused: options of the optimizer (``learning_rate``,
         ``weight_decay``, ``optim``, ...), DeepSpeed, FSDP; with a search also a ``max_grad_norm``
         of one's own, ``fp16`` and ``auto_find_batch_size``.
+
+    See Also
+    --------
+    TrajectoryCallback : records the trajectory that the subspace is made from.
 
     Notes
     -----

@@ -113,3 +113,11 @@ def test_huggingface_loop() -> None:
     pytest.importorskip("transformers")
     found = run("huggingface_loop", recorded=100, steps=10)
     assert found["pbfgs"] < 0.3 * found["start"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_trainer() -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    found = run("transformers_trainer", epochs=(2, 3), pieces=320)
+    assert found["pbfgs"] < found["adamw"] + 0.3 < 4.5  # 5.5 at the start

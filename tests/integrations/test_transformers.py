@@ -1,4 +1,4 @@
-"""SubspaceTrainer, in transformers' own Trainer."""
+"""SubspaceTrainer and TrajectoryCallback, in transformers' own Trainer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from optim_problems import bits, one_thread  # noqa: F401  (a fixture)
 from torch import Tensor, nn
 
-from dldr_ext import PBFGS, PSGD, InSubspace, Subspace
+from dldr_ext import PBFGS, PSGD, InSubspace, Subspace, Trajectory
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
-from dldr_ext.integrations.transformers import SubspaceTrainer  # noqa: E402
+from dldr_ext.integrations.transformers import SubspaceTrainer, TrajectoryCallback  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 KINDS: list[tuple[Any, dict[str, Any]]] = [
@@ -314,3 +314,137 @@ def test_trainer_itself_says_what_to_use(tmp_path: Path) -> None:
     )
     with pytest.raises(TypeError, match=r"closure: expected .* got None; .*SubspaceTrainer"):
         plain.train()
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=NAMES[:2])
+def test_lora_adapters_as_the_part_that_trains(kind: int, tmp_path: Path) -> None:
+    """Recorded, reduced, trained, saved and resumed; the base stays as it is."""
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        config = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False)
+        return peft.get_peft_model(gpt2(), config)
+
+    model = adapted()
+    trajectory = Trajectory(model.named_parameters(), dtype=torch.float32)
+    assert trajectory.numel == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    transformers.Trainer(
+        model, arguments(tmp_path, max_steps=8, learning_rate=1e-2), train_dataset=sequences(),
+        callbacks=[TrajectoryCallback(trajectory)],
+    ).train()  # fmt: skip
+    subspace = trajectory.subspace(dim=4)
+    optimizer, options = KINDS[kind]
+
+    def train(**resume: Any) -> Any:
+        trained = SubspaceTrainer(
+            adapted(),
+            arguments(
+                tmp_path,
+                save_strategy="steps",
+                save_steps=2,
+                max_steps=4,
+                per_device_train_batch_size=12,
+            ),
+            train_dataset=sequences(),
+            subspace=subspace,
+            subspace_optimizer=optimizer,
+            subspace_options=options,
+        )
+        trained.train(**resume)
+        return trained
+
+    through = train()
+    assert logged(through)[-1] < logged(through)[0]
+    assert bits(
+        train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).model.parameters()
+    ) == bits(through.model.parameters())
+    base = dict(gpt2().named_parameters())
+    for name, p in through.model.get_base_model().named_parameters():
+        if not p.requires_grad:
+            assert torch.equal(p, base[name.replace("base_layer.", "")]), name
+    read = Trajectory.from_checkpoints(tmp_path, adapted())
+    assert len(read) == 2
+
+
+def test_recording(tmp_path: Path) -> None:
+    """After every second update, in Trainer and while the coordinates train."""
+    model = gpt2()
+    trajectory = Trajectory(model.named_parameters(), dtype=torch.float32)
+    callback = TrajectoryCallback(trajectory, every=2)
+    plain = transformers.Trainer(
+        model, arguments(tmp_path, max_steps=5), train_dataset=sequences(), callbacks=[callback]
+    )
+    plain.train()
+    assert len(trajectory) == 2
+    plain.train()  # attached anew
+    assert len(trajectory) == 4
+
+    within = Trajectory(model.named_parameters(), dtype=torch.float64)
+    trained = SubspaceTrainer(
+        model, arguments(tmp_path, max_steps=3), train_dataset=sequences(),
+        callbacks=[TrajectoryCallback(within)], subspace=trajectory.subspace(dim=2),
+    )  # fmt: skip
+    trained.train()
+    assert len(within) == 3
+    last = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    torch.testing.assert_close(within.anchor + within.snapshots[2], last.double())
+
+
+def test_recording_goes_on_after_a_run_that_has_failed(tmp_path: Path) -> None:
+    class Fails(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = gpt2()
+    trajectory = Trajectory(model.named_parameters(), dtype=torch.float32)
+    plain = transformers.Trainer(
+        model, arguments(tmp_path, max_steps=2), train_dataset=sequences(),
+        callbacks=[TrajectoryCallback(trajectory), Fails()],
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        plain.train()
+    plain.remove_callback(Fails)
+    plain.train()
+    assert len(trajectory) == 3
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (
+            lambda model: [TrajectoryCallback(Trajectory(model.parameters()))] * 2,
+            "callbacks: expected it once among those of the Trainer, got it twice",
+        ),
+        (
+            lambda model: [
+                TrajectoryCallback(one)
+                for one in [Trajectory(model.parameters())]
+                for _ in range(2)
+            ],
+            "this trajectory is not attached to, got .* twice",
+        ),
+        (
+            lambda model: [TrajectoryCallback(Trajectory(gpt2().named_parameters()))],
+            "expected one that trains parameters of the trajectory",
+        ),
+    ],
+    ids=["twice", "trajectory twice", "other model"],
+)
+def test_callbacks_that_make_no_sense_are_refused_before_a_step(
+    callbacks: Any, message: str, tmp_path: Path
+) -> None:
+    model = gpt2()
+    plain = transformers.Trainer(
+        model, arguments(tmp_path), train_dataset=sequences(), callbacks=callbacks(model)
+    )
+    with pytest.raises(ValueError, match=message):
+        plain.train()
+    assert plain.state.global_step == 0
+
+
+def test_arguments_of_the_callback() -> None:
+    model = gpt2()
+    with pytest.raises(TypeError, match=r"trajectory: expected a dldr_ext.Trajectory, got GPT2"):
+        TrajectoryCallback(model)
+    with pytest.raises(ValueError, match="TrajectoryCallback: every: expected at least 1, got 0"):
+        TrajectoryCallback(Trajectory(model.parameters()), every=0)
