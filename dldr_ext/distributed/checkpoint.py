@@ -32,11 +32,13 @@ class FlatState(Protocol):
         The keys of these entries in ``state_dict()["subspace"]``.
     subspace : AffineSubspace
         Whose origin is such a vector.
-    param_groups : list of dict
     """
 
     flat_state: tuple[str, ...]
-    param_groups: list[dict[str, Any]]
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The parameters, in the subspace's order."""
 
     @property
     def subspace(self) -> Any:
@@ -54,7 +56,7 @@ class _Optimizer:
 
     def __init__(self, optimizer: FlatState) -> None:
         self._optimizer = optimizer
-        leaves: list[Any] = optimizer.param_groups[0]["params"]
+        leaves = optimizer.leaves
         self._total = sum(p.numel() for p in leaves)
         sharded = any(map(is_dtensor, leaves))
         self._runs = runs_of(leaves) if sharded else [(0, self._total)]

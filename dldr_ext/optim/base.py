@@ -19,8 +19,8 @@ from ..subspace.base import AffineSubspace
 from ..tensors.parameters import check_matches, check_names, dtype_name, local_shard, numel
 from ..tensors.watch import Watch
 from .algebra.transfer import overlap
+from .groups import Decay, check_same_options, taken
 from .metric import check_metric
-from .options import trainable
 from .state_dict import give_out, take_in, wrong
 from .status import Status, StepRecord
 from .step.closure import Evaluator
@@ -55,12 +55,16 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     ) -> None:
         name = type(self).__name__
         self._check_mode()
+        _check_is_subspace(name, subspace)
+        given = taken(name, params, subspace)
         # Leaves hold the gradients. What is written is the same but for DTensors: their shards.
-        self._leaves, self._names = trainable(name, params)
+        self._leaves, self._names, self._group_of = given.leaves, given.names, given.which
+        self._decay_is_given = given.decay_is_given
         self._params = [local_shard(p) for p in self._leaves]
         self._ranks = ranks
         self._check_subspace(name, subspace)
-        super().__init__(self._leaves, defaults)
+        own = {"weight_decay": 0.0} if given.decay_is_given else {}
+        super().__init__(given.groups, own | defaults)
         self._status = Status.INITIAL
         self._evaluator = Evaluator(name, self._leaves)
         if ranks is None:
@@ -72,13 +76,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._steps = 0
         self._plateau = Plateau()
         names = self._names or subspace.names
-        self._watch = Watch(params, self._leaves, names, "optimizer", f"{name}: ")
+        self._watch = Watch(given.given, self._leaves, names, "optimizer", f"{name}: ")
         self._guard = WriteGuard(self._params, self._watch.named)
         self._incoming: dict[str, Any] | None = None  # a state that is being loaded
         if ranks is not None:
             ranks.check_consistent(self._facts(theta0))
         self._theta = self._first_theta(name, theta0)
-        self._place(name, "origin + P theta0" if theta0 is not None else None)
+        self._place(name, "origin + P theta0" if theta0 is not None else None, logging.INFO)
 
     @property
     def subspace(self) -> AffineSubspace:
@@ -94,6 +98,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def theta(self) -> Tensor:
         """Coordinates (d,) of the weights, w = origin + P theta: a copy, in the ops' precision."""
         return self._to_basis(self._theta.detach(), copy=True)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The parameters that train, in the subspace's order, whatever their groups."""
+        return list(self._leaves)
 
     @property
     def status(self) -> Status:
@@ -123,7 +132,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         ValueError
             Always, after construction.
         """
-        if self.param_groups:
+        if hasattr(self, "_theta"):
             raise ValueError(
                 f"{type(self).__name__}: add_param_group: a subspace belongs to one list of "
                 "parameters; make a new subspace and a new optimizer for another list"
@@ -300,6 +309,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             return torch.ones(self._subspace.dim, dtype=torch.float64, device=self._vector_device)
         return known.to(self._vector_device)
 
+    def _decay(self) -> Decay:
+        """Return the weight decay of each parameter, as the groups now have it."""
+        return Decay.of(self.param_groups, self._group_of, self._params)
+
     def _set_theta(self, theta: Tensor) -> None:
         with torch.no_grad():
             self._theta.copy_(theta)
@@ -333,6 +346,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if self._steps and self._steps % _COMPARE_EVERY == 0:
                 self._compare(f"step {self._steps}")
         self._check_parameters()
+        check_same_options(type(self).__name__, self.param_groups)
         self._guard.check(type(self).__name__, self._expected_weights)
 
     def _check_parameters(self) -> None:
@@ -363,7 +377,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _compare(self, what: str) -> None:
         """Refuse to go on where ranks have come apart."""
         if self._ranks is not None:
-            facts = {"options": _options(self.param_groups[0]), "steps": self._steps}
+            facts: Facts = {"options": _options(self.param_groups), "steps": self._steps}
             self._ranks.check_consistent(facts | {"theta": digest(self._theta)}, what)
 
     def _facts(self, theta0: Tensor | str | None) -> Facts:
@@ -374,7 +388,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             "torch": torch.__version__,
             "cpu_capability": torch.ops.dldr_ext._cpu_capability(),
             "params": described(self._leaves),
-            "options": _options(self.defaults),
+            "options": _options(self.param_groups),
+            "groups": self._group_of,
             **_facts_of(self._subspace),
             "theta0": start,
         }
@@ -386,11 +401,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _check_subspace(self, name: str, subspace: AffineSubspace) -> None:
         params = self._params
-        if not isinstance(subspace, AffineSubspace):
-            raise TypeError(
-                f"{name}: subspace: expected a dldr_ext.Subspace or GroupedSubspace, got "
-                f"{type(subspace).__name__}"
-            )
+        _check_is_subspace(name, subspace)
         if subspace.spans_ranks and self._ranks is None:
             raise ValueError(
                 f"{name}: process_group: expected that of the {type(subspace).__name__}, got None"
@@ -431,7 +442,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: theta0: expected finite numbers, got NaN or infinity")
         return theta.to(device=self._vector_device, dtype=torch.float64, copy=True)
 
-    def _place(self, name: str, where: str | None) -> None:
+    def _place(self, name: str, where: str | None, level: int = logging.WARNING) -> None:
         """Put the model at origin + P theta, and say so if it was elsewhere."""
         with torch.no_grad():
             point = self._subspace.reconstruct(self._to_basis(self._theta))
@@ -444,7 +455,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._remember()
         first = self._ranks is None or self._ranks.rank == 0
         if first and not distance <= _MOVED * norm:
-            _log.warning(
+            _log.log(
+                level,
                 "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)%s",
                 name,
                 where or "the origin of the subspace",
@@ -466,9 +478,18 @@ def _facts_of(subspace: AffineSubspace) -> Facts:
     return facts
 
 
-def _options(group: dict[str, Any]) -> list[str]:
+def _options(groups: list[dict[str, Any]]) -> list[str]:
     return [
         f"{key} = {value.tolist() if isinstance(value, Tensor) else value!r}"
+        for group in groups
         for key, value in group.items()
         if key != "params"
     ]
+
+
+def _check_is_subspace(name: str, subspace: Any) -> None:
+    if not isinstance(subspace, AffineSubspace):
+        raise TypeError(
+            f"{name}: subspace: expected a dldr_ext.Subspace or GroupedSubspace, got "
+            f"{type(subspace).__name__}"
+        )

@@ -13,9 +13,11 @@ from torch import Tensor
 from ..collectives.consistency import Facts
 from ..collectives.process_group import as_list, failing_together, ranks_for
 from ..subspace.base import AffineSubspace
+from ..tensors.parameters import flatten
 from .first_order import FirstOrder
 from .metric import Metric
 from .step.closure import Closure, Loss
+from .step.objective import Objective
 from .step.replay import Replay
 
 
@@ -25,13 +27,14 @@ class InSubspace(FirstOrder):
     A step projects the gradient, c = P^T g, lets the optimizer step theta / s with the gradient
     s c, s being the metric's units, and writes w = w0 + P theta: two passes over the basis. The
     state of the optimizer (Adam's moments) takes d numbers each instead of n. Constructing it puts
-    the model at origin + P theta0 and logs a warning (logger ``dldr_ext``) if that moved the
+    the model at origin + P theta0 and says so (logger ``dldr_ext``, level INFO) if that moved the
     weights.
 
     Parameters
     ----------
-    params : iterable of Tensor
-        The parameters that the subspace was made for.
+    params : iterable of Tensor, or of dict
+        The parameters that the subspace was made for. If groups have their own ``weight_decay``, it
+        is that of the weights, as in `PSGD`, and the optimizer gets none.
     subspace : Subspace or GroupedSubspace
     optimizer : type
         A subclass of ``torch.optim.Optimizer``. One that evaluates the closure several times a
@@ -46,7 +49,7 @@ class InSubspace(FirstOrder):
         optimizer must do the same everywhere (one that draws random numbers needs the same seed).
     **options
         Of the optimizer, such as ``lr``; in ``param_groups``, so that schedulers work. They act on
-        theta / s: weight decay pulls towards the origin of the subspace.
+        theta / s: weight decay that is not of a group pulls towards the origin of the subspace.
 
     Raises
     ------
@@ -129,6 +132,8 @@ class InSubspace(FirstOrder):
         self._variable.copy_(self._theta / units)
         self._variable.grad = c * units
         options = {key: group[key] for key in group.keys() - {"params", "metric"}}
+        if self._decay_is_given:  # the weights' own, which is in the gradient
+            options.pop("weight_decay")
         self._inner.param_groups[0].update(options)
         before, calls = self._theta.clone(), self._evaluator.calls
         try:
@@ -151,9 +156,28 @@ class InSubspace(FirstOrder):
             "trials": self._evaluator.calls - calls,
         }
 
+    def _gradient(self, loss: Loss | None) -> tuple[Tensor, Loss | None]:
+        if not self._decay_is_given:
+            return super()._gradient(loss)
+        objective, gradients = self._objective(), [self._problem.gradients()]
+        rows, loss = objective.coordinates(
+            self._problem, loss, gradients, [objective.sign], self._params
+        )
+        return rows[0].mul_(objective.sign), loss  # the optimizer maximises by itself
+
+    def _objective(self) -> Objective:
+        return Objective(-1.0 if self.param_groups[0].get("maximize") else 1.0, self._decay())
+
+    def _value(self, loss: Any) -> Any:
+        """Return the objective, which a search compares, from what the closure returned."""
+        if not (self._decay_is_given and self._replay is not None):
+            return loss
+        point = flatten(self._params, self._subspace.origin.dtype)
+        return loss + 0.5 * self._decay().dot(self._subspace, point, point)
+
     def _inner_closure(self, closure: Closure, loss: Any) -> Callable[[], Any]:
         """Return the closure that the inner optimizer calls; its first evaluation has been made."""
-        evaluated, device = [loss], torch.get_default_device()
+        evaluated, device = [self._value(loss)], torch.get_default_device()
 
         @torch.no_grad()
         def evaluate() -> Any:
@@ -166,7 +190,7 @@ class InSubspace(FirstOrder):
                 self._evaluator.backward(again)
             c, mean = self._gradient(again)
             self._variable.grad = c * self._units()
-            return mean
+            return self._value(mean)
 
         return evaluate
 
@@ -186,6 +210,8 @@ class InSubspace(FirstOrder):
         """Make a new optimizer for theta / s, which each step computes from theta."""
         self._variable = torch.zeros_like(self._theta).requires_grad_()
         self._inner = self._make([self._variable], **self._options)
+        if self._decay_is_given and "weight_decay" in self._inner.defaults:
+            self._inner.param_groups[0]["weight_decay"] = 0.0
 
     def _load_inner(self, state: dict[Any, Any]) -> None:
         groups = self._inner.state_dict()["param_groups"]

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..tensors.parameters import named_parameters
-
 Init = TypeVar("Init", bound=Callable[..., None])
 
 
@@ -85,24 +83,6 @@ def names_options(init: Init) -> Init:
         init(self, *args, **options)
 
     return checked  # type: ignore[return-value]
-
-
-def trainable(name: str, params: Iterable[Any]) -> tuple[list[Tensor], list[str] | None]:
-    """Return the list of parameters and their names; one group, as theta has one learning rate."""
-    if not isinstance(params, Tensor) and isinstance(params, Iterable):
-        params = list(params)
-        for group in params:
-            options = sorted(set(group) - {"params"}) if isinstance(group, dict) else []
-            if options:
-                raise ValueError(
-                    f"{name}: params: expected no options of single parameter groups, got "
-                    f"{options}: the coordinates of a subspace belong to all parameters"
-                )
-    result, names = named_parameters(params)
-    for i, p in enumerate(result):
-        if not p.requires_grad:
-            raise ValueError(f"{name}: params[{i}]: expected requires_grad=True, got False")
-    return result, names
 
 
 def _meant(word: Any, choices: Iterable[Any]) -> str:

@@ -61,14 +61,14 @@ class PBFGS(SubspaceOptimizer):
     the basis again. The projected gradient at the accepted point, which ``curvature="same_batch"``
     wants, is made in pass 1 of the next step.
 
-    Constructing it puts the model at origin + P theta0 and logs a warning (logger ``dldr_ext``) if
-    that moved the weights. From then on the weights are the optimizer's: it writes them from its
+    Constructing it puts the model at origin + P theta0 and says so (logger ``dldr_ext``, level
+    INFO) if that moved the weights. From then on the weights are the optimizer's: it writes them from its
     own copy in each step, and refuses weights that something else has written (see `resync`).
 
     Parameters
     ----------
-    params : iterable of Tensor
-        The parameters that the subspace was made for.
+    params : iterable of Tensor, or of dict
+        The parameters that the subspace was made for; groups may have their own ``weight_decay``.
     subspace : Subspace or GroupedSubspace
     lr : float or Tensor of one element
         First trial step of each search, > 0 (the step itself without a search), and an upper bound
@@ -103,8 +103,8 @@ class PBFGS(SubspaceOptimizer):
         None: plain coordinates, H starts at I. "auto": "trajectory" where the subspace knows its
         singular values. `theta` is the coordinates of the basis with either.
     weight_decay : float
-        >= 0; wd / 2 |w|^2 is added to the objective: gradient, curvature and trials. What
-        ``step`` returns and ``history`` holds is the closure's loss alone.
+        >= 0; wd / 2 |w|^2 is added to the objective: gradient, curvature and trials; of groups with
+        their own the sum. What ``step`` returns and ``history`` holds is the closure's loss alone.
     maximize : bool
         Maximises what the closure returns.
     residual_lr : float
@@ -384,7 +384,7 @@ class PBFGS(SubspaceOptimizer):
             iteration.alpha = result.alpha
             iteration.step_length = result.alpha * direction.length
             iteration.loss_after = trials.raw_loss
-            if wanted and look and objective.decay == 0.0:
+            if wanted and look and not objective.decay:
                 slopes = direction.slope + objective.sign * slope
                 told = self._agreement.see(after - start, 0.5 * result.alpha * slopes, start)
                 self._say(told)
@@ -533,7 +533,7 @@ class PBFGS(SubspaceOptimizer):
         return (
             self._is_far()
             and group["line_search_fn"] == "armijo"
-            and group["weight_decay"] == 0.0
+            and not self._decay()
             and group["max_iter"] == 1
             and group["lr"] != 0.0
             and self._scale.scaler is None
@@ -570,7 +570,7 @@ class PBFGS(SubspaceOptimizer):
     def _objective(self) -> Objective:
         group = self.param_groups[0]
         sign = -1.0 if group["maximize"] else 1.0
-        return Objective(sign, float(group["weight_decay"]), self._scale.value)
+        return Objective(sign, self._decay(), self._scale.value)
 
     def _aim(
         self, p: Tensor, c: Tensor, gradient: list[Tensor], objective: Objective
@@ -590,7 +590,9 @@ class PBFGS(SubspaceOptimizer):
         self._theta.add_(p, alpha=alpha)
         self._iterate.advance(alpha, self._to_basis(self._theta))
         if residual is not None:
-            self._iterate.leave_subspace(residual, self.param_groups[0]["residual_lr"])
+            lr, objective = self.param_groups[0]["residual_lr"], self._objective()
+            self._iterate.leave_subspace(residual, lr)
+            self._pairs.leave_subspace(residual, lr, objective)
 
     def _put_back(self) -> None:
         """Put back weights and buffers as before the step, bit for bit."""

@@ -25,12 +25,12 @@ class PSGD(FirstOrder):
     s^2 m, w = w0 + P theta: two passes over the basis, and d numbers of memory. It is
     ``torch.optim.SGD`` on theta / s; without a metric, in exact arithmetic, ``torch.optim.SGD`` on
     the weights with the projected gradient P c. Constructing it puts the model at origin + P
-    theta0 and logs a warning (logger ``dldr_ext``) if that moved the weights.
+    theta0 and says so (logger ``dldr_ext``, level INFO) if that moved the weights.
 
     Parameters
     ----------
-    params : iterable of Tensor
-        The parameters that the subspace was made for.
+    params : iterable of Tensor, or of dict
+        The parameters that the subspace was made for; groups may have their own ``weight_decay``.
     subspace : Subspace or GroupedSubspace
     lr : float
         Learning rate, >= 0; in ``param_groups``, so that schedulers work. In the metric of the
@@ -109,15 +109,12 @@ class PSGD(FirstOrder):
         self._momentum = torch.zeros_like(self._theta)
 
     def _gradient(self, loss: Loss | None) -> tuple[Tensor, Loss | None]:
-        group = self.param_groups[0]
-        objective = Objective(-1.0 if group["maximize"] else 1.0, float(group["weight_decay"]))
-        weights = [self._params] if objective.decay else []
-        gradients = self._problem.gradients()
-        rows, loss = self._problem.project(loss, gradients, *weights, same=len(weights))
-        c = objective.factor * rows[0]
-        if objective.decay:
-            c.add_(rows[1], alpha=objective.decay)
-        return c, loss
+        objective = Objective(-1.0 if self.param_groups[0]["maximize"] else 1.0, self._decay())
+        gradients = [self._problem.gradients()]
+        rows, loss = objective.coordinates(
+            self._problem, loss, gradients, [objective.factor], self._params
+        )
+        return rows[0], loss
 
     def _move(self, closure: Closure | None, loss: Loss | None, c: Tensor) -> dict[str, Any]:
         group = self.param_groups[0]

@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 
 
-def test_the_usage_example_runs():
+def test_the_usage_example_runs(capsys, caplog):
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     names: dict = {}
     exec(code, names)
     assert len(names["trajectory"]) == 61
     assert names["optimizer"].status.moved
-    # What the text below the example says.
+    losses = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(losses) == 10 and 0.5 < losses[0] < 1 and losses[-1] < 0.15
+    assert not caplog.records  # nothing to worry about on the way that the page shows
+    # What the comment at its end says.
     model, trajectory = names["model"], names["trajectory"]
     weights = trajectory.anchor + trajectory.snapshots[-1]
     torch.nn.utils.vector_to_parameters(weights, model.parameters())

@@ -39,6 +39,15 @@ class CurvaturePairs:
         torch.cat([g.reshape(-1) for g in tensors], out=self._after)
         return self._after if scale == 1.0 else self._after.div_(scale)
 
+    def leave_subspace(self, residual: Tensor, lr: float, objective: Objective) -> None:
+        """Note that the weights move by -lr * residual from where the kept gradient was made.
+
+        The decay is that at the weights when the pair is asked for. One rate for all makes no
+        difference in it: the residual is orthogonal to the subspace.
+        """
+        if self._after is not None and len(objective.decay.rates) > 1:
+            objective.decay.add_(self._after, residual * (objective.sign * lr))
+
     def coordinates(
         self,
         problem: Problem,
@@ -58,8 +67,8 @@ class CurvaturePairs:
         lists, factors = [gradient], [objective.factor]
         if same_batch and not inner and self._waiting is not None and self._after is not None:
             lists, factors = [gradient, [self._after]], [objective.factor, objective.sign]
-        rows, mean = _of_objective(
-            problem, None if inner else loss, lists, factors, point, objective
+        rows, mean = objective.coordinates(
+            problem, None if inner else loss, lists, factors, [point]
         )
         return rows[0], self._pair(rows[-1]), loss if mean is None else mean
 
@@ -67,7 +76,7 @@ class CurvaturePairs:
         """Return the pair of "same_batch" before the next step; bitwise what that would get."""
         if self._waiting is None or self._after is None:
             return None
-        rows, _ = _of_objective(problem, None, [[self._after]], [objective.sign], point, objective)
+        rows, _ = objective.coordinates(problem, None, [[self._after]], [objective.sign], [point])
         return self._pair(rows[0])
 
     def state(self) -> dict[str, Any]:
@@ -90,26 +99,3 @@ class CurvaturePairs:
             return None
         (s, before, predicted), self._waiting = self._waiting, None
         return Pair(s, after - before, predicted)
-
-
-def _of_objective(
-    problem: Problem,
-    loss: Loss | None,
-    lists: list[list[Tensor]],
-    factors: list[float],
-    point: Tensor,
-    objective: Objective,
-) -> tuple[list[Tensor], Loss | None]:
-    """Coordinates of gradients of the objective; the weights are projected in the same pass."""
-    if objective.decay == 0.0:
-        coordinates, loss = problem.project(loss, *lists)
-        rows = list(coordinates)
-    else:
-        coordinates, loss = problem.project(loss, *lists, [point], same=1)
-        *rows, weights = coordinates
-    for factor, row in zip(factors, rows, strict=True):
-        if factor != 1.0:
-            row.mul_(factor)
-        if objective.decay != 0.0:
-            row.add_(objective.decay * weights)
-    return rows, loss

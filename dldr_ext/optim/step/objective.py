@@ -11,6 +11,7 @@ from ... import ops
 from ...collectives.process_group import Ranks
 from ...subspace.base import AffineSubspace
 from ...tensors.parameters import gradients
+from ..groups import Decay
 from .closure import Evaluator, Loss
 
 
@@ -93,20 +94,20 @@ class Problem:
 
 @dataclass(frozen=True)
 class Objective:
-    """sign * f(w) + decay / 2 |w|^2, from gradients of scale * f.
+    """sign * f(w) + 1/2 sum_i decay_i |w_i|^2, from gradients of scale * f.
 
     Attributes
     ----------
     sign : float
         1, or -1 where f is maximised.
-    decay : float
-        Weight decay; it pulls towards 0 either way, as in torch.
+    decay : Decay
+        It pulls towards 0 either way, as in torch.
     scale : float
         Of a gradient scaler, or 1.
     """
 
     sign: float = 1.0
-    decay: float = 0.0
+    decay: Decay = Decay()  # noqa: RUF009  (frozen)
     scale: float = 1.0
 
     @property
@@ -117,18 +118,51 @@ class Objective:
     @property
     def plain(self) -> bool:
         """Whether gradients are those of the objective as they are."""
-        return self.factor == 1.0 and self.decay == 0.0
+        return self.factor == 1.0 and not self.decay
 
     def gradient(self, tensors: list[Tensor], point: Tensor) -> list[Tensor]:
         """Return the objective's gradient; one flat tensor unless it is ``tensors`` themselves."""
         if self.plain:
             return tensors
         flat = torch.cat([g.reshape(-1) for g in tensors], out=torch.empty_like(point))
-        return [flat.mul_(self.factor).add_(point, alpha=self.decay)]
+        return [self.decay.add_(flat.mul_(self.factor), point)]
+
+    def coordinates(
+        self,
+        problem: Problem,
+        loss: Loss | None,
+        gradients: list[list[Tensor]],
+        factors: list[float],
+        weights: list[Tensor],
+    ) -> tuple[list[Tensor], Loss | None]:
+        """Project gradients of the objective: the weights, too, in the same pass.
+
+        Parameters
+        ----------
+        problem : Problem
+        loss : Tensor, float or None
+            Whose mean over the ranks comes with them.
+        gradients : list of lists of Tensor
+            As closures leave them.
+        factors : list of float
+            Of each: `factor`, or ``sign`` where the scale is out already.
+        weights : list of Tensor
+            Where they were made, or one flat vector.
+        """
+        parts = self.decay.parts(weights)
+        decaying = [tensors for _, tensors in parts]
+        rows, loss = problem.project(loss, *gradients, *decaying, same=len(parts))
+        found = list(rows[: len(gradients)])
+        for factor, row in zip(factors, found, strict=True):
+            if factor != 1.0:
+                row.mul_(factor)
+            for (rate, _), projected in zip(parts, rows[len(gradients) :], strict=True):
+                row.add_(rate * projected)
+        return found, loss
 
 
 class Line:
-    """The objective along w + alpha u, less decay / 2 |w|^2, which is the same in every trial.
+    """The objective along w + alpha u, less the decay at w, which is the same in every trial.
 
     Costs two dot products of flat vectors where there is weight decay, no pass over the basis.
     """
@@ -138,8 +172,8 @@ class Line:
     ) -> None:
         self._objective = objective
         decay = objective.decay
-        self._slope = decay * subspace.dot(point, direction) if decay else 0.0
-        self._curvature = decay * subspace.dot(direction, direction) if decay else 0.0
+        self._slope = decay.dot(subspace, point, direction)
+        self._curvature = decay.dot(subspace, direction, direction)
 
     def loss(self, value: float, alpha: float) -> float:
         """Return the objective from what the closure returned at alpha."""
