@@ -46,12 +46,13 @@ def main(epochs=(2, 2), pieces=None):
     shared = {"per_device_eval_batch_size": 128, "save_strategy": "no", "report_to": []}
     shared |= {"disable_tqdm": True, "use_cpu": True, "output_dir": tempfile.mkdtemp()}
 
-    trajectory = Trajectory(model.named_parameters())
-    trajectory.record()  # the weights that training starts from; the coordinates start there too
     args = TrainingArguments(
         num_train_epochs=epochs[0], per_device_train_batch_size=32, learning_rate=2e-3, **shared
     )
-    trainer = Trainer(model, args, callbacks=[TrajectoryCallback(trajectory)], **data)
+    trainer = Trainer(model, args, **data)
+    trajectory = Trajectory(model.named_parameters())
+    trajectory.record()  # the weights that training starts from; the coordinates start there too
+    trainer.add_callback(TrajectoryCallback(trajectory))
     trainer.train()
     found = {"adamw": trainer.evaluate()["eval_loss"]}
 

@@ -107,6 +107,30 @@ def test_accumulation_is_one_virtual_batch(tmp_path: Path) -> None:
         assert logged(trained) == pytest.approx(losses, rel=1e-4)  # searches of float32 losses
 
 
+def on_a_rank(folder: Path) -> tuple[list[float], list[float], list[bytes]]:
+    rank = str(torch.distributed.get_rank())
+    as_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in as_torchrun.items():
+            patch.setenv(name, value)
+        patch.setenv("MASTER_ADDR", "localhost")  # there is a group already
+        patch.setenv("MASTER_PORT", "1")
+        trained = trainer(folder, max_steps=2, ddp_backend="gloo", per_device_train_batch_size=6)
+        trained.train()
+    assert isinstance(trained.model_wrapped, nn.parallel.DistributedDataParallel)
+    theta = trained.subspace_optimizer.theta.tolist()
+    return theta, logged(trained), bits(trained.model.parameters())
+
+
+def test_two_ranks_step_as_one_process(rank_groups: Any, tmp_path: Path) -> None:
+    (theta, losses, weights), other = rank_groups(2).all(on_a_rank, tmp_path)
+    assert theta == other[0] and weights == other[2]
+    alone = trainer(tmp_path, max_steps=2, per_device_train_batch_size=12)
+    alone.train()
+    assert losses == pytest.approx(logged(alone), rel=1e-4)
+    assert theta == pytest.approx(alone.subspace_optimizer.theta.tolist(), abs=2e-3)
+
+
 class Regression(nn.Module):
     """A model whose loss is the mean of a micro-batch, and knows of no others."""
 
