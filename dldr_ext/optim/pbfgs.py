@@ -62,8 +62,9 @@ class PBFGS(SubspaceOptimizer):
     wants, is made in pass 1 of the next step.
 
     Constructing it puts the model at origin + P theta0 and says so (logger ``dldr_ext``, level
-    INFO) if that moved the weights. From then on the weights are the optimizer's: it writes them from its
-    own copy in each step, and refuses weights that something else has written (see `resync`).
+    INFO) if that moved the weights. From then on the weights are the optimizer's: it writes them
+    from its own copy in each step, and refuses weights that something else has written (see
+    `resync`).
 
     Parameters
     ----------

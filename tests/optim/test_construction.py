@@ -115,7 +115,9 @@ def test_bad_parameters_and_subspaces(optimizer: type[PBFGS | PSGD]) -> None:
         optimizer([], subspace)
     with pytest.raises(TypeError, match="params"):
         optimizer(params[0], subspace)
-    with pytest.raises(ValueError, match=r"options of single parameter groups but weight_decay, got .'lr'"):
+    with pytest.raises(
+        ValueError, match=r"options of single parameter groups but weight_decay, got .'lr'"
+    ):
         optimizer([{"params": params[:1], "lr": 1.0}, {"params": params[1:]}], subspace)
     with pytest.raises(ValueError, match="requires_grad"):
         optimizer([p.detach() for p in params], subspace)
