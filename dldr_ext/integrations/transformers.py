@@ -289,7 +289,7 @@ class SubspaceTrainer(Trainer):
             )
         else:
             own = set(map(id, model.parameters()))
-            if not all(id(p) in own for p in given.param_groups[0]["params"]):
+            if not all(id(p) in own for group in given.param_groups for p in group["params"]):
                 raise ValueError(
                     f"{owner}: optimizers[0]: expected one over the parameters of the model, got "
                     "one over others"

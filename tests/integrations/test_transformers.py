@@ -267,8 +267,14 @@ def test_an_optimizer_that_does_not_search_is_clipped(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
+    """Whose groups are those that Trainer would make."""
     model = gpt2()
-    optimizer = PBFGS(model.parameters(), subspace_of(model), lr=0.5)
+    plain = transformers.Trainer(model, arguments(tmp_path, weight_decay=0.1))
+    groups = [
+        {name: group[name] for name in ("params", "weight_decay")}
+        for group in plain.create_optimizer().param_groups
+    ]
+    optimizer = PBFGS(groups, subspace_of(model), lr=0.5)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     trained = SubspaceTrainer(
         model, arguments(tmp_path, max_steps=3), train_dataset=sequences(),
