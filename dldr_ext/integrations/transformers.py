@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any, cast
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.optimization import get_scheduler
 
+from ..batch_norm import live_norms, reestimated
 from ..optim.base import SubspaceOptimizer
 from ..optim.options import check_count
 from ..optim.pbfgs import PBFGS
@@ -94,8 +96,10 @@ class SubspaceTrainer(Trainer):
     With an optimizer that searches (`PBFGS`, `InSubspace` of ``torch.optim.LBFGS``) the
     micro-batches of an update are one virtual batch: every trial sees all of them, with the loss
     normalised as Trainer does and the same dropout masks. The loss that is logged is that before
-    the step. Gradients are not clipped. `PSGD` and `InSubspace` of any other optimizer take
-    Trainer's gradients, clipped as it does.
+    the step. Gradients are not clipped. A model with batch norm is evaluated with statistics of the
+    weights where it stands, from the batches of the last update.
+
+    `PSGD` and `InSubspace` of any other optimizer take Trainer's gradients, clipped as it does.
 
     Parameters
     ----------
@@ -154,6 +158,7 @@ class SubspaceTrainer(Trainer):
         self._subspace, self._make = subspace, subspace_optimizer
         self._options = dict(subspace_options or {})
         self._micro_batches: list[Any] = []
+        self._last_update: list[Any] = []  # its micro-batches, of a model with batch norm
         self._stepping: Any = None  # the optimizer whose step Trainer may call
         self._check_optimizer()
         kinds = (subspace_optimizer, self._options.get("optimizer"))
@@ -217,9 +222,16 @@ class SubspaceTrainer(Trainer):
             return self._step(model)
         return torch.zeros((), device=self.args.device)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate with batch-norm statistics of the weights, from the batches of the last step."""
+        update = self._last_update
+        with reestimated(self.model_wrapped, update) if update else nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
+
     def _step(self, model: nn.Module) -> Tensor:
         """Take the step on all micro-batches of the update, and return the loss before it."""
         batches, self._micro_batches = self._micro_batches, []
+        self._last_update = [inputs for inputs, _ in batches] if live_norms(model) else []
         loss_fn = partial(self._loss, model, len(batches))
         closure = virtual_batch(loss_fn, batches, weights=[1.0] * len(batches))
         with self.accelerator.no_sync(model):  # the optimizer adds up d numbers of each process

@@ -169,6 +169,26 @@ def test_a_plain_module_and_an_update_of_fewer_parts(tmp_path: Path) -> None:
     torch.testing.assert_close(model.layers[1].running_mean, by_hand.layers[1].running_mean)
 
 
+def test_batch_norm_is_evaluated_where_the_weights_are(tmp_path: Path) -> None:
+    """As in training mode on the batch of the last update; the statistics stay what they were."""
+    x = 3 + torch.randn(16, 3)
+    data = [{"x": row, "labels": row.sum(0, keepdim=True)} for row in x]
+    model = Regression()
+    args = arguments(tmp_path, per_device_train_batch_size=16, max_steps=3)
+    trained = SubspaceTrainer(
+        model, args, train_dataset=data, eval_dataset=data, subspace=subspace_of(model),
+    )  # fmt: skip
+    trained.train()
+    before = bits(model.buffers())
+    found = trained.evaluate()["eval_loss"]
+    assert bits(model.buffers()) == before
+    true = model.train()(x, x.sum(1, keepdim=True))["loss"].item()
+    assert found == pytest.approx(true, rel=0.2)
+    stale = Regression()
+    stale.load_state_dict(model.state_dict())
+    assert stale.eval()(x, x.sum(1, keepdim=True))["loss"].item() > 1.5 * true
+
+
 @pytest.mark.parametrize("kind", range(3), ids=NAMES[:3])
 def test_a_resumed_run_goes_on_bit_for_bit(kind: int, tmp_path: Path) -> None:
     """In the middle of an epoch and with dropout."""
