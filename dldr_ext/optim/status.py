@@ -5,42 +5,70 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
-class Status(enum.Enum):
+class Status(str, enum.Enum):
     """The way in which the last ``step`` ended; read it as ``optimizer.status``.
 
     Whatever is not `moved` left the weights bitwise as they were. Of a step of several iterations
-    (``max_iter``) it is how the last of them ended.
+    (``max_iter``) it is how the last of them ended. As a string it is its name, in JSON too; the
+    value is a sentence.
 
     Examples
     --------
     >>> from dldr_ext import Status
     >>> Status.CONVERGED.moved, Status.ACCEPTED.moved
     (False, True)
+    >>> print(Status.LINE_SEARCH_FAILED)
+    LINE_SEARCH_FAILED
     >>> print(Status.LINE_SEARCH_FAILED.value)
     no trial decreased the loss enough: weights kept, H reset
     """
 
-    INITIAL = "no step has been taken yet"
-    ACCEPTED = "the step was taken"
+    INITIAL = "INITIAL", "no step has been taken yet"
+    ACCEPTED = "ACCEPTED", "the step was taken"
     DECREASED = (
+        "DECREASED",
         "the step was taken: the strong Wolfe search ran out of trials, and its best point with "
-        "sufficient decrease was kept"
+        "sufficient decrease was kept",
     )
     RESTORED = (
+        "RESTORED",
         "the loss or a gradient at the current weights is NaN or infinite: weights put back to the "
-        "last point where both were finite, H reset"
+        "last point where both were finite, H reset",
     )
-    CONVERGED = "the gradient in the subspace is zero, or within tolerance_grad: nothing to do"
-    LINE_SEARCH_FAILED = "no trial decreased the loss enough: weights kept, H reset"
-    NON_FINITE_LOSS = "the loss at the current weights is NaN or infinite: weights kept, H reset"
+    CONVERGED = (
+        "CONVERGED",
+        "the gradient in the subspace is zero, or within tolerance_grad: nothing to do",
+    )
+    LINE_SEARCH_FAILED = (
+        "LINE_SEARCH_FAILED",
+        "no trial decreased the loss enough: weights kept, H reset",
+    )
+    NON_FINITE_LOSS = (
+        "NON_FINITE_LOSS",
+        "the loss at the current weights is NaN or infinite: weights kept, H reset",
+    )
     NON_FINITE_GRADIENT = (
+        "NON_FINITE_GRADIENT",
         "a gradient is NaN or infinite: weights kept, H reset (with a gradient scaler: H kept, the "
-        "scale made smaller)"
+        "scale made smaller)",
     )
-    NO_GRADIENT = "no parameter has a gradient: weights kept"
+    NO_GRADIENT = "NO_GRADIENT", "no parameter has a gradient: weights kept"
+
+    def __new__(cls, name: str, sentence: str) -> Status:
+        """Make a member whose string is its name."""
+        status = str.__new__(cls, name)
+        status._value_ = sentence
+        return status
+
+    # The same in every Python: those of enum have changed.
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, format_spec: str) -> str:
+        return format(self.name, format_spec)
 
     @property
     def moved(self) -> bool:
@@ -82,10 +110,13 @@ class StepRecord:
 
     Examples
     --------
+    >>> import json
     >>> from dldr_ext import Status, StepRecord
     >>> record = StepRecord(7, 0.25, Status.ACCEPTED, step_length=1.5, trials=1)
     >>> print(record)
     step 7: loss 0.25, 1 trial, step length 1.5, accepted
+    >>> json.dumps(record.to_dict())[:70]
+    '{"step": 7, "loss": 0.25, "status": "ACCEPTED", "gradient_norm": null,'
     """
 
     step: int
@@ -98,6 +129,13 @@ class StepRecord:
     curvature: Curvature = "none"
     condition: float = math.nan
     loss_after: float = math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries as JSON has them: the status by name, None for NaN and infinity."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in (vars(self) | {"status": self.status.name}).items()
+        }
 
     def __str__(self) -> str:
         return (

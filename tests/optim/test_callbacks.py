@@ -1,17 +1,27 @@
-"""TensorBoard and the progress bar."""
+"""Records as they come: a function, trackers, a progress bar."""
 
 from __future__ import annotations
 
 import io
+import json
 import math
+import pickle
+import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from optim_problems import Batches, random_subspace
 
-from dldr_ext import PBFGS, PSGD, InSubspace
-from dldr_ext.optim.callbacks import log_to_tensorboard, progress
+from dldr_ext import PBFGS, PSGD, InSubspace, Status, StepRecord
+from dldr_ext.callbacks import (
+    log_to_mlflow,
+    log_to_tensorboard,
+    log_to_wandb,
+    on_step,
+    progress,
+)
 
 
 class Writer:
@@ -36,6 +46,51 @@ def optimizers() -> list[tuple[Any, Batches]]:
         batches = Batches(0)
         made.append((make(batches.params, random_subspace(batches.params, 4), **options), batches))
     return made
+
+
+def test_a_function_gets_every_record_once() -> None:
+    for optimizer, batches in optimizers():
+        optimizer.step(batches.forward(0))  # before it is watched
+        before = len(optimizer.history)
+        seen: list[StepRecord] = []
+        handle = on_step(optimizer, seen.append)
+        for step in range(1, 4):
+            optimizer.step(batches.forward(step))
+        assert seen == list(optimizer.history)[before:] and len(seen) >= 3
+        handle.remove()
+        optimizer.step(batches.forward(0))
+        assert len(seen) == len(optimizer.history) - before - len(
+            [r for r in optimizer.history if r.step > seen[-1].step]
+        )
+    with pytest.raises(TypeError, match="function: expected a callable that takes a record, got 3"):
+        on_step(optimizer, 3)  # type: ignore[arg-type]
+
+
+def test_records_are_json() -> None:
+    record = StepRecord(3, math.inf, Status.NON_FINITE_LOSS, trials=2)
+    text = json.dumps(record.to_dict(), allow_nan=False)
+    assert json.loads(text) == {
+        "step": 3,
+        "loss": None,
+        "status": "NON_FINITE_LOSS",
+        "gradient_norm": None,
+        "alpha": 0.0,
+        "step_length": 0.0,
+        "trials": 2,
+        "curvature": "none",
+        "condition": None,
+        "loss_after": None,
+    }
+
+
+def test_a_status_is_a_string_too() -> None:
+    for status in Status:
+        assert isinstance(status, str) and status == status.name and Status[status] is status
+        assert json.dumps(status) == f'"{status.name}"' and f"{status} {status!s}".split() == (
+            [status.name] * 2
+        )
+        assert Status(status.value) is status and pickle.loads(pickle.dumps(status)) is status
+        assert len(status.value.split()) > 3  # a sentence
 
 
 def test_writes_every_record_once() -> None:
@@ -79,6 +134,68 @@ def test_tensorboard_reads_it(tmp_path: Any) -> None:
     records = list(optimizer.history)
     found = [(event.step, event.value) for event in events.Scalars("optimizer/loss")]
     assert found == [(r.step, pytest.approx(r.loss)) for r in records]
+
+
+def offline_rows(path: Path) -> list[dict[str, Any]]:
+    """What a run of wandb has logged into its file, a log of LevelDB's."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, rows, whole, position = path.read_bytes(), [], b"", 7
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768  # of the block
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        if left < 7:
+            position += left
+            continue
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            record, whole = wandb_internal_pb2.Record.FromString(whole), b""
+            items = record.history.item
+            rows.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items})
+    return rows
+
+
+def test_wandb_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: what was sent to the run's file."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    optimizer, batches = optimizers()[0]
+    with wandb.init(mode="offline", dir=tmp_path, project="test") as run:
+        log_to_wandb(optimizer, run)
+        for step in range(3):
+            optimizer.step(batches.forward(step))
+            run.log({"mine": step})  # beside it
+    (path,) = tmp_path.rglob("*.wandb")
+    rows = offline_rows(path)
+    found = [row for row in rows if "optimizer/loss" in row]
+    records = list(optimizer.history)
+    assert [row["optimizer/step"] for row in found] == [r.step for r in records]
+    assert [row["optimizer/loss"] for row in found] == [pytest.approx(r.loss) for r in records]
+    assert {row["optimizer/status"] for row in found} == {"ACCEPTED"}
+    assert [row["mine"] for row in rows if "mine" in row] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_mlflow_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, active: bool) -> None:
+    """A store of files."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    mlflow.set_tracking_uri((tmp_path / "runs").as_uri())
+    optimizer, batches = optimizers()[0]
+    with mlflow.start_run() as run:
+        handle = log_to_mlflow(optimizer, None if active else run)
+        for step in range(3):
+            optimizer.step(batches.forward(step))
+    client, records = mlflow.MlflowClient(), list(optimizer.history)
+    found = client.get_metric_history(run.info.run_id, "optimizer/loss")
+    assert [(m.step, m.value) for m in found] == [(r.step, pytest.approx(r.loss)) for r in records]
+    assert client.get_run(run.info.run_id).data.tags["optimizer/status"] == "ACCEPTED"
+    if active:
+        with pytest.raises(RuntimeError, match="expected a run, or an active one, got none"):
+            optimizer.step(batches.forward(0))
+    handle.remove()
 
 
 def test_progress_shows_the_last_step() -> None:
