@@ -131,7 +131,13 @@ class StepRecord:
     loss_after: float = math.nan
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the entries as JSON has them: the status by name, None for NaN and infinity."""
+        """Return the entries as JSON has them.
+
+        Returns
+        -------
+        dict
+            The status by its name, None for NaN and infinity.
+        """
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in (vars(self) | {"status": self.status.name}).items()
