@@ -53,6 +53,11 @@ class SubspaceChecks(pl.Callback):
         ValueError
             Naming the argument and the way out.
         """
+        if sum(one is self for one in trainer.callbacks) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected it once among the callbacks of the trainer, got "
+                "it twice"
+            )
         of_module = {id(p) for p in pl_module.parameters()}
         for optimizer in trainer.optimizers:
             if not isinstance(optimizer, SubspaceOptimizer):
@@ -126,6 +131,13 @@ class TrajectoryCallback(SubspaceChecks):
         super().on_fit_start(trainer, pl_module)
         self._end()
         if self.trajectory is None:
+            alone = self._options.get("process_group") is None
+            if trainer.world_size > 1 and alone and self._options.get("storage") == "disk":
+                raise ValueError(
+                    "TrajectoryCallback: process_group: expected that of the "
+                    f"{trainer.world_size} processes, which cannot all record to one folder, got "
+                    "None: process_group='world'"
+                )
             self.trajectory = Trajectory(pl_module.named_parameters(), **self._options)
             self.trajectory.record()
         optimizer = _optimizer_of(self.trajectory, trainer, pl_module)
@@ -158,6 +170,7 @@ class TrajectoryCallback(SubspaceChecks):
     def _end(self) -> None:
         if self.recorder is not None:
             self.recorder.remove()
+            self._state = self.recorder.state_dict()  # for another fit
             self.recorder = None
 
     def _place(self, trainer: Any) -> int:
@@ -214,6 +227,13 @@ class BatchNormCallback(SubspaceChecks):
                 f"part of a batch, got {type(network).__name__} without one: pass the name of the "
                 "submodule that has it, model='...'"
             )
+        others = [one for one in trainer.callbacks if isinstance(one, BatchNormCallback)]
+        names = [one._name for one in others if one._norms(pl_module) & self._norms(pl_module)]
+        if len(names) > 1:
+            raise ValueError(
+                "BatchNormCallback: expected one for each layer of batch norm, got several for "
+                f"some, of the submodules {names}: keep one of them"
+            )
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -249,6 +269,9 @@ class BatchNormCallback(SubspaceChecks):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Put the statistics back."""
         self._leave()
+
+    def _norms(self, pl_module: Any) -> set[nn.Module]:
+        return set(live_norms(pl_module.get_submodule(self._name)))
 
     def _leave(self) -> None:
         with torch.inference_mode(False):

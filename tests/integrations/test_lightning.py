@@ -106,8 +106,10 @@ def test_records_from_fit_start_to_fit_end() -> None:
     callback = TrajectoryCallback(trajectory, every=3)
     fit(module, callbacks=[callback], max_epochs=2)  # 8 steps
     assert len(trajectory) == 2 and callback.recorder is None
+    fit(module, callbacks=[callback])  # goes on where it ended: steps 9 and 12
+    assert len(trajectory) == 4
     fit(module, callbacks=[TrajectoryCallback(trajectory)])
-    assert len(trajectory) == 6
+    assert len(trajectory) == 8
     last = trajectory.anchor + trajectory.snapshots[-1]
     torch.testing.assert_close(last, weights(module))
 
@@ -268,6 +270,14 @@ REFUSED = {
         lambda: Module(two), {"callbacks": [TrajectoryCallback()]},
         r"expected one optimizer of Module .* got 2 \(of \['SGD', 'SGD'\]\): give each trajectory",
     ),
+    "twice": (
+        Module, {"callbacks": [once := TrajectoryCallback(), once]},
+        "TrajectoryCallback: expected it once among the callbacks of the trainer, got it twice",
+    ),
+    "batch norm twice": (
+        Module, {"callbacks": [BatchNormCallback(model="net"), BatchNormCallback()]},
+        r"one for each layer of batch norm, .* of the submodules \['net', ''\]: keep one",
+    ),
     "no forward": (
         lambda: type("Silent", (Module,), {"forward": pl.LightningModule.forward})(),
         {"callbacks": [BatchNormCallback()]},
@@ -341,7 +351,7 @@ def test_layers_that_do_not_train_keep_their_statistics() -> None:
 # Ranks.
 
 
-def in_parallel(group: Any, folder: str) -> Any:
+def in_parallel(group: Any, folder: str | None) -> Any:
     import lightning.pytorch as pl
     from lightning.pytorch.plugins.environments import LightningEnvironment
     from lightning.pytorch.strategies import DDPStrategy
@@ -360,7 +370,8 @@ def in_parallel(group: Any, folder: str) -> Any:
     module = within("pbfgs", process_group=group)
     strategy = DDPStrategy(cluster_environment=Here(), process_group_backend="gloo")
     options = {**QUIET, "strategy": strategy, "devices": 2, "use_distributed_sampler": True}
-    callbacks = [TrajectoryCallback(every=2, capacity=4), BatchNormCallback()]
+    storage = {} if folder is None else {"storage": "disk", "path": folder}
+    callbacks = [TrajectoryCallback(every=2, capacity=4, **storage), BatchNormCallback()]
     before = loss_of(module)
     trainer = pl.Trainer(**options, max_epochs=3, callbacks=callbacks)
     trainer.fit(module, data(16), data(16))
@@ -368,10 +379,9 @@ def in_parallel(group: Any, folder: str) -> Any:
 
 
 def test_on_two_ranks(rank_groups: Any, tmp_path: Path) -> None:
-    (one, snapshots, before, after), other_rank = rank_groups(2).all(
-        in_parallel, "world", str(tmp_path)
-    )
+    (one, snapshots, before, after), other_rank = rank_groups(2).all(in_parallel, "world", None)
     assert torch.equal(one, other_rank[0]) and after < 0.9 * before
     assert snapshots == 4
-    for error in rank_groups(2).run(in_parallel, None, str(tmp_path)):
-        assert isinstance(error, ValueError) and "process_group='world'" in str(error)
+    for given in ((None, None), ("world", str(tmp_path))):
+        for error in rank_groups(2).run(in_parallel, *given):
+            assert isinstance(error, ValueError) and "process_group='world'" in str(error)
