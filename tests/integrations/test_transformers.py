@@ -279,6 +279,17 @@ def test_arguments_that_make_no_sense_are_refused(
         trainer(tmp_path, **options)
 
 
+def test_what_needs_other_machines_is_refused_too(tmp_path: Path) -> None:
+    """Arguments that Trainer itself does not take here."""
+    made = trainer(tmp_path)
+    for name, value in (("fsdp", "full_shard"), ("deepspeed", "zero.json"), ("fp16", True)):
+        kept = getattr(made.args, name)
+        setattr(made.args, name, value)
+        with pytest.raises(ValueError, match=rf"args.{name}: expected \w+, got {value}: "):
+            made._check_arguments()
+        setattr(made.args, name, kept)
+
+
 def test_an_optimizer_that_does_not_search_is_clipped(tmp_path: Path) -> None:
     trained = trainer(tmp_path, 1, max_grad_norm=1e-9, max_steps=2)
     trained.train()
@@ -366,8 +377,7 @@ def test_trainer_itself_says_what_to_use(tmp_path: Path) -> None:
         plain.train()
 
 
-@pytest.mark.parametrize("kind", [0, 1], ids=NAMES[:2])
-def test_lora_adapters_as_the_part_that_trains(kind: int, tmp_path: Path) -> None:
+def test_lora_adapters_as_the_part_that_trains(tmp_path: Path) -> None:
     """Recorded, reduced, trained, saved and resumed; the base stays as it is."""
     peft = pytest.importorskip("peft")
 
@@ -383,7 +393,6 @@ def test_lora_adapters_as_the_part_that_trains(kind: int, tmp_path: Path) -> Non
         callbacks=[TrajectoryCallback(trajectory)],
     ).train()  # fmt: skip
     subspace = trajectory.subspace(dim=4)
-    optimizer, options = KINDS[kind]
 
     def train(**resume: Any) -> Any:
         trained = SubspaceTrainer(
@@ -397,8 +406,6 @@ def test_lora_adapters_as_the_part_that_trains(kind: int, tmp_path: Path) -> Non
             ),
             train_dataset=sequences(),
             subspace=subspace,
-            subspace_optimizer=optimizer,
-            subspace_options=options,
         )
         trained.train(**resume)
         return trained
