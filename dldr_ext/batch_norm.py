@@ -48,7 +48,7 @@ def reestimated(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
     Raises
     ------
     TypeError
-        The batches are a tensor (``[inputs]`` is one batch), or none.
+        The batches are a tensor (``[inputs]`` is one batch), or none; the model is scripted.
     ValueError
         There is no batch, as in a generator that was used up; a lazy layer has not run yet.
 
@@ -106,11 +106,19 @@ def live_norms(model: nn.Module) -> list[Norm]:
 
     Raises
     ------
+    TypeError
+        One was scripted.
     ValueError
         One is lazy and has not run yet.
     """
     found = []
     for name, norm in model.named_modules():
+        scripted = isinstance(norm, torch.jit.ScriptModule)
+        if scripted and any(key == "running_mean" for key, _ in norm.named_buffers(recurse=False)):
+            raise TypeError(
+                "reestimated: model: expected batch norm whose momentum can be set, got "
+                f"{name} of torch.jit.script: evaluate the model before it is scripted"
+            )
         if not (isinstance(norm, Norm) and norm.track_running_stats):
             continue
         mean, frozen = norm.running_mean, model.training and not norm.training

@@ -210,6 +210,13 @@ def test_bad_input() -> None:
     assert lazy.training
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:DeprecationWarning")
+def test_scripted_layers_are_refused() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(4)))
+    with pytest.raises(TypeError, match=r"got 0 of torch.jit.script"), reestimated(scripted, []):
+        pass
+
+
 def test_a_compiled_model_is_not_compiled_anew() -> None:
     compiled: list[Any] = []
 

@@ -40,11 +40,20 @@ def closure_of(model: nn.Module, data: Any, usual: bool = False) -> Any:
     return closure
 
 
+def masked(params: Any) -> list[dict[str, Any]]:
+    """Groups of which only matrices decay: not in the order of the model."""
+    params = list(params)
+    return [
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": 1e-2},
+    ]
+
+
 MAKE = {
     "default": lambda p, s, **k: PBFGS(p, s, **k),
     "consecutive": lambda p, s, **k: PBFGS(p, s, curvature="consecutive", damping=None, **k),
     "wolfe": lambda p, s, **k: PBFGS(p, s, line_search_fn="strong_wolfe", max_iter=3, **k),
-    "decay": lambda p, s, **k: PBFGS(p, s, weight_decay=1e-2, **k),
+    "decay": lambda p, s, **k: PBFGS(masked(p), s, **k),
     "no search": lambda p, s, **k: PBFGS(p, s, lr=0.1, line_search_fn=None, **k),
     "residual": lambda p, s, **k: PBFGS(p, s, residual_lr=0.01, **k),
     "maximize": lambda p, s, **k: PBFGS(p, s, lr=0.01, maximize=True, **k),
