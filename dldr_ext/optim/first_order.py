@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base import SubspaceOptimizer
 from .status import Status
-from .step.closure import Closure, Loss, LossT, number, returned
+from .step.closure import Closure, Loss, LossT, check_closure, number, returned
 
 
 class FirstOrder(SubspaceOptimizer):
@@ -44,10 +44,12 @@ class FirstOrder(SubspaceOptimizer):
         Raises
         ------
         TypeError, ValueError
-            The closure does not return a scalar loss; it calls no backward, and there are
-            gradients from before it; something else wrote to the weights since the last step (see
-            `resync`). Nothing has moved then.
+            There is no closure for LBFGS; it does not return a scalar loss; it calls no backward,
+            and there are gradients from before it; something else wrote to the weights since the
+            last step (see `resync`). Nothing has moved then.
         """
+        if self._evaluator.alone:
+            check_closure(type(self).__name__, closure)
         self._check_untouched()
         first = mean = None if closure is None else self._first(closure)
         c = None

@@ -22,7 +22,7 @@ from .options import check_pbfgs_options, names_options
 from .state_dict import check_point, saved_tensor
 from .status import Curvature, Status
 from .step import policy
-from .step.closure import Closure, Loss, LossT, number
+from .step.closure import Closure, Loss, LossT, check_closure, number
 from .step.curvature_pairs import CurvaturePairs
 from .step.grad_scale import ScaleKeeper
 from .step.iterate import Iterate
@@ -291,11 +291,7 @@ class PBFGS(SubspaceOptimizer):
         --------
         virtual_batch : a closure of a batch that is evaluated in parts.
         """
-        if not callable(closure):
-            raise TypeError(
-                f"PBFGS: step: closure: expected a callable, got {closure!r}; in place of "
-                "transformers' Trainer use dldr_ext.integrations.transformers.SubspaceTrainer"
-            )
+        check_closure("PBFGS", closure)
         self._check_untouched()
         self._scale.begin()
         self._replay.begin(closure)

@@ -21,6 +21,15 @@ Closure = Callable[[], Loss]
 LossT = TypeVar("LossT", bound=Tensor | float)
 
 
+def check_closure(owner: str, closure: object) -> None:
+    """Refuse a step that is to search without a closure."""
+    if not callable(closure):
+        raise TypeError(
+            f"{owner}: step: closure: expected a callable, got {closure!r}; in place of "
+            "transformers' Trainer use dldr_ext.integrations.transformers.SubspaceTrainer"
+        )
+
+
 def number(loss: Loss) -> float:
     """Return the value of a loss, which may have a graph."""
     return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
