@@ -6,6 +6,7 @@ them on CPU tensors instead, as far as they need no device: so their own code is
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import contextmanager
@@ -33,6 +34,13 @@ def pytest_collection_modifyitems(items):
         stand_in = CUDA_TESTS_ON == "cpu" and not real
         if not _ON_GPU and not stand_in and (real or item.get_closest_marker("cuda")):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_objects() -> None:
+    """Leaves out what the tests of other files made where all objects there are, are looked at."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
