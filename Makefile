@@ -25,7 +25,7 @@ demo: $(VENV)/.built
 	$(BIN)/dldr demo $(ARGS)
 
 test: $(VENV)/.built $(VENV)/.examples
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 # The torch-free kernels alone, driven from NumPy.
 test-kernels: $(VENV)/.built

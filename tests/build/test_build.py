@@ -23,7 +23,9 @@ import wheel_index
 TOOLS = Path(cuda_toolkit.__file__).parent
 TESTS = Path(__file__).resolve().parents[1]
 # Not run on a built wheel: they need the source tree, or do not depend on torch's release.
-SOURCES_ALONE = {"benchmarks", "build", "cli", "demo", "docs", "kernels", "support"}
+SOURCES_ALONE = {
+    "benchmarks", "build", "cli", "demo", "docs", "integrations", "kernels", "support",
+}  # fmt: skip
 
 
 def test_every_folder_of_tests_runs_on_wheels_or_is_known_not_to():

@@ -1,5 +1,6 @@
 """How the kernel bench is built: CMake, ninja and pybind11; tests are skipped without them."""
 
+import fcntl
 import importlib.util
 import shutil
 import subprocess
@@ -30,5 +31,8 @@ def build(folder: Path) -> None:
         pytest.skip("the kernel bench needs pybind11: pip install pybind11")
     cmake, ninja = tool("cmake"), tool("ninja")
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
-    run([*configure, f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"])
-    run([cmake, "--build", str(folder)])
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # of several workers of pytest-xdist, one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run([*configure, f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"])
+        run([cmake, "--build", str(folder)])
