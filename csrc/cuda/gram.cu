@@ -24,17 +24,18 @@ constexpr int kGramSingle = 5;
 template <class A>
 constexpr int kGroup = sizeof(A) == 8 ? 4 : 8;
 
-// Bytes of the sums of all chunks, which are as few as it takes; under emulation small cases have
-// chunks of several tiles.
+// Bytes of the sums of all chunks, which are as few as it takes, and elements of a chunk that need
+// not fit. Under emulation small cases have chunks of several tiles, and huge ones short chunks.
 #if defined(DLDR_EMULATED_CUDA)
-constexpr int64_t kGramScratch = 16 << 10;
+constexpr int64_t kGramScratch = 16 << 10, kGramChunk = 1 << 18;
 #else
-constexpr int64_t kGramScratch = 32 << 20;
+constexpr int64_t kGramScratch = 32 << 20, kGramChunk = int64_t{1} << 62;
 #endif
 constexpr int64_t kGramChunks = 4096;
 
 Plan gram_plan(const Rows& rows, int64_t tile) {
-  const int64_t most = kGramScratch / (8 * triangle_size(rows.rows));
+  const int64_t most =
+      max_of(kGramScratch / (8 * triangle_size(rows.rows)), rows.numel / kGramChunk);
   return make_plan(rows.numel, tile, max_of(1, min_of(most, kGramChunks)));
 }
 
