@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from ..collectives.partition import ColumnShard
-from ..collectives.transaction import RankErrors
 from ..tensors.constants import MAX_DIM
 from ..tensors.formats import LARGEST, STORED, wide_dtype
 from ..tensors.matrices import as_stored
 from ..tensors.parameters import check_matches, dtype_name, dtype_names, flatten, type_name
 from .stores import Store
 
-
-class NotFiniteError(ValueError):
-    """A snapshot is not finite, or its square is not."""
-
-
-class RecordErrors(RankErrors):
-    """A snapshot that is not finite on one rank is so on all."""
-
-    @override
-    def told(self, error: Exception) -> dict[str, Any]:
-        return {**super().told(error), "finite": not isinstance(error, NotFiniteError)}
-
-    @override
-    def raised(self, call: str, rank: int, details: dict[str, Any]) -> Exception:
-        error = super().raised(call, rank, details)
-        return error if details["finite"] else NotFiniteError(str(error))
+#: How the message ends of a snapshot that is not finite; over ranks it is all that is passed on.
+NOT_RECORDED = "; not recorded"
 
 
 class Recorded(Protocol):
@@ -112,7 +96,7 @@ def why_not_finite(
     for i, p in enumerate(params):
         if not bool(p.detach().isfinite().all()):
             name = f" ({names[i]})" if names else ""
-            return f"params[{i}]{name}: expected finite values, got NaN or Inf; not recorded"
+            return f"params[{i}]{name}: expected finite values, got NaN or Inf{NOT_RECORDED}"
     largest = 0.0
     if anchor is not None:  # else there is no difference
         pieces = anchor.split([p.numel() for p in params])
@@ -127,7 +111,7 @@ def why_not_finite(
         holds = f"{dtype_name(dtype)} holds {most:.3g} at most, and "
     return (
         f"a difference from the anchor of {largest:.3g} overflows: {holds}its square must stay "
-        f"below {torch.finfo(wide_dtype(dtype)).max:.3g}; not recorded"
+        f"below {torch.finfo(wide_dtype(dtype)).max:.3g}{NOT_RECORDED}"
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..tensors.parameters import type_name
-from .checks import NotFiniteError
+from .checks import NOT_RECORDED
 
 OnFull = Literal["thin", "stop", "error"]
 _ON_FULL = ("thin", "stop", "error")
@@ -149,7 +149,7 @@ class Recorder:
 
     def _report(self, error: Exception) -> None:
         """Warn of a snapshot that could not be recorded: training goes on."""
-        if not isinstance(error, NotFiniteError):
+        if not str(error).endswith(NOT_RECORDED):
             self._recording = False
             what = "recording ends here, training goes on"
         elif self._warned:

@@ -26,8 +26,6 @@ from ..tensors.parameters import dtype_name, named_parameters, numel
 from ..tensors.watch import Watch
 from . import files, principal
 from .checks import (
-    NotFiniteError,
-    RecordErrors,
     check_device,
     check_in_memory,
     checked_capacity,
@@ -259,7 +257,7 @@ class Trajectory:
             was before.
         """
         store, index = self._store, len(self)
-        with store.transaction("record", self.params, RecordErrors()):
+        with store.transaction("record", self.params):
             if index == self.capacity:
                 raise ValueError(
                     f"the trajectory is full: it holds {self.capacity} snapshots, its capacity; a "
@@ -269,7 +267,7 @@ class Trajectory:
             check_device(self, self.params)
             if not store.append(self.params):
                 params, names = store.local_part(self.params, self.names)
-                raise NotFiniteError(why_not_finite(params, names, store.anchor, self.dtype))
+                raise ValueError(why_not_finite(params, names, store.anchor, self.dtype))
         store.settle()
         return index
 

@@ -489,6 +489,28 @@ def test_over_ranks(rank_groups: Any, mode: str, storage: str, tmp_path: Path) -
     assert ranks.all(recorded, mode, storage, path) == [same, same]
 
 
+def with_nan(rank: int) -> Any:
+    params = parameters()
+    optimizer = sgd(params)
+    trajectory = Trajectory(params, 20, process_group="world")
+    trajectory.attach(optimizer)
+    step(optimizer)
+    if torch.distributed.get_rank() == rank:
+        params[0].data[290] = torch.nan
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step(optimizer)
+    params[0].data[290] = 0.0
+    step(optimizer)
+    return len(trajectory), [str(one.message) for one in caught if "trajectory:" in str(one)]
+
+
+def test_a_rank_that_is_not_finite(rank_groups: Any) -> None:
+    for length, (message,) in rank_groups(2).all(with_nan, 1):
+        assert length == 2 and "record: rank 1: params[0]" in message
+        assert message.endswith("such snapshots are left out")
+
+
 def test_a_rank_that_cannot_thin(rank_groups: Any, tmp_path: Path) -> None:
     found = rank_groups(2).all(recorded, "whole", "disk", tmp_path / "run", True)
     for one in found:
