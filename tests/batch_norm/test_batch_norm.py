@@ -319,3 +319,5 @@ def test_compiled_models_are_compiled_in_one_piece() -> None:
         net.eval()
         compiled(x)
     assert optimizer.status.moved
+    other = copy.deepcopy(net)
+    assert torch.equal(torch.compile(other, backend="eager", fullgraph=True)(x), net(x))
