@@ -139,6 +139,9 @@ class SubspaceTrainer(Trainer):
     after any warm-up. A ``lr_scheduler_type`` of one's own is taken.
     """
 
+    optimizer: Any  # for type checkers where transformers is not installed
+    lr_scheduler: Any
+
     def __init__(
         self,
         *args: Any,
