@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+import dldr_ext
 from dldr_ext import PBFGS, PSGD, InSubspace, Subspace, Trajectory
 from dldr_ext.batch_norm import reestimated
 
@@ -142,26 +145,15 @@ def test_an_exception_ends_the_recording() -> None:
 
 
 def test_the_stride_is_in_checkpoints(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    callback = TrajectoryCallback(every=1, capacity=4)
-    fit(Module(), callbacks=[callback, Save(path, after=7)], max_epochs=4)
+    path, loader = tmp_path / "last.ckpt", data(22)  # 3 steps an epoch
+    callback = TrajectoryCallback(every=1, capacity=3)
+    fit(Module(), loader, callbacks=[callback, SaveEpoch(path)], max_epochs=4)
     module = Module()
     resumed = TrajectoryCallback(Trajectory(module.named_parameters(), 8))
     noted = Note(resumed)
-    fit(module, ckpt=path, callbacks=[resumed, noted], max_epochs=4)
-    # After step 7 the stride was 2, and step 6 the last that was recorded: 8, 10, 12, 14, 16.
-    assert noted.seen == [(2, t // 2 - 3) for t in range(8, 17)]
-
-
-class Save(pl.Callback):
-    """Saves a checkpoint after so many steps."""
-
-    def __init__(self, path: Path, after: int) -> None:
-        self.path, self.after = path, after
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == self.after:
-            trainer.save_checkpoint(self.path)
+    fit(module, loader, path, callbacks=[resumed, noted], max_epochs=4)
+    # After step 6 the stride was 4, and step 4 the last that was kept: 8, 12.
+    assert noted.seen == [(4, t // 4 - 1) for t in range(7, 13)]
 
 
 class SaveEpoch(pl.Callback):
@@ -184,6 +176,30 @@ class Note(pl.Callback):
     def on_train_batch_end(self, *args: Any) -> None:
         callback = self.callback
         self.seen.append((callback.recorder.every, len(callback.trajectory)))
+
+
+def test_the_package_that_the_program_has_imported() -> None:
+    pytest.importorskip("pytorch_lightning")
+    program = """
+import pytorch_lightning, torch
+from dldr_ext.integrations.lightning import TrajectoryCallback
+class Module(pytorch_lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(3, 1)
+    def training_step(self, batch, index):
+        return self.net(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+callback = TrajectoryCallback()
+pytorch_lightning.Trainer(max_epochs=1, accelerator="cpu", logger=False, callbacks=[callback],
+    enable_checkpointing=False).fit(Module(), torch.utils.data.DataLoader(torch.randn(8, 3), 4))
+print(len(callback.trajectory))
+"""
+    root = str(Path(dldr_ext.__file__).parents[1])
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["3"], done.stderr
 
 
 # Optimizers.
