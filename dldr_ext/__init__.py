@@ -16,13 +16,14 @@ from .averaging import greedy_soup, uniform_soup, weight_averaging_subspace
 from .distributed import LocalSubspace, ShardedSubspace, shard_if_needed
 from .ops import library
 from .optim import PBFGS, PSGD, InSubspace, Status, StepRecord, virtual_batch
-from .subspace import GroupedSubspace, ImplicitSubspace, Subspace, layer_groups
+from .subspace import GroupedSubspace, IdentitySubspace, ImplicitSubspace, Subspace, layer_groups
 from .trajectory import Trajectory
 
 __all__ = [
     "PBFGS",
     "PSGD",
     "GroupedSubspace",
+    "IdentitySubspace",
     "ImplicitSubspace",
     "InSubspace",
     "LocalSubspace",

@@ -6,12 +6,14 @@ from .base import AffineSubspace
 from .dense import Subspace
 from .exact import QuantizationError
 from .grouped import GroupedSubspace, layer_groups
+from .identity import IdentitySubspace
 from .implicit import ImplicitSubspace
 from .parametrize import SubspaceModule
 
 __all__ = [
     "AffineSubspace",
     "GroupedSubspace",
+    "IdentitySubspace",
     "ImplicitSubspace",
     "QuantizationError",
     "Subspace",
