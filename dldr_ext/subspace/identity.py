@@ -88,7 +88,12 @@ class IdentitySubspace(AffineSubspace):
         return theta.to(self.dtype, copy=True), self._project(tensors) - coordinates
 
     def to_dense(self) -> Subspace:
-        """Return the same subspace with its basis stored: n^2 numbers."""
+        """Return the same subspace with its basis stored: n^2 numbers.
+
+        Returns
+        -------
+        Subspace
+        """
         basis = torch.eye(self.dim, dtype=self.dtype, device=self.device)
         return Subspace(basis, self.origin, shapes=self.shapes, names=self.names)
 

@@ -1,4 +1,4 @@
-"""The programs of docs/guide.md and docs/checkpoints.md run as written."""
+"""The programs of docs/guide.md, docs/checkpoints.md and docs/pinn.md run as written."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def test_checkpoints() -> None:
     for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(program, names)
     assert names["subspace"].dim == 5 and len(names["trajectory"]) == 12
+
+
+def test_pinn() -> None:
+    text = (ROOT / "docs" / "pinn.md").read_text()
+    names: dict[str, Any] = {}
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(program, names)
+    assert names["error"] < 1e-3
