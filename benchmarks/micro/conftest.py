@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import dldr_ext
+from benchmarks import ROOT
 from benchmarks.measure import commit, processor
+from benchmarks.micro import history
 from dldr_ext.performance.timing import Spread, paired
 
 ROWS: list[dict] = []
@@ -20,6 +22,7 @@ def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=2, help="torch threads")
     parser.addoption("--rounds", type=int, default=9, help="paired rounds a case")
     parser.addoption("--json", default=None, help="where the results go")
+    parser.addoption("--history", default=ROOT / ".benchmarks", help="folder of all runs")
 
 
 @pytest.fixture(autouse=True)
@@ -63,21 +66,24 @@ def pytest_terminal_summary(terminalreporter, config):
         shown = Spread(**{k: 100 * v for k, v in ceiling.items()}).show() if ceiling else ""
         write(f"{row['case']:58} {shown:>24} {Spread(**peer).show('x') if peer else '':>26}")
     write("medians [quartiles] over rounds in which all sides were timed back to back")
+    report = {
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": config.getoption("--threads"),
+        },
+        "torch": torch.__version__,
+        "commit": commit(),
+        "build": dldr_ext.build_info(),
+        "results": ROWS,
+    }
+    folder = Path(config.getoption("--history"))
+    earlier = history.latest(folder, report)
+    if earlier is not None:
+        fallen = history.worse(report, earlier)
+        write(f"more than a tenth below the run of {earlier['commit']}: {len(fallen)} figures")
+        for line in fallen:
+            write(f"  {line}")
+    write(f"kept as {history.keep(folder, report)}")
     if path := config.getoption("--json"):
-        Path(path).write_text(
-            json.dumps(
-                {
-                    "machine": {
-                        "processor": processor(),
-                        "cores": os.cpu_count(),
-                        "threads": config.getoption("--threads"),
-                    },
-                    "torch": torch.__version__,
-                    "commit": commit(),
-                    "build": dldr_ext.build_info(),
-                    "results": ROWS,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        Path(path).write_text(json.dumps(report, indent=1) + "\n")
