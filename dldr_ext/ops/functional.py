@@ -7,6 +7,8 @@ its name, what was expected and what came; nothing has been written then.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,21 @@ from ..tensors.parameters import type_name
 from .errors import call, check_list, fill_none
 
 _raw = torch.ops.dldr_ext
+_AS_IT_IS = nullcontext()
+
+
+def _as_numbers(
+    basis: Any, scale: Tensor | None, tensors: Sequence[Tensor | None]
+) -> AbstractContextManager[None]:
+    """Return what to call an op in: past autograd's kernel, in Python, where nothing needs it.
+
+    That takes half of a small call. Subclasses and what torch.compile traces go the whole way.
+    """
+    whole = torch.compiler.is_compiling() or type(basis) is not Tensor
+    if whole or not isinstance(tensors, (list, tuple)) or needed(basis, scale, *tensors):
+        return _AS_IT_IS
+    below: AbstractContextManager[None] = torch._C._AutoDispatchBelowAutograd()
+    return below
 
 
 def project(
@@ -64,7 +81,8 @@ def project(
     tensor([2.0000, 2.2000])
     """
     tensors = fill_none("project", "tensors", basis, tensors)
-    return call("project", _raw.project.default, basis, tensors, scale=scale)
+    with _as_numbers(basis, scale, tensors):
+        return call("project", _raw.project.default, basis, tensors, scale=scale)
 
 
 def project_many(
@@ -162,7 +180,8 @@ def reconstruct(
     >>> ops.reconstruct(torch.ones(3), basis, torch.tensor([2.0, 5.0]))
     tensor([3., 4., 5.])
     """
-    return call("reconstruct", _raw.reconstruct.default, origin, basis, theta, scale=scale)
+    with _as_numbers(basis, scale, (origin, theta)):
+        return call("reconstruct", _raw.reconstruct.default, origin, basis, theta, scale=scale)
 
 
 def reconstruct_(
