@@ -3,7 +3,7 @@
 #   PYTHON  the interpreter that the environment is made from (3.10 or newer)
 #   VENV    where the environment goes
 #   TORCH   the torch to install; an installed one that satisfies it is kept
-#   ARGS    passed on to `dldr demo`, pytest and tools/gpu.py
+#   ARGS    passed on to `dldr demo`, pytest, mkdocs and tools/gpu.py
 #   OUT     folder for the results of `make gpu`
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 SOURCES := $(shell find csrc tools -type f) setup.py pyproject.toml
 
 .PHONY: demo test test-kernels test-matrix sanitize bench gpu wheel sdist ptxas sass lint lint-release \
-  format clean
+  docs format clean
 
 demo: $(VENV)/.built
 	$(BIN)/dldr demo $(ARGS)
@@ -79,7 +79,13 @@ lint-release: $(VENV)/.release-tools
 	$(BIN)/validate-pyproject pyproject.toml
 	$(BIN)/yamllint --strict .github
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[bfp]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/cibuildwheel --platform linux --archs x86_64,aarch64 --print-build-identifiers
+
+# The site, in build/site; fails on a broken link or a name that is not there.
+docs: $(VENV)/.built $(VENV)/.docs-tools
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
@@ -98,6 +104,10 @@ $(VENV)/.examples: requirements-examples.txt $(VENV)/.installed
 
 $(VENV)/.release-tools: requirements-release.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -r requirements-release.txt
+	touch $@
+
+$(VENV)/.docs-tools: requirements-docs.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
 	touch $@
 
 # Built in place, without build isolation: an isolated build would fetch another torch.
