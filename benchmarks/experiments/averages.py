@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dldr_ext import InSubspace, weight_averaging_subspace
+from dldr_ext.averaging import schedule_weights
 
 from . import data
 from .settings import cosine, settings
@@ -32,19 +33,12 @@ from .training import Account, Task, copied, cross_entropy, evaluate, flat, writ
 SNAPSHOTS = 4  # an epoch
 DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # of an EMA over the checkpoints
 LEARNING_EPOCHS, LEARNING_BATCH, LEARNING_LR = 5, 32, 0.3
-# Weights of the checkpoints k = 1 ... T of a run at a constant rate; they are divided by their sum.
-# The mean stands for a run whose rate falls along a line, as its steps then count in that measure;
-# sqrt(k) - sqrt(k - 1) for 1 - sqrt(k / T), and k for 1 - (k / T)^2.
-FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": torch.ones_like,
-    "linear": lambda k: k,
-    "1 - sqrt": lambda k: k.sqrt() - (k - 1).sqrt(),
-}
+SCHEDULES = {"mean": "mean", "linear": "linear", "1 - sqrt": "1-sqrt"}
 
 
-def averaged(rows: Tensor, weights: Tensor) -> Tensor:
+def averaged(rows: Tensor, schedule: str) -> Tensor:
     """The average (n,) of rows (T, n)."""
-    return (weights / weights.sum()) @ rows
+    return torch.tensor(schedule_weights(schedule, len(rows)), dtype=rows.dtype) @ rows
 
 
 def learned(task: Task, states: list[dict[str, Tensor]]) -> Tensor:
@@ -98,15 +92,14 @@ def run(task: Task) -> dict[str, float]:
     train(s.epochs - s.half, lambda done: cosine(s.lr, done))
 
     constant, test = torch.stack(rows), task.problem.test
-    k = torch.arange(1, len(constant) + 1, dtype=constant.dtype)
     found = {
         "constant rate, last weights": loss(constant[-1], test),
         "rate along a cosine": loss(flat(model), test),
     }
     found |= {
-        name: loss(averaged(constant, formula(k)), test) for name, formula in FORMULAS.items()
+        name: loss(averaged(constant, schedule), test) for name, schedule in SCHEDULES.items()
     }
-    by_decay = [averaged(constant, decay ** (len(constant) - k)) for decay in DECAYS]
+    by_decay = [averaged(constant, f"ema:{decay}") for decay in DECAYS]
     found["EMA"] = loss(min(by_decay, key=lambda w: loss(w, task.problem.validation)), test)
     found["learned"] = loss(learned(task, states), test)
     return found

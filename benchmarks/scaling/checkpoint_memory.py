@@ -20,11 +20,12 @@ from torch import nn
 
 from dldr_ext import Trajectory
 from dldr_ext.analysis.analysis import Analysis
+from dldr_ext.averaging.soup_files import write_mean
 from dldr_ext.checkpoints import Series
 
 from ..measure import fresh, resident, save
 
-WAYS = ("analyze", "disk", "disk_subspace")
+WAYS = ("analyze", "soup", "disk", "disk_subspace")
 
 
 def model(millions: float) -> nn.Module:
@@ -72,6 +73,9 @@ def measure(
     before, start = resident("VmHWM"), time.perf_counter()
     if way == "analyze":
         Analysis(Series(folder), work, dim=dim).run()
+    elif way == "soup":
+        work.mkdir()
+        write_mean(Series(folder, rows=False), work / "soup.safetensors", "linear")
     else:
         trajectory = Trajectory.from_checkpoints(folder, hollow, storage="disk", path=work)
         if way == "disk_subspace":
@@ -91,7 +95,7 @@ def main() -> None:
     parser.add_argument("--millions", type=float, default=100)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--dim", type=int, help="of the subspace: dim n numbers on the disk")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS[:2]))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["analyze", "disk"])
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = options.folder.resolve()

@@ -3,5 +3,12 @@
 from __future__ import annotations
 
 from .soups import Soup, greedy_soup, uniform_soup, weight_averaging_subspace
+from .weights import schedule_weights
 
-__all__ = ["Soup", "greedy_soup", "uniform_soup", "weight_averaging_subspace"]
+__all__ = [
+    "Soup",
+    "greedy_soup",
+    "schedule_weights",
+    "uniform_soup",
+    "weight_averaging_subspace",
+]

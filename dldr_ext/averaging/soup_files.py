@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -30,6 +33,7 @@ from .outputs import (
     writing,
 )
 from .soups import Soup, greedy_soup
+from .weights import normalized, schedule_weights
 
 Progress = Callable[[int, int], None]
 _WINDOW = 1 << 20  # elements averaged at a time
@@ -39,7 +43,7 @@ _FACTORS = ("lora_A", "lora_B")
 def write_mean(
     series: Series,
     path: str | os.PathLike[str],
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | str | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Write the mean of checkpoints; the memory is a few windows.
@@ -51,7 +55,7 @@ def write_mean(
     path : path
         Its suffix says the format; a folder ends with a slash: see `outputs.parse_output`. An
         earlier file is replaced once all is written.
-    weights : sequence of float, optional
+    weights : sequence of float or str, optional
         As for `normalized_weights`.
     progress : callable, optional
         Called with the bytes read so far and in all.
@@ -72,11 +76,13 @@ def write_mean(
     output = _checked_output(series, path)
     rows = _matching_rows(series)
     names = list(series.tensors(0))
-    factors = None if weights is None else normalized_weights(series, weights)
+    factors = normalized_weights(series, weights)
     tensors = _hollow_means(output, names, rows)
-    facts = {"checkpoints": [str(path) for path in series.paths], "weights": factors}
+    check_tensors(output, tensors)
+    check_space(output, sum(tensor.nbytes for tensor in tensors.values()))
     total, done = sum(entry.nbytes() for row in rows for entry in row), 0
-    mean = _Mean(series, factors)
+    facts = provenance(series, range(len(series)), factors)
+    mean = _Mean(series, None if weights is None else factors)
     written: set[int] = set()
     with (
         CheckpointReader() as reader,
@@ -120,13 +126,125 @@ def write_greedy_soup(
     check_tensors(output, tensors)
     check_space(output, max(sum(entry.nbytes() for entry in row) for row in rows))
     soup = greedy_soup(States(list(tensors), rows), score)
-    facts = {"checkpoints": [str(series.paths[t]) for t in soup.members], "weights": None}
+    facts = provenance(series, soup.members, [1 / len(soup.members)] * len(soup.members))
     tensors = {name: hollow(value.shape, value.dtype) for name, value in soup.state_dict.items()}
     with writing(output, tensors, facts, series.contents[soup.members[0]]) as file:
         for name, value in soup.state_dict.items():
             if value.numel():
                 file.write(name, 0, value)
     return soup
+
+
+def verify_mean(
+    series: Series,
+    path: str | os.PathLike[str],
+    members: Sequence[int],
+    weights: Sequence[float],
+) -> float:
+    """Read an average back and compare it with one that is computed another way.
+
+    Parameters
+    ----------
+    series : Series
+        What `write_mean` or `write_greedy_soup` was given, afterwards.
+    path : path
+        Of the average.
+    members : sequence of int
+        Places of its checkpoints in the series.
+    weights : sequence of float
+        One for each member; they sum to 1.
+
+    Returns
+    -------
+    float
+        The largest difference, as a share of the rounding that it may have: at most 1.
+
+    Raises
+    ------
+    CheckpointError
+        A tensor is not there, or is another one; a number differs by more than a rounding.
+    """
+    rows = _matching_rows(series)
+    rows = [rows[t] for t in members]
+    place = Path(os.path.realpath(path))  # a folder or a file
+    result = Series([place], rows=False)
+    found, largest = result.contents[0].entries, 0.0
+    with CheckpointReader() as reader:
+        for i, name in enumerate(series.tensors(0)):
+            entries = [row[i] for row in rows]
+            shape, numel = entries[0].shape, math.prod(entries[0].shape)
+            if name not in found or found[name].shape != shape:
+                raise result.error(0, f"{name}: expected it, of shape {shape}, as written")
+            for begin in range(0, numel, _WINDOW):
+                size = min(_WINDOW, numel - begin)
+                error = _error(reader, entries, found[name], weights, begin, size)
+                if not error <= 1:
+                    problem = f"{name}: expected the mean of the checkpoints, read another back"
+                    raise result.error(0, problem)
+                largest = max(largest, error)
+    return largest
+
+
+def _error(
+    reader: CheckpointReader,
+    entries: list[Entry],
+    written: Entry,
+    weights: Sequence[float],
+    begin: int,
+    size: int,
+) -> float:
+    """Return the largest error in a window of a mean, as a share of what rounding may make."""
+
+    def read(entry: Entry, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(size, dtype=dtype, device="cpu")
+        reader.read(entry, begin, out)
+        return out
+
+    if kind_of_dtype(written.dtype) not in (FLOAT, COMPLEX):
+        pair = read(entries[-1], entries[-1].dtype), read(written, written.dtype)
+        alike = pair[0].dtype == pair[1].dtype
+        return 0.0 if alike and torch.equal(*(x.view(torch.uint8) for x in pair)) else math.inf
+    mean = torch.zeros(size, dtype=accumulator(written.dtype), device="cpu")
+    magnitude = mean.abs()
+    for weight, entry in reversed([*zip(weights, entries, strict=True)]):  # the last one first
+        value = read(entry, mean.dtype)
+        mean += weight * value
+        magnitude += abs(weight) * value.abs()
+    info, back = torch.finfo(written.dtype), read(written, mean.dtype)
+    rounding = info.eps * mean.abs() + info.smallest_normal * info.eps
+    rounding += 4 * len(entries) * torch.finfo(torch.float64).eps * magnitude
+    constant = (back == value) | (back.isnan() & value.isnan())  # the same in all checkpoints
+    errors = ((back - mean).abs() / rounding).masked_fill(~mean.isfinite() & constant, 0)
+    return math.inf if errors.isnan().any() else float(errors.max())
+
+
+def provenance(series: Series, members: Sequence[int], weights: Sequence[float]) -> dict[str, Any]:
+    """Return what is kept in an average: its checkpoints, their weights and hashes of their files.
+
+    Parameters
+    ----------
+    series : Series
+    members : sequence of int
+        Places in the series.
+    weights : sequence of float
+        One for each member.
+    """
+    files = [file for t in members for file in series.contents[t].files]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        digests = threads.map(_sha256, files)
+        return {
+            "checkpoints": [str(series.paths[t]) for t in members],
+            "weights": list(weights),
+            "sha256": {str(file): digest for file, digest in zip(files, digests, strict=True)},
+        }
+
+
+def _sha256(path: Path) -> str:
+    digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(piece):
+            digest.update(piece[:size])
+    return digest.hexdigest()
 
 
 def soup_notes(series: Series, output: Output) -> list[str]:
@@ -360,16 +478,19 @@ def _same_tensor(entry: Entry) -> tuple[Any, ...]:
     return entry.place(), entry.shape, entry.stride
 
 
-def normalized_weights(series: Series, weights: Sequence[float]) -> list[float]:
-    """Return the weight of each checkpoint in a mean.
+def normalized_weights(series: Series, weights: Sequence[float] | str | None) -> list[float]:
+    """Return the weight of each checkpoint in a mean; they sum to 1.
 
     Parameters
     ----------
     series : Series
-    weights : sequence of float
+    weights : sequence of float or str, optional
         One for each path that the series was made of, those in a folder in the order of the series.
-        A file that was given twice has the sum of both.
+        A file that was given twice has the sum of both. A string: as for `schedule_weights`. By
+        default all are equal.
     """
+    if weights is None or isinstance(weights, str):
+        return schedule_weights(weights or "mean", len(series))
     given = len(series) + len(series.skipped) + len(series.repeats)
     if len(weights) != given:
         raise ValueError(
@@ -379,7 +500,4 @@ def normalized_weights(series: Series, weights: Sequence[float]) -> list[float]:
     totals = list(map(float, weights))
     for repeat, first in series.repeats.items():
         totals[first] += totals[repeat]
-    kept = [totals[index] for index in series.indices]
-    if not all(map(math.isfinite, kept)) or sum(kept) == 0:
-        raise ValueError(f"weights: expected finite numbers whose sum is not 0, got {kept}")
-    return [weight / sum(kept) for weight in kept]
+    return normalized([totals[index] for index in series.indices])

@@ -22,6 +22,7 @@ from ..tensors.names import places_of
 from ..tensors.parameters import named_parameters, type_name
 from ..trajectory.trajectory import Trajectory
 from .kinds import COMPLEX, FLOAT, INTEGER, OTHER, accumulator, describe, kind, same
+from .weights import normalized
 
 State = Mapping[str, Any]
 
@@ -49,8 +50,10 @@ class Soup(NamedTuple):
     score: float
 
 
-def uniform_soup(checkpoints: Iterable[State] | Trajectory) -> dict[str, Any]:
-    """Average checkpoints with equal weights [1]_.
+def uniform_soup(
+    checkpoints: Iterable[State] | Trajectory, weights: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """Average checkpoints [1]_, with equal weights unless others are given.
 
     Parameters
     ----------
@@ -58,6 +61,9 @@ def uniform_soup(checkpoints: Iterable[State] | Trajectory) -> dict[str, Any]:
         With the same names and shapes. An iterator is read one at a time, so that
         ``uniform_soup(torch.load(path) for path in paths)`` holds one checkpoint and the sums. A
         trajectory, recorded with names, stands for the weights at its snapshots.
+    weights : sequence of float, optional
+        One for each checkpoint, negative ones among them; divided by their sum. Those of
+        ``averaging.schedule_weights`` stand for a decay of the learning rate.
 
     Returns
     -------
@@ -72,7 +78,8 @@ def uniform_soup(checkpoints: Iterable[State] | Trajectory) -> dict[str, Any]:
         Not an iterable of state dicts; values that are no numbers (quantized, float8, of a packed
         subclass) and differ.
     ValueError
-        No checkpoint; one with other names, shapes or kinds of numbers; a trajectory without names.
+        No checkpoint; one with other names, shapes or kinds of numbers; a trajectory without names;
+        weights that sum to 0, or not one for each checkpoint.
 
     See Also
     --------
@@ -94,11 +101,16 @@ def uniform_soup(checkpoints: Iterable[State] | Trajectory) -> dict[str, Any]:
     >>> uniform_soup([{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}])
     {'w': tensor([2., 4.])}
     """
+    factors = None if weights is None else normalized(weights)
     mean = _RunningMean()
-    for state in _each_state(checkpoints):
-        mean.add(state)
+    for t, state in enumerate(_each_state(checkpoints)):
+        mean.add(state, factors[t] if factors is not None and t < len(factors) else 1.0)
+    if factors is not None and mean.count not in (0, len(factors)):
+        raise ValueError(
+            f"weights: expected {mean.count} numbers, one for each checkpoint, got {len(factors)}"
+        )
     mean.warn()
-    return mean.state_dict()
+    return mean.state_dict(None if factors is None else 1.0)
 
 
 def greedy_soup(
@@ -256,7 +268,7 @@ class _RunningMean:
         self.first: State = {}
         self.differing: frozenset[str] = frozenset()  # names of arrays of integers
 
-    def add(self, state: State) -> None:
+    def add(self, state: State, weight: float = 1.0) -> None:
         if self.count == 0:
             self.first = dict(state)
         _check_same(self.first, state, self.count)
@@ -267,9 +279,11 @@ class _RunningMean:
                 continue
             if name in self.sums:
                 sums = self.sums[name]
-                self.sums[name] = sums + value.detach().to(sums.device, sums.dtype)
+                self.sums[name] = sums.add(value.detach().to(sums.device, sums.dtype), alpha=weight)
             else:
-                self.sums[name] = value.detach().to(accumulator(value.dtype), copy=True)
+                self.sums[name] = (
+                    value.detach().to(accumulator(value.dtype), copy=True).mul_(weight)
+                )
         self.last = {name: state[name] for name in state if name not in self.sums}
         self.count += 1
 
@@ -289,11 +303,12 @@ class _RunningMean:
                 stacklevel=3,
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, total: float | None = None) -> dict[str, Any]:
+        """Return the sums over ``total``, by default over the number of states."""
         if self.count == 0:
             raise ValueError("checkpoints: expected at least one, got none")
         return {
-            name: (self.sums[name] / self.count).to(value.dtype)
+            name: (self.sums[name] / (total or self.count)).to(value.dtype)
             if name in self.sums
             else self.last[name]
             for name, value in self.first.items()

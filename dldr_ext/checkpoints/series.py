@@ -72,6 +72,8 @@ class Series:
         The checkpoints in use, T of them.
     indices : list of int
         The place of each in the list that was given, each folder in the place of its checkpoints.
+    arguments : list of int
+        For each place in that list the place of the path, file or folder, that it came from.
     repeats : dict of int to int
         Places in that list of the same files once more, which do not count, and of the first.
     include, exclude : list of str
@@ -141,6 +143,7 @@ class Series:
         self._rows: list[list[Entry]] = []
         found, self.decisions = discover(paths)
         self.folders = {folder for one in found for folder in (one.path.parent, one.entry.parent)}
+        self.arguments = [one.argument for one in found]
         self.repeats = {i: one.same for i, one in enumerate(found) if one.same is not None}
         layout = None if model is None else _layout_of_model(model, include, exclude)
         if not rows:
@@ -385,6 +388,29 @@ class Series:
         self.skipped.append(error)
         for of_each in (self.paths, self.contents, self.indices, self._rows):
             del of_each[t]
+
+    def thin(self, last: int | None = None, every: int = 1) -> None:
+        """Go on with some checkpoints alone: the last one, and those at a stride before it.
+
+        Parameters
+        ----------
+        last : int, optional
+            Of that many at the end; by default of all.
+        every : int
+            The stride, 1 for all of them.
+
+        Raises
+        ------
+        ValueError
+            There are not as many.
+        """
+        if last is not None and last > len(self):
+            raise ValueError(f"last: expected at most {len(self)}, the checkpoints, got {last}")
+        kept = range(len(self))[::-1][:last:every][::-1]
+        self.paths = [self.paths[t] for t in kept]
+        self.contents = [self.contents[t] for t in kept]
+        self.indices = [self.indices[t] for t in kept]
+        self._rows = [self._rows[t] for t in kept]
 
 
 def _without_logged(contents: Contents) -> Contents:

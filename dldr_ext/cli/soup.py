@@ -5,16 +5,25 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..averaging.copies import copy_notes
 from ..averaging.outputs import parse_output
-from ..averaging.soup_files import normalized_weights, soup_notes, write_greedy_soup, write_mean
+from ..averaging.soup_files import (
+    normalized_weights,
+    soup_notes,
+    verify_mean,
+    write_greedy_soup,
+    write_mean,
+)
+from ..averaging.weights import schedule_weights
 from .options import (
     AsGiven,
     AsJson,
@@ -22,9 +31,9 @@ from .options import (
     Exclude,
     Include,
     Key,
-    Paths,
     Quiet,
     SkipBad,
+    number,
     one_line_errors,
     open_series,
 )
@@ -32,7 +41,14 @@ from .terminal import say
 
 
 def soup(
-    checkpoints: Paths,
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CKPT[:WEIGHT]",
+            help="Files or folders of them; with a weight for each, as a.pt:1 b.pt:-0.5.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[
         str,
         typer.Option(
@@ -45,6 +61,15 @@ def soup(
         str | None,
         typer.Option(help="One for each path as typed, as 1,1,2; divided by their sum."),
     ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mean|linear|1-sqrt|ema:B",
+            help="Weights that stand for a falling rate: 1, k, sqrt(k) - sqrt(k-1), B^(T-k).",
+        ),
+    ] = None,
+    last: Annotated[int | None, number("Take the last so many alone.", show_default="all")] = None,
+    every: Annotated[int, number("Of these the last one, and each N-th before it.")] = 1,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -52,6 +77,9 @@ def soup(
             help="Greedy soup: called with a state dict, returns a score, higher is better.",
         ),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the result back, and compare it.")
+    ] = False,
     include: Include = None,
     exclude: Exclude = None,
     key: Key = None,
@@ -75,14 +103,27 @@ def soup(
     \b
     Examples:
       dldr soup runs/checkpoints --output soup.safetensors
-      dldr soup a.pt b.pt c.pt --weights 1,1,2
+      dldr soup runs/checkpoints --last 20 --schedule 1-sqrt --verify
+      dldr soup tuned.pt:1 base.pt:-0.5 other.pt:0.5
       dldr soup out/checkpoint-* --output averaged/
       dldr soup runs/checkpoints --exclude '*.mask' --output soup.pt
       dldr soup runs/*.safetensors --metric my_eval:accuracy --json
     """
-    if weights is not None and metric is not None:
-        raise typer.BadParameter("expected --weights or --metric, got both", param_hint="--metric")
-    factors = None if weights is None else _numbers(weights)
+    paths, typed = _weighted(checkpoints)
+    factors = typed if weights is None else _numbers(weights)
+    ways = {"CKPT:WEIGHT": typed, "--weights": weights, "--schedule": schedule, "--metric": metric}
+    chosen = [name for name, value in ways.items() if value is not None]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"expected {' or '.join(chosen)}, got both", param_hint=chosen[-1])
+    if factors is not None and (last is not None or every > 1):
+        raise typer.BadParameter(
+            f"expected {chosen[0]} or a window, got both", param_hint="--last, --every"
+        )
+    try:
+        schedule_weights(schedule or "mean", 1)
+    except ValueError as error:
+        problem = str(error).removeprefix("schedule: ")
+        raise typer.BadParameter(problem, param_hint="--schedule") from None
     score = None if metric is None else _function(metric)
     try:
         place = parse_output(output)
@@ -92,22 +133,28 @@ def soup(
     facts: dict[str, Any] = {"output": output}
     with one_line_errors(), ByteBar(quiet or as_json) as bar:
         patterns = {"include": include or [], "exclude": exclude or []}
-        series = open_series(
-            checkpoints, as_given, key=key, skip_bad=skip_bad, rows=False, **patterns
-        )
-        members = series.paths
+        series = open_series(paths, as_given, key=key, skip_bad=skip_bad, rows=False, **patterns)
+        series.thin(last, every)
+        if typed is not None:
+            factors = [typed[argument] for argument in series.arguments]
         if score is not None:
             best = write_greedy_soup(series, output, score)
             facts["score"] = best.score
-            members = [series.paths[t] for t in best.members]
-            notes = soup_notes(series, place)
+            members = best.members
+            notes, shares = soup_notes(series, place), [1 / len(members)] * len(members)
         else:
-            notes = write_mean(series, output, factors, partial(bar, "average"))
-        if factors is not None:
-            facts["weights"] = normalized_weights(series, factors)
+            notes = write_mean(series, output, factors or schedule, partial(bar, "average"))
+            members, shares = (
+                list(range(len(series))),
+                normalized_weights(series, factors or schedule),
+            )
+        if factors is not None or schedule is not None:
+            facts["weights"] = shares
+        if verify:
+            facts["verified"] = verify_mean(series, place.path, members, shares)
         notes = [*series.decisions, *copy_notes(series), *notes]
     facts |= {"skipped": [str(error) for error in series.skipped]}
-    facts |= {"members": list(map(str, members)), "notes": notes}
+    facts |= {"members": [str(series.paths[t]) for t in members], "notes": notes}
     for line in facts["skipped"]:
         say(f"dldr: left out {line}", err=True)
     if as_json:
@@ -117,8 +164,32 @@ def soup(
         say(f"{len(facts['members'])} checkpoints{reached}: {output}")
         for weight, member in zip(facts.get("weights", ()), facts["members"], strict=False):
             say(f"{weight:.4g} x {member}")
+        if verify:
+            say(f"read back: as computed anew, within {facts['verified']:.2g} of a rounding")
         for note in facts["notes"]:
             say(f"note: {note}")
+
+
+def _weighted(arguments: list[str]) -> tuple[list[Path], list[float] | None]:
+    """Split paths from the weights that are joined to them."""
+    paths, weights = [], []
+    for argument in arguments:
+        path, _, text = argument.rpartition(":")
+        if (
+            path
+            and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", text)
+            and not Path(argument).exists()
+        ):
+            paths.append(Path(path))
+            weights.append(float(text))
+        else:
+            paths.append(Path(argument))
+    if weights and len(weights) < len(paths):
+        raise typer.BadParameter(
+            f"expected a weight for each path or for none, got {len(weights)} for {len(paths)}",
+            param_hint="CKPT:WEIGHT",
+        )
+    return paths, weights or None
 
 
 def _numbers(text: str) -> list[float]:

@@ -23,23 +23,6 @@ def text() -> data.Problem:
     return replace(problem, **cut)
 
 
-@pytest.mark.parametrize("count", [2, 7, 20])
-def test_the_formulas_stand_for_rates_that_fall(count: int) -> None:
-    """w0 + sum a_k g_k, a_k the rate of step k, is the average of w_k with these weights."""
-    torch.manual_seed(count)
-    steps = torch.randn(count, 3, dtype=torch.float64)
-    rows, k = steps.cumsum(0), torch.arange(1, count + 1, dtype=torch.float64)
-    rates = {
-        "mean": 1 - (k - 1) / count,
-        "linear": 1 - k * (k - 1) / (count * (count + 1)),
-        "1 - sqrt": 1 - ((k - 1) / count).sqrt(),
-    }
-    assert rates.keys() == averages.FORMULAS.keys()
-    for name, rate in rates.items():
-        found = averages.averaged(rows, averages.FORMULAS[name](k))
-        torch.testing.assert_close(found, rate @ steps)
-
-
 def test_all_start_from_one_run_and_the_test_part_chooses_nothing(text, monkeypatch) -> None:
     task = Task(text, "chars", replace(settings("real", "text", "chars", 4), snapshots=2), 0)
     found = averages.run(task)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 
 import pytest
 import torch
-from command import call, json_of, needs
+from command import call, json_of, needs, words
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from dldr_ext.averaging.soup_files import verify_mean, write_mean
+from dldr_ext.checkpoints import Series
+from dldr_ext.checkpoints.errors import CheckpointError
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +144,96 @@ def test_a_greedy_soup_says_the_same(tmp_path, capsys, monkeypatch):
     result = json.loads(printed)
     assert code == 0 and result["members"] == [str(run / "epoch_2.pt")]
     assert "last.pt" in "".join(result["notes"]) and "epoch_11.pt" in "".join(result["notes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--schedule", "mean"], [1, 1, 1, 1, 1, 1]),
+        (["--schedule", "linear"], [1, 2, 3, 4, 5, 6]),
+        (["--schedule", "1-sqrt"], [(k**0.5 - (k - 1) ** 0.5) for k in range(1, 7)]),
+        (["--schedule", "ema:0.5"], [1, 2, 4, 8, 16, 32]),
+        (["--last", "2"], [0, 0, 0, 0, 1, 1]),
+        (["--every", "2"], [0, 1, 0, 1, 0, 1]),
+        (["--every", "10"], [0, 0, 0, 0, 0, 1]),
+        (["--last", "5", "--every", "2", "--schedule", "linear"], [0, 1, 0, 2, 0, 3]),
+    ],
+)
+def test_schedules_and_windows(tmp_path, capsys, options, expected):
+    steps = {f"step_{t}": 2.0**t for t in range(8, 14)}
+    run = write(tmp_path / "run", **steps)
+    out = tmp_path / "o.safetensors"
+    found = json_of(capsys, "soup", str(run), *options, "--verify", "-o", str(out))
+    numbers = torch.tensor(expected, dtype=torch.float64) / sum(expected)
+    values = torch.tensor([*steps.values()], dtype=torch.float64)
+    assert load_file(out)["w"].item() == pytest.approx((numbers @ values).item(), rel=1e-6)
+    names = [str(run / f"{s}.pt") for s, n in zip(steps, numbers, strict=True) if n]
+    assert found["members"] == names and 0 <= found["verified"] <= 1
+    if "--schedule" in options:
+        assert found["weights"] == pytest.approx([n for n in numbers.tolist() if n])
+    else:
+        assert "weights" not in found
+
+
+def test_weights_joined_to_paths(tmp_path, capsys):
+    run = write(tmp_path / "run", a=8, b=2)
+    write(tmp_path / "more", s1=1, s2=3)
+    paths = f"{run / 'b.pt'}:-0.5", f"{run / 'a.pt'}:1.5", f"{tmp_path / 'more'}:1e0"
+    found, printed = mean(capsys, tmp_path, *paths, "--verify")
+    assert found == (-0.5 * 2 + 1.5 * 8 + 1 + 3) / 3
+    assert f"{-0.5 / 3:.4g} x {run / 'b.pt'}" in printed and "read back: as computed" in printed
+    odd = write(tmp_path, **{"x.pt:2": 5}) / "x.pt:2.pt"
+    (odd.rename(tmp_path / "x.pt:2"))
+    assert mean(capsys, tmp_path, tmp_path / "x.pt:2")[0] == 5  # a name, where there is such a file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["a.pt:1", "b.pt"], 2, "expected a weight for each path or for none, got 1 for 2"),
+        (["a.pt:1", "b.pt:-1"], 1, "weights: expected finite numbers whose sum is not 0"),
+        (["a.pt:1", "--schedule", "mean"], 2, "expected CKPT:WEIGHT or --schedule, got both"),
+        (["a.pt", "--schedule", "mean", "--metric", "m:f"], 2, "--schedule or --metric, got both"),
+        (["a.pt", "--weights", "1", "--last", "1"], 2, "expected --weights or a window, got both"),
+        (["a.pt", "--schedule", "ema:2"], 2, "a number between 0 and 1, as ema:0.99, got ema:2"),
+        (["a.pt", "--last", "3"], 1, "last: expected at most 1, the checkpoints, got 3"),
+        (["a.pt", "--every", "0"], 2, "--every"),
+    ],
+)
+def test_choices_that_do_not_go_together(tmp_path, capsys, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(write(tmp_path / "run", a=8, b=2))
+    found, _, err = call(capsys, "soup", *arguments, "-o", "o.safetensors")
+    assert found == code and message in words(err)
+    assert not (tmp_path / "run" / "o.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["o.safetensors", "o.pt", "o/"])
+def test_what_was_averaged_is_in_the_file(tmp_path, capsys, name):
+    run = write(tmp_path / "run", e1=1, e2=3)
+    call(capsys, "soup", str(run), "--schedule", "linear", "-o", f"{tmp_path}/{name}")
+    text = b"".join(p.read_bytes() for p in tmp_path.glob("o*") if p.is_file())
+    text += b"".join(p.read_bytes() for p in tmp_path.glob("o/*.safetensors"))
+    for path in run.iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest().encode() in text
+        assert str(path).encode() in text
+    if name == "o.safetensors":
+        with safe_open(tmp_path / name, "pt") as file:
+            facts = json.loads(file.metadata()["dldr_ext.metadata"])
+        assert facts["weights"] == pytest.approx([1 / 3, 2 / 3])
+        assert [*facts["sha256"]] == facts["checkpoints"] == [str(run / f"e{i}.pt") for i in (1, 2)]
+
+
+def test_a_file_that_was_changed_is_found(tmp_path):
+    run = write(tmp_path / "run", e1=1, e2=3)
+    series, out = Series(run, rows=False), tmp_path / "o.safetensors"
+    write_mean(series, out)
+    assert verify_mean(series, out, [0, 1], [0.5, 0.5]) <= 1
+    for wrong in (2.00001, float("nan")):
+        save_file({"w": torch.tensor([wrong])}, out)
+        with pytest.raises(
+            CheckpointError, match="w: expected the mean of the checkpoints, read a"
+        ):
+            verify_mean(series, out, [0, 1], [0.5, 0.5])
+    save_file({"v": torch.tensor([2.0])}, out)
+    with pytest.raises(CheckpointError, match=r"w: expected it, of shape \(1,\), as written"):
+        verify_mean(series, out, [0, 1], [0.5, 0.5])
