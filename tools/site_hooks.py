@@ -18,7 +18,10 @@ from mkdocs.structure.files import File, Files
 from dldr_ext.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN = ("*.md", "LICENSE", "docs/**/*.*", "benchmarks/README.md", "benchmarks/results/**/*.*")
+SHOWN = (
+    "*.md", "CITATION.cff", "docs/**/*.*", "benchmarks/README.md", "benchmarks/results/**/*.png",
+    "benchmarks/results/**/*.json",
+)  # fmt: skip
 
 
 def on_files(files: Files, config: Any) -> Files:
