@@ -10,7 +10,7 @@ from .. import __version__
 from .analyze import analyze
 from .bench import bench
 from .demo import demo
-from .info import info
+from .info import show
 from .plan import plan_command
 from .soup import soup
 
@@ -40,6 +40,19 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show what this installation is and can run, what is missing and how to get it.
+
+    \b
+    Examples:
+      dldr info
+      dldr info --json | jq .cpu_capability
+    """
+    show(as_json)
 
 
 app.command()(info)

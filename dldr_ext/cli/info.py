@@ -1,26 +1,26 @@
-"""`dldr info`: this installation, what is missing and how to get it."""
+"""`dldr info`: this installation, what is missing and how to get it. Needs no extra."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import shutil
+import textwrap
 from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
-from rich import box
-from rich.table import Table
 
 from .. import build_info
 from ..ops.library import cuda_problem, device_problem
+from ..reporting.text import printable
 from ..tensors.memory import free_memory
-from .terminal import console
+from .requirements import install
 
-# Modules of each optional extra; those of `cli` are here, or this would not run.
+# Modules of each optional extra.
 _EXTRAS = {
     "cli": ("typer", "rich"),
     "demo": ("matplotlib", "sklearn", "mlxtend"),
@@ -79,30 +79,26 @@ def _extra(name: str, modules: tuple[str, ...]) -> dict[str, Any]:
     missing = [_DISTRIBUTIONS.get(m, m) for m in modules if find_spec(m) is None]
     return {
         "missing": missing,
-        "command": f'pip install "dldr_ext[{name}]"' if missing else None,
+        "command": install(name) if missing else None,
     }
 
 
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Show what this installation is and can run, what is missing and how to get it.
-
-    \b
-    Examples:
-      dldr info
-      dldr info --json | jq .cpu_capability
-    """
+def show(as_json: bool) -> None:
+    """Print `facts` as JSON or as a table."""
     collected = facts()
     if as_json:
-        typer.echo(json.dumps(collected, indent=1))
+        print(json.dumps(collected, indent=1))
         return
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    start = max(map(len, collected)) + 4
+    width = max(shutil.get_terminal_size().columns - start, 20)
     for key, value in collected.items():
-        table.add_row(key, _SHOW.get(key, _plain)(value))
-    console().print(table)
+        text = _SHOW.get(key, _plain)(value).split("\n")
+        lines = [
+            part
+            for line in text
+            for part in textwrap.wrap(printable(line), width, break_on_hyphens=False)
+        ]
+        print(f"  {key}".ljust(start) + f"\n{' ' * start}".join(lines))
 
 
 def _plain(value: Any) -> str:
@@ -133,6 +129,8 @@ def _show_extras(extras: dict[str, dict[str, Any]]) -> str:
     for name, extra in extras.items():
         lacks = ", ".join(extra["missing"])
         lines.append(f"{name}: without {lacks}: {extra['command']}" if lacks else f"{name}: there")
+    if any(extra["missing"] for extra in extras.values()):
+        lines.append('in the folder of the source: pip install --no-build-isolation ".[NAME]"')
     return "\n".join(lines)
 
 

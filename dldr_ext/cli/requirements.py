@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-# Brings every module that a command may need.
-_INSTALL = 'pip install "dldr_ext[demo]"'
+
+def install(extra: str) -> str:
+    """Return the command that installs an extra."""
+    return f'pip install "dldr_ext[{extra}]"'
 
 
 def missing(*modules: str) -> str | None:
@@ -13,4 +15,7 @@ def missing(*modules: str) -> str | None:
     absent = [name for name in modules if find_spec(name) is None]
     if not absent:
         return None
-    return f"dldr: not installed: {', '.join(absent)}. To get what is missing: {_INSTALL}"
+    return (
+        f"dldr: not installed: {', '.join(absent)}. To get what is missing: {install('demo')}; "
+        'in the folder of the source: pip install --no-build-isolation ".[demo]"'
+    )

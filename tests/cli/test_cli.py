@@ -114,7 +114,8 @@ def test_missing_extra_is_one_line(tmp_path):
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == (
-        'dldr: not installed: typer. To get what is missing: pip install "dldr_ext[demo]"\n'
+        'dldr: not installed: typer. To get what is missing: pip install "dldr_ext[demo]"; '
+        'in the folder of the source: pip install --no-build-isolation ".[demo]"\n'
     )
     assert list(tmp_path.iterdir()) == []
 
