@@ -42,6 +42,18 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return re.sub(r"(\]\([^)]*examples/\w+)\.py\)", r"\1.md)", markdown)
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """Name the search, for screen readers; an empty cell is no header."""
+    dialog = 'data-md-component="search" role="dialog"'
+    output = output.replace(dialog, f'{dialog} aria-label="Search"')
+    return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", output)
+
+
+def on_post_template(output_content: str, **_: Any) -> str:
+    """Do the same in the page of what is not found."""
+    return on_post_page(output_content)
+
+
 def options() -> str:
     """Every command and option, as `dldr COMMAND --help` has them."""
     command = typer.main.get_command(app)
