@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import re
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import click
@@ -58,8 +59,11 @@ def options() -> str:
     """Every command and option, as `dldr COMMAND --help` has them."""
     command = typer.main.get_command(app)
     text = typer.cli.get_docs_for_click(obj=command, ctx=click.Context(command), name="dldr")
-    text = html.unescape(text).replace("# `dldr`", "# Every option of `dldr`", 1)
+    text = html.unescape(text).replace("\b", "").replace("# `dldr`", "# Every option of `dldr`", 1)
     text = re.sub(r"\*\*Commands\*\*:\n\n(?:\* .*\n)+", "", text)  # cut off; they follow
     return re.sub(
-        r"^Examples:\n((?:  .*\n)+)", r"Examples:\n\n```console\n\1```\n", text, flags=re.MULTILINE
+        r"^Examples:\n((?:  .*\n)+)",
+        lambda found: f"Examples:\n\n```bash\n{dedent(found[1])}```\n",
+        text,
+        flags=re.MULTILINE,
     )
