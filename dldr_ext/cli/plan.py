@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -17,6 +17,7 @@ from ..ops.library import cuda_loaded
 from ..plan.calibration import with_shares
 from ..plan.costs import Job, Plan, plan
 from ..plan.devices import TABLE, Device, measure
+from ..plan.remedies import changes, remedies
 from .options import STORED, count, dtype_of, number, one_line_errors, usable_device
 from .terminal import console, fits
 
@@ -110,7 +111,8 @@ def plan_command(
     with one_line_errors():
         planned = plan(job, _device(device, job))
     if as_json:
-        typer.echo(json.dumps(asdict(planned) | {"fits": _fits(planned)}, indent=1))
+        facts = asdict(planned) | {"fits": _fits(planned), "remedies": _remedies(planned)}
+        typer.echo(json.dumps(facts, indent=1))
     else:
         _print(planned)
 
@@ -153,10 +155,13 @@ def _print(planned: Plan) -> None:
         screen.print(f"Fits the device: {_bytes(planned.peak)} of {room}.\n", style="green")
     else:
         screen.print(
-            f"Does not fit the device: {_bytes(planned.peak)} of {room}. More ranks, --storage "
-            "host or disk,\na shorter --dtype or fewer --snapshots help.\n",
-            style="bold red",
+            f"Does not fit the device: {_bytes(planned.peak)} of {room}.", style="bold red"
         )
+        for remedy in _remedies(planned):
+            options = " ".join(f"--{name} {value}" for name, value in remedy["changes"].items())
+            beside = [f"{_bytes(remedy[k])} on the {k}" for k in ("host", "disk") if remedy[k]]
+            screen.print("; ".join([f"Fits with {options}: {_bytes(remedy['peak'])}", *beside]))
+        screen.print()
     screen.print(_step_table(planned))
     screen.print()
     if planned.messages:
@@ -168,6 +173,19 @@ def _print(planned: Plan) -> None:
         f"{_seconds(planned.run['all'])}\n({run})",
     )
     screen.print(_notes(planned), style="dim")
+
+
+def _remedies(planned: Plan) -> list[dict[str, Any]]:
+    """Return what to change in a run that does not fit, and what it takes then."""
+    return [
+        {
+            "changes": changes(one.job, planned.job),
+            "peak": one.peak,
+            "host": max(memory.host for memory in one.memory),
+            "disk": max(memory.disk for memory in one.memory),
+        }
+        for one in remedies(planned.job, planned.device)
+    ]
 
 
 def _shared(job: Job) -> str:

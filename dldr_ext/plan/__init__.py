@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .costs import Job, Plan, plan
 from .devices import TABLE, Device, measure
+from .remedies import remedies
 
-__all__ = ["TABLE", "Device", "Job", "Plan", "measure", "plan"]
+__all__ = ["TABLE", "Device", "Job", "Plan", "measure", "plan", "remedies"]

@@ -71,7 +71,15 @@ def test_plan_as_json(capsys):
     assert project["bytes"] == 7e9 / 8 * (40 * 2 + 4)
     assert project["floor"] == pytest.approx(project["bytes"] / 4.8e12)
     assert found["fits"] is False
-    assert json_of(capsys, *PLAN, "--device", "h200", "--ranks", "32")["fits"] is True
+    assert [one["changes"] for one in found["remedies"]] == [
+        {"storage": "host"},
+        {"dtype": "int8"},
+        {"snapshots": 48, "dim": 24},
+        {"ranks": 13},
+    ]
+    assert found["remedies"][0]["host"] == 80 * 7e9 / 8 * 2 and found["remedies"][1]["host"] == 0
+    whole = json_of(capsys, *PLAN, "--device", "h200", "--ranks", "32")
+    assert whole["fits"] is True and whole["remedies"] == []
 
 
 @pytest.mark.parametrize("width", ["80", "120"])
@@ -79,7 +87,15 @@ def test_plan_as_tables(capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", width)
     code, out, _ = call(capsys, *PLAN, "--device", "H200", "--ranks", "8")
     assert code == 0
-    for word in ("recording", "form_basis", "P-BFGS step", "DDP", "nominal", "Does not fit"):
+    for word in (
+        "recording",
+        "form_basis",
+        "P-BFGS step",
+        "DDP",
+        "nominal",
+        "Does not fit",
+        "Fits with --",
+    ):
         assert word in out
     assert max(map(len, out.splitlines())) <= int(width)
     assert "…" not in out

@@ -13,6 +13,7 @@ import pytest
 
 from dldr_ext.plan.costs import Job, plan
 from dldr_ext.plan.devices import TABLE, Device, measure
+from dldr_ext.plan.remedies import changes, remedies
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = os.environ.get("DLDR_EVERY_CASE") == "1"
@@ -190,3 +191,38 @@ def test_projection_in_the_documentation_is_what_plan_says():
     assert json.loads(projection.RESULT.read_text())["rows"] == json.loads(json.dumps(rows))
     page = (ROOT / "docs" / "scaling.md").read_text()
     assert "\n".join(projection.table(rows)) in page
+
+
+@pytest.mark.parametrize(
+    ("job", "named"),
+    [
+        (Job(7 * 10**9, 40, 80, ranks=8, shard="all"), ["storage", "dtype", "dim", "ranks"]),
+        (Job(10**9, 40, 81, "float32"), ["dtype", "dim", "ranks"]),
+        (Job(2 * 10**9, 40, 200), ["storage", "dim", "ranks"]),  # and the dtype
+        (Job(3 * 10**9), ["storage", "dim", "ranks"]),  # and the dtype, and fewer directions
+        (Job(70 * 10**9), ["ranks"]),
+        (Job(10**9, 10, 80), ["storage", "dtype", "snapshots", "ranks"]),
+        (Job(10**15), []),
+        (Job(10**6), []),
+    ],
+)
+def test_remedies_fit_and_are_the_nearest(job, named):
+    device = TABLE["h200"]
+    found = {}
+    for planned in remedies(job, device):
+        assert planned.peak <= device.memory < plan(job, device).peak
+        one, changed = planned.job, changes(planned.job, job)
+        kind = next(k for k in ("ranks", "storage", "dtype", "dim", "snapshots") if k in changed)
+        found[kind] = one
+        nearer = {
+            "ranks": lambda one=one: replace(one, ranks=one.ranks - 1),
+            "snapshots": lambda one=one: replace(one, snapshots=one.snapshots + 1),
+            "dim": lambda one=one: replace(
+                one,
+                dim=one.dim + 1,
+                snapshots=max(one.dim + 2, job.snapshots * (one.dim + 1) // job.dim),
+            ),
+        }
+        if kind in nearer and len(changed) <= 2 and nearer[kind]() != job:
+            assert plan(nearer[kind](), device).peak > device.memory
+    assert set(found) == set(named)
