@@ -19,6 +19,7 @@ cxx=${CXX:-g++}
 export LD_PRELOAD="$($cxx -print-file-name=libasan.so):$($cxx -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc
 export DLDR_KERNELS_DIR="$PWD/$folder"
-# A report goes straight to the terminal: the process ends with it.
+# A report goes straight to the terminal: the process ends with it, and pytest-xdist names its test.
 exec "$python" -m pytest tests/kernels --confcutdir=tests/kernels --capture=sys \
+  -n auto --maxprocesses 4 --dist worksteal \
   --ignore="$planted" "$@"
