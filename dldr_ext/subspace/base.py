@@ -20,6 +20,7 @@ from ..tensors.parameters import (
     flatten,
     named_parameters,
     numel,
+    type_name,
 )
 from .parametrize import SubspaceModule
 
@@ -534,6 +535,18 @@ class AffineSubspace(ABC):
                 f"params: expected device {self.device}, as the subspace, got {listed[0].device}"
             )
         return listed
+
+    def _checked_theta(self, theta: Tensor) -> Tensor:
+        """Return theta, if it is a vector of d floating-point numbers on this device."""
+        if not isinstance(theta, Tensor) or not theta.dtype.is_floating_point:
+            got = theta.dtype if isinstance(theta, Tensor) else type_name(theta)
+            raise TypeError(f"theta: expected a floating-point tensor, got {got}")
+        if theta.shape != (self.dim,) or theta.device != self.device:
+            raise ValueError(
+                f"theta: expected shape ({self.dim},) on {self.device}, got {tuple(theta.shape)} "
+                f"on {theta.device}"
+            )
+        return theta
 
     def _check_names(self, names: list[str] | None, argument: str) -> None:
         if names is not None and len(names) == len(self.names or ()):  # not of one flat vector

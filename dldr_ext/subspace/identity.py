@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..tensors.constants import MAX_DIM
 from ..tensors.formats import wide_dtype
-from ..tensors.parameters import flatten, named_parameters, numel, type_name
+from ..tensors.parameters import flatten, named_parameters, numel
 from .base import AffineSubspace
 from .dense import Subspace
 
@@ -137,7 +137,7 @@ class IdentitySubspace(AffineSubspace):
         return coordinates
 
     def _reconstruct(self, theta: Tensor) -> Tensor:
-        return self.origin + self._checked(theta)
+        return self.origin + self._checked_theta(theta).to(self.dtype)
 
     def _direction(self, index: int) -> Tensor:
         direction = torch.zeros_like(self.origin)
@@ -151,19 +151,7 @@ class IdentitySubspace(AffineSubspace):
 
     @torch.no_grad()
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
-        theta = self._checked(theta)
+        theta = self._checked_theta(theta).to(self.dtype)
         point = theta if origin is None else origin + theta
         for tensor, part in zip(tensors, point.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view(tensor.shape))
-
-    def _checked(self, theta: Tensor) -> Tensor:
-        """Return theta in the dtype of the origin."""
-        if not isinstance(theta, Tensor) or not theta.dtype.is_floating_point:
-            got = theta.dtype if isinstance(theta, Tensor) else type_name(theta)
-            raise TypeError(f"theta: expected a floating-point tensor, got {got}")
-        if theta.shape != (self.dim,) or theta.device != self.device:
-            raise ValueError(
-                f"theta: expected shape ({self.dim},) on {self.device}, got {tuple(theta.shape)} "
-                f"on {theta.device}"
-            )
-        return theta.to(self.dtype)

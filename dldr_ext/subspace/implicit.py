@@ -14,7 +14,7 @@ from .. import ops
 from ..files import artifacts
 from ..tensors.formats import scale_of, wide_dtype
 from ..tensors.memory import readable_rows
-from ..tensors.parameters import dtype_name, type_name
+from ..tensors.parameters import dtype_name
 from .dense import KIND, VERSION, Subspace
 from .exact import ReadableSubspace
 
@@ -216,15 +216,8 @@ class ImplicitSubspace(ReadableSubspace):
 
     def _combine(self, theta: Tensor) -> Tensor:
         """Return C^T theta, (T,)."""
-        if not isinstance(theta, Tensor) or not theta.dtype.is_floating_point:
-            got = theta.dtype if isinstance(theta, Tensor) else type_name(theta)
-            raise TypeError(f"theta: expected a floating-point tensor, got {got}")
-        if theta.shape != (self.dim,) or theta.device != self.device:
-            raise ValueError(
-                f"theta: expected shape ({self.dim},) on {self.device}, got {tuple(theta.shape)} "
-                f"on {theta.device}"
-            )
-        return (theta.to(torch.float64) @ self.coefficients).to(self.coordinate_dtype)
+        wide = self._checked_theta(theta).to(torch.float64)
+        return (wide @ self.coefficients).to(self.coordinate_dtype)
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of the basis."""
