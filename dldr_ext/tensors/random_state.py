@@ -28,6 +28,9 @@ from torch import Tensor, nn
 _LOOKED_INTO, _ENTRIES = 1000, 64
 # What holds no generator of the user's, or far too much else.
 _LEAVES = (Tensor, np.ndarray, str, bytes, int, float, complex, torch.optim.Optimizer)
+# By id, since a metaclass may not let its classes be hashed: most values, and lists of them.
+_PLAIN = set(map(id, (Tensor, np.ndarray, bool, int, float, str, type(None), torch.dtype)))
+_LISTS = {id(list), id(tuple)}
 _OF_MODULES = nn.Module().__dict__.keys()
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # Their code draws from the generators of the process, or from those that it is handed.
@@ -90,7 +93,7 @@ def reachable(function: Callable[..., Any]) -> list[Any]:
         count += 1
         with suppress(Exception):  # objects that cannot be looked into, as references to dead ones
             for value in _held(waiting.popleft()):
-                if id(value) in seen or value is None or isinstance(value, _LEAVES):
+                if _is_plain(value) or id(value) in seen or isinstance(value, _LEAVES):
                     continue
                 seen.add(id(value))
                 if isinstance(value, _GENERATORS):
@@ -99,6 +102,13 @@ def reachable(function: Callable[..., Any]) -> list[Any]:
                     waiting.append(value)
     # One of the operating system has no state.
     return [found[key] for key in found if not isinstance(found[key], random.SystemRandom)]
+
+
+def _is_plain(value: Any) -> bool:
+    kind = id(type(value))
+    if kind in _LISTS:
+        return all([id(type(entry)) in _PLAIN for entry in value[:_ENTRIES]])
+    return kind in _PLAIN
 
 
 def _held(value: Any) -> Iterator[Any]:
@@ -114,6 +124,8 @@ def _held(value: Any) -> Iterator[Any]:
         yield value.fget if isinstance(value, property) else value.__func__
     elif isinstance(value, (MethodType, BuiltinMethodType)):
         yield from (value.__self__, getattr(value, "__func__", None))
+    elif id(type(value)) in _LISTS:
+        yield from value[:_ENTRIES]
     elif not isinstance(value, (ModuleType, CodeType)):
         if isinstance(value, dict):
             yield from islice(dict.values(value), _ENTRIES)  # as stored, whatever a subclass does
@@ -123,7 +135,7 @@ def _held(value: Any) -> Iterator[Any]:
         if isinstance(value, nn.Module):
             for entries in (value._modules, value._forward_hooks, value._forward_pre_hooks):
                 yield from entries.values()  # all, however many
-            own = {key: own[key] for key in own.keys() - _OF_MODULES}
+            own = {key: own[key] for key in own if key not in _OF_MODULES}
         yield from own.values()
         for kind in type(value).__mro__:
             if not _of_library(kind.__module__):
