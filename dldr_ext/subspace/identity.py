@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..tensors.constants import MAX_DIM
 from ..tensors.formats import wide_dtype
-from ..tensors.parameters import flatten, named_parameters, numel
+from ..tensors.parameters import flatten, named_parameters, numel, type_name
 from .base import AffineSubspace
 from .dense import Subspace
 
@@ -131,6 +131,9 @@ class IdentitySubspace(AffineSubspace):
         self.to_dense().save(path)
 
     def _project(self, tensors: Sequence[Any]) -> Tensor:
+        for i, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"tensors[{i}]: expected a tensor, got {type_name(tensor)}")
         return torch.cat([tensor.reshape(-1).to(self.dtype) for tensor in tensors])
 
     def _solve(self, coordinates: Tensor) -> Tensor:

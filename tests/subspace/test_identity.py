@@ -133,3 +133,5 @@ def test_bad_input():
         space.reconstruct(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"expected shape \(3,\)"):
         space.project([torch.zeros(4)])
+    with pytest.raises(TypeError, match=r"tensors\[0\]: expected a tensor, got int"):
+        space.project([3])
