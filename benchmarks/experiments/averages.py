@@ -33,7 +33,7 @@ from .training import Account, Task, copied, cross_entropy, evaluate, flat, writ
 SNAPSHOTS = 4  # an epoch
 DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)  # of an EMA over the checkpoints
 LEARNING_EPOCHS, LEARNING_BATCH, LEARNING_LR = 5, 32, 0.3
-SCHEDULES = {"mean": "mean", "linear": "linear", "1 - sqrt": "1-sqrt"}
+SCHEDULES = {"mean": "mean", "1 - sqrt": "1-sqrt"}
 
 
 def averaged(rows: Tensor, schedule: str) -> Tensor:
@@ -99,6 +99,8 @@ def run(task: Task) -> dict[str, float]:
     found |= {
         name: loss(averaged(constant, schedule), test) for name, schedule in SCHEDULES.items()
     }
+    later = torch.arange(1.0, len(constant) + 1)
+    found["weight k"] = loss(later / later.sum() @ constant, test)
     by_decay = [averaged(constant, f"ema:{decay}") for decay in DECAYS]
     found["EMA"] = loss(min(by_decay, key=lambda w: loss(w, task.problem.validation)), test)
     found["learned"] = loss(learned(task, states), test)

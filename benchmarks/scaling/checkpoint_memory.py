@@ -75,7 +75,7 @@ def measure(
         Analysis(Series(folder), work, dim=dim).run()
     elif way == "soup":
         work.mkdir()
-        write_mean(Series(folder, rows=False), work / "soup.safetensors", "linear")
+        write_mean(Series(folder, rows=False), work / "soup.safetensors", "1-sqrt")
     else:
         trajectory = Trajectory.from_checkpoints(folder, hollow, storage="disk", path=work)
         if way == "disk_subspace":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-#: Weight of checkpoint k of T, up to a factor.
+#: Weight of checkpoint k of T, up to a factor: the rate of step k less that of the next.
 _FORMULAS: dict[str, Callable[[int], float]] = {
     "mean": lambda k: 1.0,
-    "linear": float,
+    "linear": lambda k: 1.0,  # of rates along a line
     "1-sqrt": lambda k: math.sqrt(k) - math.sqrt(k - 1),
 }
 _EMA = "ema:"
@@ -17,18 +17,20 @@ _EMA = "ema:"
 def schedule_weights(schedule: str, count: int) -> list[float]:
     """Return weights that make an average stand for a run whose learning rate falls.
 
-    The last of T checkpoints at a constant rate, w_T = w_0 + g_1 + ... + g_T, took each step g_i
-    whole. Their average takes it times r_i = a_i + ... + a_T, the weights from there on: as a run
-    would whose rate fell so, if its steps were the same [1]_ [2]_.
+    Of T checkpoints of a run at a constant rate the last is w_T = w_0 + g_1 + ... + g_T. A run whose
+    rate falls, step k being taken r_k times, ends at w_0 + r_1 g_1 + ... + r_T g_T if its steps are
+    the same. That is the average of w_1 ... w_T with the weights a_k = r_k - r_(k + 1), where r_1 is
+    1 and r_(T + 1) is 0 [1]_.
 
-    ==========  ======================  =================================
-    schedule    weight a_k, to scale    rate r_k of step k = 1 ... T
-    ==========  ======================  =================================
-    mean        1                       1 - (k - 1) / T: along a line
-    linear      k                       1 - k (k - 1) / (T (T + 1)): late
-    1-sqrt      sqrt(k) - sqrt(k - 1)   1 - sqrt((k - 1) / T): early [3]_
-    ema:b       b^(T - k)               (1 - b^(T - k + 1)) / (1 - b^T)
-    ==========  ======================  =================================
+    ==============  ======================  =================================
+    schedule        weight a_k, to scale    rate r_k of step k = 1 ... T
+    ==============  ======================  =================================
+    linear or mean  1                       1 - (k - 1) / T [1]_
+    1-sqrt          sqrt(k) - sqrt(k - 1)   1 - sqrt((k - 1) / T) [3]_
+    ema:b           b^(T - k)               (1 - b^(T - k + 1)) / (1 - b^T) [2]_
+    ==============  ======================  =================================
+
+    A rate that falls along a line is the plain mean, under either name.
 
     Parameters
     ----------
@@ -63,8 +65,8 @@ def schedule_weights(schedule: str, count: int) -> list[float]:
 
     Examples
     --------
-    >>> schedule_weights("linear", 4)
-    [0.1, 0.2, 0.3, 0.4]
+    >>> schedule_weights("linear", 4), schedule_weights("ema:0.5", 2)
+    ([0.25, 0.25, 0.25, 0.25], [0.3333333333333333, 0.6666666666666666])
     """
     formula = _FORMULAS.get(schedule) or _ema(schedule, count)
     if count < 1:

@@ -65,7 +65,7 @@ def soup(
         str | None,
         typer.Option(
             metavar="mean|linear|1-sqrt|ema:B",
-            help="Weights that stand for a falling rate: 1, k, sqrt(k) - sqrt(k-1), B^(T-k).",
+            help="Weights that stand for a run whose rate falls so, as ema:0.99.",
         ),
     ] = None,
     last: Annotated[int | None, number("Take the last so many alone.", show_default="all")] = None,

@@ -9,23 +9,40 @@ from dldr_ext import uniform_soup
 from dldr_ext.averaging import schedule_weights
 
 
+def rates(schedule: str, count: int) -> list[float]:
+    """The rate of each step of a run, as a share of the first: 1 down to nearly 0."""
+    done = torch.arange(count, dtype=torch.float64) / count  # before the step
+    b = 0.9
+    return {
+        "mean": 1 - done,
+        "linear": 1 - done,
+        "1-sqrt": 1 - done.sqrt(),
+        "ema:0.9": (1 - b ** (count * (1 - done))) / (1 - b**count),
+    }[schedule].tolist()
+
+
 @pytest.mark.parametrize("count", [1, 2, 7, 20])
-def test_schedules_stand_for_rates_that_fall(count: int) -> None:
-    """w0 + sum r_k g_k, r_k the rate of step k, is the average of w_k with these weights."""
+@pytest.mark.parametrize("schedule", ["mean", "linear", "1-sqrt", "ema:0.9"])
+def test_a_schedule_is_a_run_whose_rate_falls(schedule: str, count: int) -> None:
+    """SGD on a loss that is linear, so that the gradients of both runs are the same."""
     torch.manual_seed(count)
-    steps = torch.randn(count, 3, dtype=torch.float64)
-    states = [{"w": row} for row in steps.cumsum(0)]
-    k, b = torch.arange(1, count + 1, dtype=torch.float64), 0.9
-    rates = {
-        "mean": 1 - (k - 1) / count,
-        "linear": 1 - k * (k - 1) / (count * (count + 1)),
-        "1-sqrt": 1 - ((k - 1) / count).sqrt(),
-        "ema:0.9": (1 - b ** (count - k + 1)) / (1 - b**count),
-    }
-    for schedule, rate in rates.items():
-        weights = schedule_weights(schedule, count)
-        assert len(weights) == count and sum(weights) == pytest.approx(1)
-        torch.testing.assert_close(uniform_soup(states, weights)["w"], rate @ steps)
+    slopes = torch.randn(count, 3, dtype=torch.float64)
+
+    def sgd(scheduled: list[float]) -> list[dict[str, torch.Tensor]]:
+        w = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = torch.optim.SGD([w], lr=0.1)
+        states = []
+        for slope, rate in zip(slopes, scheduled, strict=True):
+            optimizer.param_groups[0]["lr"] = 0.1 * rate
+            w.grad = slope.clone()
+            optimizer.step()
+            states.append({"w": w.detach().clone()})
+        return states
+
+    weights = schedule_weights(schedule, count)
+    assert len(weights) == count and sum(weights) == pytest.approx(1)
+    average = uniform_soup(sgd([1.0] * count), weights)["w"]
+    torch.testing.assert_close(average, sgd(rates(schedule, count))[-1]["w"], rtol=1e-13, atol=0)
 
 
 def test_weights_are_in_float64_and_may_be_negative() -> None:
