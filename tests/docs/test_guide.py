@@ -31,6 +31,11 @@ def test_every_program_runs_and_trains() -> None:
         if "optimizer.step" in program:
             assert names["optimizer"].status.moved, program
             assert len(names["optimizer"].history) >= 10, program
+        if "learned" in program:
+            for name, parameter in names["model"].named_parameters():
+                rows = torch.stack([state[name] for state in names["checkpoints"]])
+                average = torch.tensordot(names["learned"], rows, 1)
+                torch.testing.assert_close(average, parameter.detach(), rtol=1e-3, atol=1e-4)
 
 
 def test_checkpoints() -> None:
