@@ -19,6 +19,7 @@ from ..checkpoints.formats import Entry, abridged
 from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.series import STATISTICS, Series, finite
 from ..tensors.parameters import dtype_name
+from .folders import is_distributed, is_of_model
 from .kinds import COMPLEX, FLOAT, INTEGER, OTHER, accumulator, kind_of_dtype
 from .outputs import (
     TORCH,
@@ -28,7 +29,6 @@ from .outputs import (
     check_tensors,
     folder_notes,
     hollow,
-    is_of_model,
     parse_output,
     writing,
 )
@@ -78,7 +78,7 @@ def write_mean(
     names = list(series.tensors(0))
     factors = normalized_weights(series, weights)
     tensors = _hollow_means(output, names, rows)
-    check_tensors(output, tensors)
+    check_tensors(output, tensors, series.contents[0])
     check_space(output, sum(tensor.nbytes for tensor in tensors.values()))
     total, done = sum(entry.nbytes() for row in rows for entry in row), 0
     facts = provenance(series, range(len(series)), factors)
@@ -123,7 +123,7 @@ def write_greedy_soup(
     output = _checked_output(series, path)
     rows = _matching_rows(series)
     tensors = {name: hollow(e.shape, e.dtype) for name, e in series.tensors(0).items()}
-    check_tensors(output, tensors)
+    check_tensors(output, tensors, series.contents[0])
     check_space(output, max(sum(entry.nbytes() for entry in row) for row in rows))
     soup = greedy_soup(States(list(tensors), rows), score)
     facts = provenance(series, soup.members, [1 / len(soup.members)] * len(soup.members))
@@ -278,7 +278,8 @@ def soup_notes(series: Series, output: Output) -> list[str]:
 
 
 def _checked_output(series: Series, path: str | os.PathLike[str]) -> Output:
-    output = parse_output(path, of_models=is_of_model(series.contents[0]))
+    first = series.contents[0]
+    output = parse_output(path, of_folders=is_of_model(first) or is_distributed(first))
     check_inputs(output, series)
     return output
 

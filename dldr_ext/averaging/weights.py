@@ -17,10 +17,10 @@ _EMA = "ema:"
 def schedule_weights(schedule: str, count: int) -> list[float]:
     """Return weights that make an average stand for a run whose learning rate falls.
 
-    Of T checkpoints of a run at a constant rate the last is w_T = w_0 + g_1 + ... + g_T. A run whose
-    rate falls, step k being taken r_k times, ends at w_0 + r_1 g_1 + ... + r_T g_T if its steps are
-    the same. That is the average of w_1 ... w_T with the weights a_k = r_k - r_(k + 1), where r_1 is
-    1 and r_(T + 1) is 0 [1]_.
+    Of T checkpoints of a run at a constant rate the last is w_T = w_0 + g_1 + ... + g_T. A run
+    whose rate falls, step k being taken r_k times, ends at w_0 + r_1 g_1 + ... + r_T g_T if its
+    steps are the same. That is the average of w_1 ... w_T with the weights a_k = r_k - r_(k + 1),
+    where r_1 is 1 and r_(T + 1) is 0 [1]_.
 
     ==============  ======================  =================================
     schedule        weight a_k, to scale    rate r_k of step k = 1 ... T

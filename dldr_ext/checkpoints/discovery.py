@@ -21,6 +21,8 @@ _SUFFIX = re.compile(rf"(?:{'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECAS
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 #: Of a folder of torch.distributed.checkpoint.
 METADATA = ".metadata"
+#: In a file of torch.save, or a folder of torch.distributed.checkpoint, that this package wrote.
+KIND_RECORD = "dldr_ext.json"
 # A folder of one model, as libraries write it: optimizer.pt and others lie beside.
 _MODEL = re.compile(
     r"(?:model|adapter_model|pytorch_lora_weights)(?:\.[\w-]+)?\.safetensors"
@@ -159,6 +161,8 @@ class _Folder:
     def _of_others(self) -> list[tuple[Path, Path]]:
         """Return those that this package has not written."""
         if METADATA in self._names:
+            if self._depth < _DEPTH and is_own(self.path / KIND_RECORD):
+                raise _Empty(self.path, "expected a checkpoint, found an average that dldr wrote")
             return [(self.path, self.path)]
         files = self._files()
         model = self._model(files)

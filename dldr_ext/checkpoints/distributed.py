@@ -6,6 +6,7 @@ Read without torch.distributed and without running anything in the pickled metad
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import zipfile
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import pickles, state_dicts
-from .discovery import METADATA
+from .discovery import KIND_RECORD, METADATA
 from .errors import CheckpointError, reason
 from .formats import (
     Contents,
@@ -89,7 +90,18 @@ class _Folder:
         files = [self._path / METADATA, *self._files]
         notes = [f"left out (not tensors): {abridged(choice.others)}"] if choice.others else []
         entries = by_plain_name(self._path, entries)
-        return Contents(entries, files, notes, choice.notes, choice.is_copy, progress)
+        own = self._path / KIND_RECORD
+        written_as = json.loads(own.read_bytes())["dldr_ext.kind"] if own.is_file() else None
+        return Contents(
+            entries,
+            files,
+            notes,
+            choice.notes,
+            choice.is_copy,
+            progress,
+            written_as,
+            keys={name: tuple(self._paths.get(name, (name,))) for name in self._kinds},
+        )
 
     def _path_of(self, name: str) -> tuple[str, ...]:
         """Return the keys of the nested dicts that were saved."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..tensors.formats import SAFETENSORS_NAMES
 from ..tensors.names import plain_names
 from . import pickles, state_dicts
-from .discovery import INDEX_SUFFIXES
+from .discovery import INDEX_SUFFIXES, KIND_RECORD
 from .errors import CheckpointError, reason
 
 #: Tells whether tensors are those of the model in use.
@@ -30,7 +30,6 @@ _INDEX_LIMIT = 1 << 28  # bytes; the index of a model of 100,000 tensors has 10 
 _SAFETENSORS_DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 _SAFETENSORS_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
-KIND_RECORD = "dldr_ext.json"  # in a file of torch.save that this package wrote
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save wrote first, before torch 1.6
 _OTHERS = {  # how files begin that are not checkpoints of torch
     b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for: git lfs pull",
@@ -91,6 +90,8 @@ class Contents(NamedTuple):
     is_copy: bool = False  # of the weights: their average, a teacher, ...
     progress: Mapping[str, float] = MappingProxyType({})  # "epoch" and "step", if they are there
     kind: str | None = None  # of artefact of this package
+    # Of torch.distributed.checkpoint: the keys in nested dicts of each name in the file.
+    keys: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
 
 
 def read_contents(path: Path, key: str | None = None, fits: Fits | None = None) -> Contents:

@@ -93,8 +93,9 @@ def soup(
     With --metric from the best checkpoint on, as long as the score does not
     fall (greedy soup; one checkpoint and the sums are in memory).
 
-    The output's name says its format. A folder/ is one that transformers or
-    PEFT loads: configuration and tokenizer are those of the first checkpoint.
+    The output's name says its format. A folder/ is as that of the first
+    checkpoint: one that transformers, PEFT or diffusers loads, with its
+    configuration, or one of torch.distributed.checkpoint.
 
     Batch-norm statistics of an average must be estimated anew, with
     torch.optim.swa_utils.update_bn(loader, model). A trained average needs

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoints.formats import KIND_RECORD
+from ..checkpoints.discovery import KIND_RECORD
 from ..checkpoints.pickles import STORAGES
 from .artifacts import sync_folder
 from .partial import reserved
@@ -38,6 +38,8 @@ class TorchFile:
     tensors : mapping of str to Tensor
         On the meta device: their dtypes and shapes. They are written in this order. Names of one
         object are names of one tensor, which is written under the first.
+    bare : bool
+        Of one tensor: torch.load returns it, not a dict with it.
 
     Raises
     ------
@@ -52,6 +54,7 @@ class TorchFile:
         version: int,
         tensors: Mapping[str, Tensor],
         metadata: Mapping[str, Any],
+        bare: bool = False,
     ) -> None:
         self.path, self.temporary = path, path.with_name(f".{path.name}.part")
         self._keys: dict[str, str] = {}
@@ -60,7 +63,8 @@ class TorchFile:
             if id(tensor) not in of_tensor:
                 self._keys[name] = of_tensor[id(tensor)] = str(len(of_tensor))
         self._tensors = dict(tensors)
-        pickled = _pickled(tensors, of_tensor)
+        saved = next(iter(tensors.values())) if bare else OrderedDict(tensors)
+        pickled = _pickled(saved, of_tensor)
         size = sum(tensors[name].nbytes + _HEADER for name in self._keys) + len(pickled) + _HEADER
         self._file = reserved(self.temporary, size, path)
         self._zip = zipfile.ZipFile(self._file, "w")
@@ -133,7 +137,7 @@ class _Storage(NamedTuple):
     nbytes: int
 
 
-def _pickled(tensors: Mapping[str, Tensor], keys: Mapping[int, str]) -> bytes:
+def _pickled(saved: Any, keys: Mapping[int, str]) -> bytes:
     class Pickler(pickle.Pickler):
         def persistent_id(self, value: Any) -> Any:
             if not isinstance(value, _Storage):
@@ -152,7 +156,7 @@ def _pickled(tensors: Mapping[str, Tensor], keys: Mapping[int, str]) -> bytes:
             return torch._utils._rebuild_tensor_v3, (storage, *rest, value.dtype)
 
     buffer = io.BytesIO()
-    Pickler(buffer, protocol=2).dump(OrderedDict(tensors))
+    Pickler(buffer, protocol=2).dump(saved)
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Averages that transformers and PEFT load, where they are installed."""
+"""Averages that transformers, PEFT and diffusers load, where they are installed."""
 
 from __future__ import annotations
 
@@ -68,3 +68,31 @@ def test_peft_loads_the_average(tmp_path):
     for name, parameter in mean.items():
         expected = (others[0][name].double() + others[1][name].double()) / 2
         assert torch.equal(parameter, expected.float()), name
+
+
+@pytest.mark.parametrize("shard", ["10GB", "5KB"])
+def test_diffusers_loads_the_average(tmp_path, shard):
+    """The layout of its training scripts: a folder for each model in that of a step."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    net = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+    for step in (5, 10):
+        walk(net.parameters())
+        net.save_pretrained(tmp_path / f"checkpoint-{step}" / "vae", max_shard_size=shard)
+    (tmp_path / "pipeline").mkdir()
+    write_mean(Series(tmp_path, rows=False), tmp_path / "pipeline" / "vae")
+    mean, *others = (
+        dict(diffusers.AutoencoderTiny.from_pretrained(tmp_path / of, subfolder="vae").state_dict())
+        for of in ("pipeline", "checkpoint-5", "checkpoint-10")
+    )
+    assert mean
+    for name, value in mean.items():
+        expected = (others[0][name].double() + others[1][name].double()) / 2
+        assert torch.equal(value, expected.float()), name
+    files = list((tmp_path / "pipeline" / "vae").glob("diffusion_pytorch_model*.safetensors"))
+    assert (len(files) > 1) == (shard == "5KB")

@@ -78,7 +78,7 @@ def test_outputs_that_cannot_be_written(run, tmp_path, capsys, metric):
     """Said at once, with the option and the way out."""
     for output, message in (
         ("soup.tar", "expected a name that ends with one of .safetensors"),
-        ("soup.npz", "or with / for a folder that transformers or PEFT loads, got"),
+        ("soup.npz", "or with / for a folder that transformers, PEFT or diffusers loads, got"),
         ("no/x.pt", "expected a path in a folder that is there, unlike"),
         ("run", "expected a new or an empty folder, not one with 3 entries"),
     ):
