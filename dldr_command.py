@@ -12,9 +12,33 @@ import sys
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 _HELP = ("-h", "--help")
+_METAVARS = {"int": "INT", "float": "FLOAT", "Path": "PATH", "list[Path]": "PATH"}
+
+
+class Option(NamedTuple):
+    """An option of a command, or an argument: that one has no names."""
+
+    names: list[str]
+    flag: bool
+    help: str
+    values: list[str]
+    metavar: str
+    default: str  # what is shown of it
+
+    def heading(self) -> str:
+        """Return the names, short ones first, and what follows them."""
+        names = ", ".join(sorted(self.names, key=lambda name: name.startswith("--")))
+        return names if self.flag else f"{names} {self.metavar}"
+
+    def text(self) -> str:
+        """Return the help and the default."""
+        if not self.default:
+            return self.help
+        required = self.default == "required"
+        return f"{self.help} [{self.default if required else f'default: {self.default}'}]"
 
 
 def main() -> None:
@@ -28,7 +52,7 @@ def main() -> None:
     elif not arguments or arguments[0] in _HELP:
         print(help_text())
         sys.exit(0 if arguments else 2)
-    elif not typer and arguments[0] in commands() and set(arguments) & set(_HELP):
+    elif arguments[0] in commands() and set(arguments) & set(_HELP):
         print(help_of(arguments[0]))
     else:
         from dldr_ext.cli import main as whole
@@ -59,42 +83,71 @@ def commands() -> dict[str, ast.FunctionDef]:
     return found
 
 
-def options(function: ast.FunctionDef) -> list[dict[str, Any]]:
-    """Return the names, the help and the values of each option of a command."""
-    shared, enums = {}, {}
+def options(function: ast.FunctionDef) -> list[Option]:
+    """Return the options and arguments of a command, in the order of its function."""
+    shared: dict[str, Any] = {}  # annotations that several commands use, by name
+    enums: dict[str, list[str]] = {}
     for module in _modules().values():
         for node in module.body:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 shared[node.targets[0].id] = node.value
             elif isinstance(node, ast.ClassDef) and "Enum" in ast.unparse(node):
-                values = [v.value for v in node.body if isinstance(v, ast.Assign)]
-                enums[node.name] = [ast.literal_eval(value) for value in values]
+                constants = [v.value for v in node.body if isinstance(v, ast.Assign)]
+                enums[node.name] = [ast.literal_eval(value) for value in constants]
+    arguments = function.args.args
     found = []
-    for argument in function.args.args:
+    for place, argument in enumerate(arguments, start=len(function.args.defaults)):
         annotation: Any = argument.annotation
         if isinstance(annotation, ast.Name):
             annotation = shared[annotation.id]
         kind, call = annotation.slice.elts
-        if call.func.attr == "Argument" if isinstance(call.func, ast.Attribute) else False:
-            continue
-        strings = [ast.unparse(one).strip("f'\"") for one in call.args]
-        names = [text for text in strings if re.fullmatch("--?[a-z-]+", text)]
-        boolean = ast.unparse(kind) == "bool"
-        stem = argument.arg.replace("_", "-")
-        texts = [k.value for k in call.keywords if k.arg == "help"]
-        texts += [one for one in call.args if isinstance(one, (ast.Constant, ast.JoinedStr))]
-        texts = [t for t in texts if not (isinstance(t, ast.Constant) and t.value in names)]
-        found.append(
-            {
-                "names": names or ([f"--{stem}", f"--no-{stem}"] if boolean else [f"--{stem}"]),
-                "flag": boolean,
-                "help": re.sub("{.*?}", "...", ast.unparse(texts[0]).strip("f'\""))
-                if texts
-                else "",
-                "values": enums.get(ast.unparse(kind).partition(" ")[0], []),
-            }
-        )
+        default = (*[None] * len(arguments), *function.args.defaults)[place]
+        found.append(_option(argument.arg, kind, call, default, enums))
     return found
+
+
+def _option(
+    name: str, annotation: ast.expr, call: Any, default: Any, enums: dict[str, list[str]]
+) -> Option:
+    kind = ast.unparse(annotation).removesuffix(" | None")
+    maker = ast.unparse(call.func)  # typer.Option, typer.Argument, number or dtype_of
+    constants = [one.value for one in call.args if isinstance(one, ast.Constant)]
+    texts = [value for value in constants if isinstance(value, str)]
+    given: dict[str, Any] = {
+        k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)
+    }
+    names = [text for text in texts if re.fullmatch("--?[a-z-]+", text)]
+    texts = [text for text in texts if text not in names]
+    flag = kind == "bool"
+    if maker != "typer.Argument" and not names:
+        stem = name.replace("_", "-")
+        names = [f"--{stem}", f"--no-{stem}"] if flag else [f"--{stem}"]
+    values = enums.get(kind, [])
+    metavar = {"number": "INT", "dtype_of": "DTYPE"}.get(maker, _METAVARS.get(kind, "TEXT"))
+    shown = given.get("show_default", True)
+    if default is None:
+        shown = "required"
+    elif shown is True:
+        shown = _default(default)
+        if flag:
+            shown = names[0].strip("-") if len(names) > 1 and shown == "True" else ""
+    return Option(
+        names,
+        flag,
+        given.get("help") or next(iter(texts), ""),
+        values,
+        given.get("metavar") or "|".join(values) or metavar,
+        shown or "",
+    )
+
+
+def _default(value: ast.expr | None) -> str:
+    """Return a default as it would be typed: of "x", Path("x") and Enum.x it is x."""
+    if isinstance(value, ast.Call):
+        value = value.args[0]
+    if isinstance(value, ast.Attribute):
+        return value.attr
+    return str(value.value) if isinstance(value, ast.Constant) and value.value is not None else ""
 
 
 def help_text() -> str:
@@ -114,11 +167,21 @@ def help_text() -> str:
 
 
 def help_of(command: str) -> str:
-    """Return the help of a command, for where typer is missing."""
+    """Return what ``dldr COMMAND --help`` prints."""
     function = commands()[command]
-    rows = [(", ".join(option["names"]), option["help"]) for option in options(function)]
-    text = (ast.get_docstring(function) or "").replace("\b\n", "")
-    return f"Usage: dldr {command} [OPTIONS] ...\n\n{text}\n\nOptions:\n{_table(rows)}"
+    given = [one for one in options(function) if one.names]
+    arguments = [one for one in options(function) if not one.names]
+    usage = " ".join(["Usage: dldr", command, "[OPTIONS]", *(f"{a.metavar}..." for a in arguments)])
+    parts = [usage]
+    for paragraph in (ast.get_docstring(function) or "").split("\n\n"):
+        lines = paragraph.removeprefix("\b\n").split("\n")
+        verbatim = paragraph.startswith("\b")
+        parts.append("\n".join(map(_typed, lines)) if verbatim else _fold(" ".join(lines)))
+    if arguments:
+        parts.append(f"Arguments:\n{_table([(a.metavar, a.text()) for a in arguments])}")
+    rows = [(one.heading(), one.text()) for one in given]
+    parts.append(f"Options:\n{_table([*rows, ('-h, --help', 'Show this message.')])}")
+    return "\n\n".join(parts)
 
 
 def _complete() -> None:
@@ -136,11 +199,11 @@ def _complete() -> None:
 
     for name, function in commands().items():
         kinds: dict[str, Any] = {}
-        for place, one in enumerate(options(function)):
-            named = Enum("Values", [(v, v) for v in one["values"]], type=str)  # type: ignore[misc]
-            kind: Any = bool if one["flag"] else named if one["values"] else str
-            names = ["/".join(one["names"])] if "--no-" in one["names"][-1] else one["names"]
-            kinds[f"o{place}"] = Annotated[kind, typer.Option(*names, help=one["help"])]
+        for place, one in enumerate(one for one in options(function) if one.names):
+            named = Enum("Values", [(v, v) for v in one.values], type=str)  # type: ignore[misc]
+            kind: Any = bool if one.flag else named if one.values else str
+            names = ["/".join(one.names)] if "--no-" in one.names[-1] else one.names
+            kinds[f"o{place}"] = Annotated[kind, typer.Option(*names, help=one.help)]
 
         def hollow(**_: Any) -> None:
             pass
@@ -179,6 +242,19 @@ def _width() -> int:
 
 def _fold(text: str) -> str:
     return textwrap.fill(text, _width())
+
+
+def _typed(line: str) -> str:
+    """Fold a command at its words, as a shell takes it."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    lines = textwrap.wrap(
+        line,
+        _width() - 2,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return " \\\n".join(lines)
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -58,7 +58,7 @@ def plan_command(
     ] = "fp32",
     device: Annotated[
         str,
-        typer.Option(help=f"{', '.join(TABLE)} (data sheets); cpu, cuda or this: measured here."),
+        typer.Option(help="Of a data sheet, as h200 or a100; cpu, cuda or this: measured here."),
     ] = "this",
     storage: Annotated[Storage, typer.Option(help="Where the snapshots are.")] = Storage.device,
     ranks: Annotated[int, number("Devices.")] = 1,

@@ -197,7 +197,7 @@ def progress(
     """Show a bar while steps are taken: ``with progress(optimizer, total=100): ...``.
 
     With loss, trials and step length of the last step. Needs the package rich
-    (``pip install "dldr_ext[cli]"``).
+    (``pip install rich``).
 
     Parameters
     ----------

@@ -54,6 +54,18 @@ def test_version_and_help_need_nothing(hidden):
     assert "Exit codes: 0 done, 1 failed" in words(text)
 
 
+def default_of(param) -> str:
+    """What typer shows of a default, in its help."""
+    if param.required:
+        return "required"
+    if isinstance(param.show_default, str):
+        return param.show_default
+    if param.is_flag if param.param_type_name == "option" else False:
+        return param.opts[0].strip("-") if param.default and param.secondary_opts else ""
+    value = param.default
+    return "" if value is None else str(getattr(value, "value", value))
+
+
 def test_commands_and_options_are_those_of_the_program():
     needs("typer", "rich")
     import typer.main
@@ -63,13 +75,14 @@ def test_commands_and_options_are_those_of_the_program():
     whole = typer.main.get_command(app).commands
     assert [*dldr_command.commands()] == [*whole]
     for name, function in dldr_command.commands().items():
-        expected = [p for p in whole[name].params if p.param_type_name == "option"]
-        expected = [p for p in expected if "--help" not in p.opts]
+        expected = [p for p in whole[name].params if "--help" not in p.opts]
         found = dldr_command.options(function)
-        assert [one["names"] for one in found] == [[*p.opts, *p.secondary_opts] for p in expected]
-        assert [one["flag"] for one in found] == [p.is_flag for p in expected]
         for one, param in zip(found, expected, strict=True):
-            assert one["help"] == param.help or "..." in one["help"]
+            argument = param.param_type_name == "argument"
+            assert one.names == ([] if argument else [*param.opts, *param.secondary_opts])
+            assert one.flag == (not argument and param.is_flag), param
+            assert one.help == param.help and one.default == default_of(param), param
+            assert one.metavar == param.metavar or param.metavar is None, param
         summary = words(whole[name].help).partition(". ")[0]
         assert words(dldr_command.help_text()).count(summary.partition(".")[0]) == 1
 
@@ -93,12 +106,22 @@ def test_completion_without_torch(typed, expected):
     assert (code, err, out.split()) == (0, "", expected)
 
 
+@pytest.mark.parametrize("hidden", [("torch",), NOTHING])
 @pytest.mark.parametrize("command", ["info", "plan", "bench", "analyze", "soup", "demo"])
-def test_help_of_a_command_without_extras(command):
-    code, out, err = run(command, "--help", hidden=NOTHING)
-    assert (code, err) == (0, "")
-    assert f"Usage: dldr {command} [OPTIONS]" in out and f"  dldr {command}" in out
+def test_help_of_a_command_needs_nothing(command, hidden):
+    code, out, err = run(command, "--help", hidden=hidden, COLUMNS="50")
+    assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= 50
+    assert f"Usage: dldr {command} [OPTIONS]" in out and f"\n  dldr {command}" in out
     assert "--json" in out and "\b" not in out
+    assert run(command, "--json", "-h", hidden=hidden, COLUMNS="50")[1] == out
+
+
+def test_examples_in_a_help_are_whole_commands():
+    """Folded as a shell takes them."""
+    out = run("soup", "-h", COLUMNS="50")[1].replace(" \\\n", " ")
+    assert "dldr soup runs/checkpoints --last 20 --schedule 1-sqrt --verify" in words(out)
+    assert "--schedule mean|linear|1-sqrt|ema:B" in out and "CKPT[:WEIGHT] Files" in words(out)
+    assert "[required]" in out and "[default: soup.safetensors]" in words(out)
 
 
 def test_info_without_extras():
