@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,12 @@ import torch
 
 from ..files import artifacts
 from ..reporting import html
-from ..reporting.html import Card
+from ..reporting.figures import Drawing
+from ..reporting.html import Card, Table
 
 _MOST_PAIRS = 20  # near-duplicates that are listed
+_MOST_LINES = 100  # of remarks in the report
+_MOST_CHECKPOINTS = 300  # rows of its table
 _MOST_ROWS = 100  # of matrices in analysis.json: some hundred kilobytes
 _MATRICES = "matrices.safetensors"
 
@@ -41,15 +44,19 @@ def duplicates(results: dict[str, Any]) -> list[str]:
     return [*lines, f"and {more} more pairs"] if more > 0 else lines
 
 
-def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path:
+def write(
+    results: dict[str, Any], drawings: Sequence[Drawing], versions: dict[str, Any], folder: Path
+) -> Path:
     """Write report.html.
 
     Parameters
     ----------
     results : dict
         As `Analysis.run` returned it.
-    images : iterable of Path
-        The figures to embed, as `plots.draw` returned them.
+    drawings : sequence of Drawing
+        As `plots.drawings` returned them.
+    versions : dict
+        As `html.versions` returned them.
     folder : Path
         An existing folder.
 
@@ -62,20 +69,23 @@ def write(results: dict[str, Any], images: Iterable[Path], folder: Path) -> Path
         key: results[key]
         for key in ("numel", "tensors", "dtype", "bytes", "norm_of_first", "seconds")
     }
+    subspace = [] if results["subspace"] is None else [Path(results["subspace"]["path"]).name]
     return html.write(
         folder / "report.html",
-        "analysis/report.html",
+        Path(__file__).with_suffix(".html"),
         verdict=verdict(results),
         cards=list(_cards(results)),
         remarks={
-            "Left out": results["skipped"],
+            "Left out": _some(results["skipped"]),
             "Near-duplicates": duplicates(results),
-            "Notes": results["notes"],
+            "Notes": _some(results["notes"]),
         },
-        images={image.name: image for image in images},
+        drawings=drawings,
         directions=results["report"],
-        checkpoints=_rows(results),
+        checkpoints=_checkpoints(results),
         settings=settings | {"subspace": results["subspace"] or "not kept"},
+        versions=versions,
+        files=["analysis.json", *subspace, *(f"{drawing.name}.png" for drawing in drawings)],
     )
 
 
@@ -122,13 +132,25 @@ def _cards(results: dict[str, Any]) -> Iterable[Card]:
         yield Card("kept", share, f"of the variance in {kept['dim']} directions", best=True)
 
 
-def _rows(results: dict[str, Any]) -> Iterable[list[str]]:
+def _checkpoints(results: dict[str, Any]) -> Table:
     drift, cosines = results["drift"], results["cosines"]["successive"]
-    for t, path in enumerate(results["checkpoints"]):
-        yield [
-            path,
-            str(t),
+    count = len(results["checkpoints"])
+    shown = range(0, count, -(-count // _MOST_CHECKPOINTS))
+    rows = [
+        [
+            results["checkpoints"][t],
+            t,
             f"{drift['from_first'][t]:.4g}",
             "-" if t == 0 else f"{drift['steps'][t - 1]:.4g}",
             "-" if t < 2 else f"{cosines[t - 2]:.3f}",
         ]
+        for t in shown
+    ]
+    which = "All checkpoints" if len(shown) == count else f"{len(shown)} of {count} checkpoints"
+    columns = ["checkpoint", "number", "from the first", "step", "cosine with the step before"]
+    return Table(which, columns, rows)
+
+
+def _some(lines: list[str]) -> list[str]:
+    more = len(lines) - _MOST_LINES
+    return [*lines[:_MOST_LINES], f"and {more} more"] if more > 0 else lines

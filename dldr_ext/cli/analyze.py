@@ -11,8 +11,11 @@ import typer
 from rich import box
 from rich.table import Table
 
+from .. import build_info
 from ..analysis import plots, report
 from ..analysis.analysis import Analysis
+from ..reporting import html
+from ..reporting.figures import save_figures
 from ..reporting.text import printable
 from .options import (
     STORED,
@@ -113,7 +116,10 @@ def analyze(
             skip_bad=skip_bad,
             progress=bar,
         ).run()
-        page = report.write(results, plots.draw(results, output), output)
+        drawings = plots.drawings(results)
+        save_figures(drawings, output)
+        versions = html.versions(build_info()["version"])
+        page = report.write(results, drawings, versions, output)
         written = report.write_json(results, output)
     for line in results["skipped"]:
         say(f"dldr: left out {line}", err=True)

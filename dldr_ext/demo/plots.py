@@ -1,25 +1,28 @@
-"""The demo's three figures, as PNG files. Needs matplotlib."""
+"""The demo's three figures. Drawing needs matplotlib."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..reporting.figures import COLOURS, new_figure, percentages, save_figures, whole_numbers
+from ..reporting import views
+from ..reporting.figures import COLOURS, LIGHT, Drawing, new_figure
 from .landscape import Landscape
 from .methods import NAMES
+from .summary import summarize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_SHOWN = ("sgd", "random", "psgd", "pbfgs", "one_pass")
+_DASHES = {"random": "--", "one_pass": "-."}
 
-def draw(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list[Path]:
-    """Draw what the results hold into `folder`.
+
+def drawings(results: dict[str, Any], plane: Landscape | None) -> list[Drawing]:
+    """Return what shows the results, in the order of the report.
 
     Parameters
     ----------
@@ -27,45 +30,67 @@ def draw(results: dict[str, Any], plane: Landscape | None, folder: Path) -> list
         As `run.run` returned it.
     plane : Landscape or None
         None where the subspace has one dimension only.
-    folder : Path
-        An existing folder.
 
     Returns
     -------
-    list of Path
-        The files, in the order of the report.
+    list of Drawing
     """
-    drawings: dict[str, Callable[[], Figure]] = {
-        "accuracy.png": partial(_accuracy, results),
-        "spectrum.png": partial(_spectrum, results),
-    }
-    if plane is not None:
-        drawings["trajectory.png"] = partial(_trajectory, plane)
-    return save_figures(drawings, folder)
+    ratios = results["explained_variance_ratio_by_seed"]
+    spectrum = views.spectrum(
+        {f"seed {i}": ratio for i, ratio in enumerate(ratios)},
+        results["runs"][0]["dim"],
+        seeds=True,
+    )._replace(
+        title="How much of the SGD trajectory the directions explain",
+        caption=(
+            "Principal directions of the recorded first half of SGD: the share of the variance "
+            "that each explains, and what the first k together leave over."
+        ),
+    )
+    shown = [_accuracy(results), spectrum]
+    return shown if plane is None else [*shown, _trajectory(plane)]
 
 
-def _accuracy(results: dict[str, Any]) -> Figure:
-    """Draw validation accuracy against passes: a thin line for each seed, a thick one for the mean.
+def _accuracy(results: dict[str, Any]) -> Drawing:
+    """Show validation accuracy against passes: thin lines for seeds, thick ones for their mean."""
+    said = "; ".join(
+        f"{NAMES[row.method]} {row.accuracy} of the test digits after "
+        f"{row.all_passes:.1f} passes in all"
+        for row in summarize(results)
+        if row.method in _SHOWN
+    )
+    return Drawing(
+        "accuracy",
+        "Accuracy on the validation digits against passes",
+        f"At the end: {said}.",
+        partial(_draw_accuracy, results),
+        "Gradients, trials of the line search and batch-norm statistics all count as passes over "
+        "the training images. The vertical axis is stretched towards 100 %. P-SGD, P-BFGS and the "
+        "pass of P-Adam take their subspace from the passes of SGD up to the dotted line; these "
+        "come on top and are not drawn. A point of a method in the subspace includes the pass "
+        "that re-estimates the batch-norm statistics, as if the run had ended there. Thin lines: "
+        "single seeds, where there are several.",
+    )
 
-    The axis spreads what lies near 100 %, where all methods but the control end.
-    """
-    figure, axes = new_figure("Accuracy on the validation digits against passes")
+
+def _draw_accuracy(results: dict[str, Any]) -> Figure:
+    figure, axes = new_figure()
     curves: dict[str, list[list[list[float]]]] = defaultdict(list)
     for run in results["runs"]:
         curves[run["method"]].append(run["validation_curve"])
     highest = 0.0
-    for method in ("sgd", "random", "psgd", "pbfgs", "one_pass"):
-        colour = COLOURS[method]
+    for method in _SHOWN:
+        colour, dashes = COLOURS[method], _DASHES.get(method, "-")
         for curve in curves[method]:
             passes, accuracies = np.array(curve).T
             highest = max(highest, accuracies.max())
             if len(curves[method]) > 1:
                 axes.plot(passes, _error(accuracies), color=colour, linewidth=0.8, alpha=0.35)
         grid, mean = _mean_curve(curves[method])
-        axes.plot(grid, _error(mean), color=colour, label=NAMES[method])
+        axes.plot(grid, _error(mean), dashes, color=colour, label=NAMES[method])
         axes.plot(grid[-1], _error(mean[-1:]), "o", color=colour, markersize=6)
     end = float(np.mean([curve[-1][0] for curve in curves["sgd_half"]]))
-    axes.axvline(end, color=COLOURS["sgd"], linewidth=1, linestyle=":")
+    axes.axvline(end, color=LIGHT["soft"], linewidth=1, linestyle=":")
     axes.annotate(
         "recording of SGD ends",
         (end, 0.3),
@@ -74,7 +99,7 @@ def _accuracy(results: dict[str, Any]) -> Figure:
         textcoords="offset points",
         rotation=90,
         va="center",
-        color=COLOURS["sgd"],
+        color=LIGHT["soft"],
         fontsize=9,
     )
     axes.set_yscale("log")
@@ -82,9 +107,9 @@ def _accuracy(results: dict[str, Any]) -> Figure:
     axes.minorticks_off()
     ticks = [t for t in (0, 50, 80, 90, 95, 98, 99, 99.5) if t <= 100 * highest]
     axes.set_yticks([1 - t / 100 for t in ticks], [f"{t:g} %" for t in ticks])
-    axes.set_xlabel("passes over the training images (gradients, trials, batch-norm statistics)")
+    axes.set_xlabel("passes over the training images")
     axes.set_xlim(left=0)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=10)
+    figure.legend(loc="outside upper center", ncols=3)
     return figure
 
 
@@ -104,94 +129,20 @@ def _mean_curve(curves: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray
     return grid, np.mean(values, axis=0)
 
 
-def _spectrum(results: dict[str, Any]) -> Figure:
-    """Draw the explained variance of single directions, and what the first k leave over."""
-    dim = results["runs"][0]["dim"]
-    figure, axes = new_figure("How much of the SGD trajectory the directions explain")
-    for i, ratio in enumerate(results["explained_variance_ratio_by_seed"]):
-        order = np.arange(1, len(ratio) + 1)
-        colour = COLOURS["pbfgs"]
-        axes.plot(
-            order, ratio, "o-", color=colour, markersize=3, linewidth=1, alpha=1 if i == 0 else 0.35
-        )
-        if i == 0:
-            axes.set_yscale("log")
-            axes.set_ylim(top=1)
-            left = np.clip(1 - np.cumsum(ratio[:-1]), 1e-12, 1)
-            axes.plot(order[:-1], left, color=COLOURS["psgd"])
-            axes.annotate(
-                "not explained by the first k",
-                (order[len(left) // 2], left[len(left) // 2]),
-                xytext=(6, 6),
-                textcoords="offset points",
-                color=COLOURS["psgd"],
-            )
-            axes.annotate(
-                "direction k alone",
-                (order[len(left) // 3], ratio[len(left) // 3]),
-                xytext=(-6, -8),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                color=colour,
-            )
-            share = float(np.sum(ratio[:dim]))
-            axes.axvline(dim, color=COLOURS["sgd"], linewidth=1, linestyle=":")
-            axes.annotate(
-                f"{dim} directions kept:\n{100 * share:.3f} % of the variance",
-                (dim, 0.97),
-                xycoords=("data", "axes fraction"),
-                xytext=(-6, 0) if dim > len(ratio) / 2 else (6, 0),
-                textcoords="offset points",
-                ha="right" if dim > len(ratio) / 2 else "left",
-                va="top",
-                color=COLOURS["sgd"],
-            )
-    percentages(axes.yaxis)
-    whole_numbers(axes.xaxis)
-    axes.set_xlabel("direction k")
-    axes.set_ylabel("share of the variance")
-    return figure
-
-
-def _trajectory(plane: Landscape) -> Figure:
-    """Draw loss contours with the paths on them."""
-    from matplotlib.colors import LogNorm
-    from matplotlib.patheffects import withStroke
-
-    figure, axes = new_figure("Training seen on the plane of the first two directions", (7.2, 5.6))
-    axes.grid(False)
-    loss = np.array(plane.loss)
-    norm = LogNorm(loss.min(), loss.max())
-    levels = np.geomspace(loss.min(), loss.max(), 15)
-    filled = axes.contourf(plane.x, plane.y, loss, levels, cmap="Greys", norm=norm, alpha=0.55)
-    axes.contour(plane.x, plane.y, loss, levels, colors="white", linewidths=0.6)
-    bar = figure.colorbar(filled, ax=axes, pad=0.02)
-    ticks = levels[::2]
-    bar.set_ticks(list(ticks), labels=[f"{tick:.2g}" for tick in ticks])
-    bar.minorticks_off()
-    bar.set_label("training loss on the plane through the end of P-BFGS")
-    for path, colour, label in (
-        (plane.sampled, "black", "SGD, recorded first half"),
-        (plane.paths["psgd"], COLOURS["psgd"], NAMES["psgd"]),
-        (plane.paths["pbfgs"], COLOURS["pbfgs"], NAMES["pbfgs"]),
-    ):
-        x, y = np.array(path).T
-        marker = "." if len(path) <= 200 else ""
-        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.3, label=label)
-        axes.plot(x[-1], y[-1], "o", color=colour, markeredgecolor="white", markersize=9)
-    axes.plot(*plane.sgd_end, "*", color="black", markeredgecolor="white", markersize=15)
-    axes.plot(0, 0, "s", color="white", markeredgecolor="black", markersize=8)
-    for text, point in (("full SGD", plane.sgd_end), ("start", (0, 0))):
-        axes.annotate(
-            text,
-            point,
-            xytext=(8, 6),
-            textcoords="offset points",
-            fontweight="bold",
-            path_effects=[withStroke(linewidth=3, foreground="white")],
-        )
-    axes.set_xlabel("theta 1")
-    axes.set_ylabel("theta 2")
-    axes.legend(loc="best", frameon=True)
-    return figure
+def _trajectory(plane: Landscape) -> Drawing:
+    tracks = [
+        views.Track("SGD, recorded first half", plane.sampled, COLOURS["sgd"]),
+        views.Track(NAMES["psgd"], plane.paths["psgd"], COLOURS["psgd"]),
+        views.Track(NAMES["pbfgs"], plane.paths["pbfgs"], COLOURS["pbfgs"]),
+    ]
+    contours = views.Contours(plane.x, plane.y, plane.loss, "training loss")
+    marks = [views.Mark("full SGD", plane.sgd_end, "*"), views.Mark("start", (0, 0), "s")]
+    return views.plane(tracks, ("theta 1", "theta 2"), contours, marks)._replace(
+        name="trajectory",
+        title="Training seen on the plane of the first two directions",
+        caption=(
+            "The paths of the first seed, projected on the first two directions. Contours: "
+            "training loss on the plane through the end of P-BFGS, whose other coordinates are "
+            "kept; the other paths run above or below that plane."
+        ),
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +13,7 @@ import torch
 from .. import Subspace, build_info
 from ..ops.library import device_problem
 from ..pca.random_walk import SHORTEST
+from ..reporting import html
 from . import methods
 from .data import DESCRIPTIONS, SIZES, Dataset, load
 from .landscape import Landscape, landscape
@@ -260,13 +259,7 @@ def _describe(config: Config) -> dict[str, Any]:
 
 def _versions() -> dict[str, Any]:
     info = build_info()
-    versions: dict[str, Any] = {
-        "dldr_ext": info["version"],
-        "cpu_capability": info["cpu_capability"],
-        "torch": torch.__version__,  # which build, too: its metadata may not say
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-    }
+    versions = html.versions(info["version"], cpu_capability=info["cpu_capability"])
     for name in _PACKAGES:
         try:
             versions[name] = metadata.version(name)

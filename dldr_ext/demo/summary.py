@@ -28,6 +28,11 @@ class Row:
         """The test accuracy with its spread, as text."""
         return percent(self.test_accuracy, self.spread)
 
+    @property
+    def all_passes(self) -> float:
+        """Its own passes and those of the recorded SGD."""
+        return self.sampling_passes + self.passes
+
     def cells(self, numel: int) -> list[str]:
         """Format the row of the result table, whose network has ``numel`` parameters."""
         return [
@@ -80,7 +85,7 @@ def verdict(results: dict[str, Any]) -> str:
 
     return (
         f"P-BFGS on {pbfgs.dim} variables came to {pbfgs.accuracy} in "
-        f"{pbfgs.sampling_passes + pbfgs.passes:.1f} passes ({pbfgs.sampling_passes:.1f} of SGD, "
+        f"{pbfgs.all_passes:.1f} passes ({pbfgs.sampling_passes:.1f} of SGD, "
         f"recorded, and {pbfgs.passes:.1f} of its own), {against(sgd)} SGD on all "
         f"{results['runs'][0]['numel']:,} in {sgd.passes:.1f} "
         f"({sgd.accuracy}), and {against(random)} P-BFGS in a random "

@@ -1,56 +1,140 @@
-"""The style that all figures share, and how they become files. Drawing needs matplotlib."""
+"""The style that all figures share, and how they become files and parts of a page.
+
+Drawing needs matplotlib. A figure is drawn in the light colours; inside a page each colour is a CSS
+variable of its name, which the page sets for light and dark.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import io
+import re
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from markupsafe import Markup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: told apart with any colour vision.
+#: By name, in light and in dark. Each is told from the paper at 4.5:1 (line: a rule, apart).
+PALETTE = {
+    "paper": ("#ffffff", "#171c23"),
+    "ink": ("#1d2430", "#e6eaf0"),
+    "soft": ("#515c6b", "#a9b4c2"),
+    "line": ("#dde2e9", "#39424e"),
+    "blue": ("#0a69a8", "#5cb6ee"),
+    "orange": ("#a15c00", "#efaa3f"),
+    "green": ("#00755a", "#3cc79f"),
+    "purple": ("#7d4bb8", "#c3a1f2"),
+    "red": ("#b8380f", "#ff9066"),
+    "grey": ("#68717f", "#97a1af"),
+}
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 COLOURS = {
-    "sgd": "#555555",
-    "sgd_half": "#999999",
-    "psgd": "#E69F00",
-    "pbfgs": "#0072B2",
-    "one_pass": "#D55E00",
-    "random": "#CC79A7",
+    "sgd": LIGHT["ink"],
+    "sgd_half": LIGHT["grey"],
+    "psgd": LIGHT["orange"],
+    "pbfgs": LIGHT["blue"],
+    "one_pass": LIGHT["purple"],
+    "random": LIGHT["green"],
 }
 STYLE: Any = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    "font.size": 10,
+    "axes.edgecolor": LIGHT["soft"],
     "axes.grid": True,
-    "axes.titlesize": 12,
+    "axes.labelcolor": LIGHT["soft"],
+    "axes.spines.right": False,
+    "axes.spines.top": False,
     "axes.titlelocation": "left",
-    "grid.color": "#e6e6e6",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
     "axes.axisbelow": True,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "grid.color": LIGHT["line"],
     "legend.frameon": False,
+    "legend.fontsize": 9,
     "lines.linewidth": 1.8,
+    "text.color": LIGHT["ink"],
+    "xtick.color": LIGHT["soft"],
+    "ytick.color": LIGHT["soft"],
 }
+_SVG: Any = {"svg.fonttype": "none", "svg.image_inline": True, "path.simplify_threshold": 0.5}
+_NAMES = {light: f"var(--{name})" for name, light in LIGHT.items()}
 
 
-def new_figure(title: str, size: tuple[float, float] = (7.2, 4.4)) -> tuple[Figure, Axes]:
-    """Start one plot with a title; the reports show several below each other."""
-    from matplotlib.figure import Figure
+class Drawing(NamedTuple):
+    """A figure of a report: what draws it, and what it says."""
 
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontweight="bold")
-    return figure, axes
+    name: str  # of its file, without a suffix
+    title: str
+    alt: str  # the same in words, for those who cannot see it
+    draw: Callable[[], Figure]  # without a title
+    caption: str = ""
 
 
-def save_figures(drawings: Mapping[str, Callable[[], Figure]], folder: Path) -> list[Path]:
-    """Draw figures in the shared style and save them as PNG files.
+def require_matplotlib(what: str) -> None:
+    """Raise an error that says how to get matplotlib, if it is missing.
 
     Parameters
     ----------
-    drawings : mapping of str to callable
-        File names, and what draws each figure.
+    what : str
+        What needs it.
+
+    Raises
+    ------
+    ModuleNotFoundError
+    """
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(
+            f"{what} needs matplotlib, which is not installed. To get it: pip install "
+            '"dldr_ext[demo]"; in the folder of the source: pip install --no-build-isolation '
+            '".[demo]"',
+            name="matplotlib",
+        )
+
+
+def new_figure(size: tuple[float, float] = (5.4, 3.9)) -> tuple[Figure, Axes]:
+    """Start a figure; the usual size, in inches, is read on a phone too."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def drawn(drawing: Drawing, titled: bool = True) -> Figure:
+    """Draw a figure in the shared style, on its own with title and background.
+
+    Parameters
+    ----------
+    drawing : Drawing
+    titled : bool
+        False: as a part of a page, which has both.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        figure = drawing.draw()
+        if titled:
+            figure.set_facecolor(LIGHT["paper"])
+            figure.suptitle(drawing.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
+
+
+def save_figures(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
+    """Save figures as PNG files.
+
+    Parameters
+    ----------
+    drawings : sequence of Drawing
     folder : Path
         An existing folder.
 
@@ -60,14 +144,66 @@ def save_figures(drawings: Mapping[str, Callable[[], Figure]], folder: Path) -> 
         The files, in the order of ``drawings``.
     """
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    paths = [folder / f"{drawing.name}.png" for drawing in drawings]
     with matplotlib.rc_context(STYLE):
-        for name, draw in drawings.items():
-            figure = draw()
-            FigureCanvasAgg(figure)
-            figure.savefig(folder / name, dpi=150)
-    return [folder / name for name in drawings]
+        for drawing, path in zip(drawings, paths, strict=True):
+            drawn(drawing).savefig(path, dpi=150)
+    return paths
+
+
+def svg(drawing: Drawing, prefix: str = "") -> Markup:
+    """Return a figure as a part of a page: its text is text, its colours are those of the page.
+
+    Parameters
+    ----------
+    drawing : Drawing
+    prefix : str
+        Of all ids in it: figures with names of their own, or prefixes, may stand in one page.
+
+    Returns
+    -------
+    Markup
+        An ``svg`` element with its title and description.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(STYLE | _SVG | {"svg.hashsalt": drawing.name}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        drawn(drawing, titled=False).savefig(buffer, format="svg", metadata=nothing)
+    name = prefix + drawing.name
+    head, _, body = buffer.getvalue().partition("<svg")[2].partition(">")
+    box = re.search(r'viewBox="([^"]+)"', head)
+    assert box is not None
+    body = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r"#[0-9a-f]{6}", lambda c: _NAMES.get(c[0], c[0]), body)
+    body = re.sub(r"\bfont(-family)?: *[^;\"]*'[^;\"]*(; )?", _font, body)
+    body = re.sub(r"-?\d+\.\d{3,}", _short, body)
+    body = re.sub(r' transform="rotate\(-0 [^"]*"', "", body.replace("xlink:href", "href"))
+    body = re.sub(r"\s*\n\s*", "\n", _own_ids(body, name))
+    return Markup(
+        f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-title {name}-alt" '
+        f'xmlns="http://www.w3.org/2000/svg">'
+        f'<title id="{name}-title">{Markup.escape(drawing.title)}</title>'
+        f'<desc id="{name}-alt">{Markup.escape(drawing.alt)}</desc>{body}'
+    )
+
+
+def shades(colour: str, most: float = 1.0) -> Any:
+    """Return a colour map from nothing to a colour, or ``most`` of it: the paper shines through."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    ends = [(*to_rgb(colour), 0.04), (*to_rgb(colour), most)]
+    return LinearSegmentedColormap.from_list(colour, ends)
+
+
+def two_sided() -> Any:
+    """Return a colour map from blue over nothing to red, told apart on light and dark."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    low, high = to_rgb("#2f86cc"), to_rgb("#d9622b")
+    return LinearSegmentedColormap.from_list("both", [low, (*low, 0), (*high, 0), high])
 
 
 def whole_numbers(axis: Axis) -> None:
@@ -78,5 +214,28 @@ def whole_numbers(axis: Axis) -> None:
 
 
 def percentages(axis: Axis) -> None:
-    """Label the ticks of an axis of shares in percent."""
-    axis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    """Label the ticks of an axis of shares in percent; no tick is above 100 %."""
+    axis.set_major_formatter(lambda share, _: f"{100 * share:g} %" if share < 1 + 1e-9 else "")
+
+
+def _own_ids(body: str, name: str) -> str:
+    """Keep the ids that are referred to, as ids of this figure."""
+    used = set(re.findall(r"(?:url\(|href=\")#([^\")]+)", body))
+    new = {old: f"{name}-{i}" for i, old in enumerate(sorted(used))}
+    body = re.sub(r' id="([^"]*)"', lambda c: f' id="{new[c[1]]}"' if c[1] in new else "", body)
+    return re.sub(r'(url\(|href=")#([^")]+)', lambda c: f"{c[1]}#{new[c[2]]}", body)
+
+
+def _short(number: re.Match[str]) -> str:
+    value = float(number[0])
+    text = f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
+    return text.rstrip("0").rstrip(".")
+
+
+def _font(style: re.Match[str]) -> str:
+    """Leave the size and the weight of a font: its family is that of the page."""
+    text = style[0]
+    size = re.search(r"[\d.]+px", text)
+    weight = re.search(r"\b(bold|[67]00)\b", text)
+    kept = f"font-size: {size[0]}; " if size else ""
+    return kept + ("font-weight: bold; " if weight else "")

@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 
 import pytest
+from accessibility import problems
 from experiment_runs import first, quick, table_rows
 
 from benchmarks.experiments import (
@@ -42,6 +43,9 @@ def test_commands_write_results_tables_and_plots(experiment, rows, image, tmp_pa
         assert run["experiment"] == experiment and run["noise"] in plans.NOISES
     assert len(table_rows(tmp_path / "o", experiment)) == rows
     assert (tmp_path / "o" / image).read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "o/report.html").read_text()
+    assert problems(page) == [] and f'<a href="{image}">' in page
+    assert str(len(results["runs"])) in page
 
 
 def test_table_figures_are_those_of_the_runs(tmp_path):
