@@ -146,18 +146,18 @@ class PBFGS(SubspaceOptimizer):
 
     Notes
     -----
-    A rejected trial of "armijo" is followed by the minimiser of the parabola through it. Where a
-    step starts with the loss that the last one ended with, it sees the same function. If the
-    gradient at the accepted point is wanted anyway, the first trial is then the one that would
-    lower a parabola by as much as the last step has done, and there, and as long as H has learnt
-    nothing, "armijo" searches as "strong_wolfe" does: steps get longer too. With ``max_iter`` above
-    1 the first trial of an H that has learnt nothing is of length 1 at most in the metric. H is
-    scaled up before its first update where the curvature allows longer steps; updates use a
-    relative curvature test. Only
-    ``curvature="consecutive", damping=None`` follows the published rule: ``lr`` is the first trial
-    always, trials only get shorter, by ``backtrack``, H is never scaled, and is updated when y.s >
-    1e-20. Together with ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20, metric=None``
-    that is the published algorithm, except that a failed search does not step.
+    A rejected trial of "armijo" is followed by the minimiser of the parabola through it, and by
+    none where the slope promises less than the dtype of the loss can show. Where a step starts with
+    the loss that the last one ended with, it sees the same function. If the gradient at the
+    accepted point is wanted anyway, the first trial is then the one that would lower a parabola by
+    as much as the last step has done, and there, and as long as H has learnt nothing, "armijo"
+    searches as "strong_wolfe" does: steps get longer too. With ``max_iter`` above 1 the first trial
+    of an H that has learnt nothing is of length 1 at most in the metric. H is scaled up before its
+    first update where the curvature allows longer steps; updates use a relative curvature test.
+    Only ``curvature="consecutive", damping=None`` follows the published rule: ``lr`` is the first
+    trial always, trials only get shorter, by ``backtrack``, H is never scaled, and is updated when
+    y.s > 1e-20. Together with ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20,
+    metric=None`` that is the published algorithm, except that a failed search does not step.
 
     A step that ends without moving (`Status`) leaves weights and buffers bitwise as they were; if
     it failed, H is back at its start. Where the loss or a gradient is not finite at weights whose
@@ -249,7 +249,7 @@ class PBFGS(SubspaceOptimizer):
         self._replay = Replay(replayed)
         self._evaluator.alone = True
         self._evaluator.scaler = self._scale.scaler
-        self._inverse_hessian = InverseHessian(self._initial(), by_op=self._is_far())
+        self._inverse_hessian = InverseHessian(self._initial())
         self._pairs = CurvaturePairs()
         self._restore_point = RestorePoint()
         self._learnt_early: Curvature = "none"  # since the last record
@@ -367,6 +367,7 @@ class PBFGS(SubspaceOptimizer):
         result = search(
             trials, group, start, direction.slope, wanted=wanted, fresh=hessian.fresh,
             published=self._rule().published, decrease=decrease,
+            resolution=self._evaluator.resolution(iteration.loss),
         )  # fmt: skip
         # To look at the gradient would take a wait more, or a sum: the next step has it anyway.
         look = not ahead and self._ranks is None
@@ -674,7 +675,7 @@ class PBFGS(SubspaceOptimizer):
 
     def _adopt(self, state: dict[str, Any]) -> None:
         self._iterate.load(state)
-        hessian = self._inverse_hessian = InverseHessian(self._initial(), by_op=self._is_far())
+        hessian = self._inverse_hessian = InverseHessian(self._initial())
         hessian.matrix, hessian.fresh = state["inverse_hessian"], state["fresh"]
         self._last_loss, self._last_decrease = state["last_loss"], state["last_decrease"]
         for memory in (self._pairs, self._restore_point, self._scale):

@@ -30,6 +30,8 @@ _TINY = 1e-200
 PUBLISHED_CURVATURE = 1e-20
 # Powell's constant: the damped y keeps at least this part of the curvature that H predicts.
 POWELL_THRESHOLD = 0.2
+# Up to this d the op takes half the time of the functions on a CPU; from 100 on it takes more.
+_SMALL = 64
 
 _quasi_newton_ = torch.ops.dldr_ext.quasi_newton_.default
 
@@ -194,13 +196,13 @@ class Direction:
 class InverseHessian:
     """The inverse Hessian H as it is learnt from step to step.
 
+    On a GPU and where d is small it learns by the op ``quasi_newton_``, all of an update in one
+    kernel; otherwise by the functions above, which do the same, but for rounding, with LAPACK.
+
     Parameters
     ----------
     initial : Tensor, shape (d, d), float64
         The diagonal matrix that `reset` goes back to; all other tensors are on its device.
-    by_op : bool
-        Learn by the op ``quasi_newton_``, which does all of an update in one kernel. The functions
-        above do the same, but for rounding, and read numbers as they go.
 
     Attributes
     ----------
@@ -211,9 +213,13 @@ class InverseHessian:
         Estimate of the condition number, NaN where there is none.
     """
 
-    def __init__(self, initial: Tensor, by_op: bool) -> None:
-        self.initial, self._by_op = initial, by_op
+    def __init__(self, initial: Tensor) -> None:
+        self.initial = initial
         self.reset()
+
+    @property
+    def _by_op(self) -> bool:
+        return self.initial.device.type != "cpu" or len(self.initial) <= _SMALL
 
     def reset(self) -> None:
         """Forget all curvature."""
@@ -222,12 +228,17 @@ class InverseHessian:
     def update(self, c: Tensor, pair: Pair | None, rule: Rule, *, ahead: bool) -> Direction:
         """Learn from the pair if there is one, then find the direction for c.
 
-        With ``ahead`` nothing is read: all of it is one op, and its numbers are to be given to
-        `read`. That op also resets H where it gives no direction downhill, which the caller does
-        otherwise (`Direction.from_initial`).
+        With ``ahead`` nothing is read: all of it is the op, and its numbers are to be given to
+        `read`. The op also resets H where it gives no direction downhill, as for a c of zero; the
+        functions leave that to the caller (`Direction.from_initial`).
         """
         if ahead:
             return self._by_one_op(c, pair, rule)
+        if self._by_op and 0.0 < float(torch.linalg.vector_norm(c)) < math.inf:
+            direction = self._by_one_op(c, pair, rule)
+            assert direction.unread is not None
+            self.read(direction, direction.unread.tolist())
+            return direction
         curvature: Curvature = "none" if pair is None else self.learn(pair, rule)
         descent, from_initial = descent_direction(self.matrix, c), False
         if descent is None:

@@ -89,6 +89,7 @@ def armijo(
     backtrack: float,
     max_ls: int,
     interpolate: bool = False,
+    resolution: float = 0.0,
 ) -> SearchResult:
     """Return the first of shorter and shorter trials with sufficient decrease.
 
@@ -109,9 +110,13 @@ def armijo(
     interpolate : bool
         Go on at the minimiser of the parabola through the trial, by ``backtrack`` shorter at least
         (Nocedal & Wright, 3.57).
+    resolution : float
+        Losses that differ by less are the same: no trial follows where the slope promises less.
     """
-    trial = alpha
+    trial, last = alpha, math.nan
     for m in range(max_ls):
+        if m and -trial * slope < resolution:
+            break
         value = phi(trial)
         if math.isfinite(value) and value < loss + c1 * trial * slope:
             return SearchResult(Status.ACCEPTED, trial, value, math.nan, m + 1, trial)
@@ -120,7 +125,9 @@ def armijo(
         if interpolate and math.isfinite(value):
             parabola = _minimiser(_Point(0.0, loss, slope), _Point(last, value, math.nan))
             trial = min(trial, max(parabola, _SHORTEST * last))
-    return SearchResult(Status.LINE_SEARCH_FAILED, 0.0, math.nan, math.nan, max_ls, last)
+    else:
+        m = max_ls
+    return SearchResult(Status.LINE_SEARCH_FAILED, 0.0, math.nan, math.nan, m, last)
 
 
 def strong_wolfe(
@@ -134,6 +141,7 @@ def strong_wolfe(
     c2: float = 0.9,
     backtrack: float = 0.5,
     max_ls: int,
+    resolution: float = 0.0,
 ) -> SearchResult:
     """Find a step with sufficient decrease and |phi'(alpha)| <= c2 |phi'(0)|.
 
@@ -156,6 +164,9 @@ def strong_wolfe(
     max_ls : int
         Largest number of trials. If they run out, the lowest point with sufficient decrease is
         returned with status DECREASED, if there is one.
+    resolution : float
+        Losses that differ by less are the same: no trial follows where the bracket still begins at
+        0 and the slope promises less.
     """
     start = _Point(0.0, loss, slope)
     low, high = start, None
@@ -163,6 +174,8 @@ def strong_wolfe(
     while count < max_ls:
         trial = alpha if high is None else _inside(low, high, backtrack)
         if trial == low.alpha:  # the bracket has shrunk to a point
+            break
+        if count and low is start and -trial * slope < resolution:
             break
         last, count = trial, count + 1
         point = _Point(trial, phi(trial), math.nan)

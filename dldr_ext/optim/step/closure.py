@@ -84,6 +84,7 @@ class Evaluator:
         self.gradient_calls = 0
         self.forward_only = False
         self.cheap_without_gradient = False
+        self._dtype = torch.float64  # of the last loss
         self._needs_grad_mode = self._said_dropped = self._checked = False
 
     def first(self, closure: Closure) -> Loss:
@@ -172,6 +173,14 @@ class Evaluator:
     def has_gradient(self) -> bool:
         """Return whether any parameter has a gradient."""
         return any(p.grad is not None for p in self._params)
+
+    def resolution(self, loss: float) -> float:
+        """Return by how much a loss must fall for the closure to show it.
+
+        By half the spacing of its dtype's numbers there, a quarter of eps at least. Nothing is
+        known of a float, nor of a mean over ranks.
+        """
+        return 0.25 * torch.finfo(self._dtype).eps * abs(loss)
 
     def remember_gradients(self) -> None:
         """Take the gradients as they are for old ones, which are in nobody's way."""
@@ -301,6 +310,9 @@ class Evaluator:
                 "closure: expected it to return the loss, a real scalar, got a tensor of shape "
                 f"{tuple(loss.shape)} and dtype {loss.dtype}"
             )
+        self._dtype = torch.float64
+        if isinstance(loss, Tensor) and loss.is_floating_point() and not _may_be_averaged():
+            self._dtype = loss.dtype
         return loss
 
 

@@ -115,6 +115,7 @@ def search(
     fresh: bool,
     published: bool,
     decrease: float | None,
+    resolution: float,
 ) -> SearchResult:
     """Run the line search that the options of PBFGS ask for.
 
@@ -133,6 +134,8 @@ def search(
         As in the paper: "armijo" goes from ``lr`` on in steps of ``backtrack``.
     decrease : float or None
         What the step before has lowered the same objective by; None if it was another one.
+    resolution : float
+        Losses that differ by less are the same. The published rule does not ask.
     """
     alpha, kind = float(group["lr"]), group["line_search_fn"]
     if kind is None or alpha == 0.0:  # a schedule may end at 0: there is nothing to search
@@ -142,6 +145,8 @@ def search(
     if known or (first and group["max_iter"] > 1):
         alpha = first_trial(alpha, slope, decrease)
     options = {name: group[name] for name in ("c1", "backtrack", "max_ls")}
+    if not published:
+        options["resolution"] = resolution
     if kind == "strong_wolfe" or known or first:
         found = strong_wolfe(
             lambda alpha: trials.loss(alpha, graph=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -201,6 +202,25 @@ def test_armijo_fails_after_max_ls_trials() -> None:
     )
     assert result.status is Status.LINE_SEARCH_FAILED and result.alpha == 0.0
     assert result.evaluations == len(seen) == 6 and result.last == seen[-1]
+
+
+def test_no_trial_follows_where_losses_can_show_no_decrease() -> None:
+    """Losses are rounded to multiples of 1/8; the slope promises a decrease of alpha."""
+    line = {"c1": 1e-4, "backtrack": 0.5, "max_ls": 20, "resolution": 1 / 16}
+    seen: list[float] = []
+
+    def rounded(alpha: float) -> float:
+        seen.append(alpha)
+        return 1.0
+
+    wolfe = partial(strong_wolfe, rounded, lambda a: -1.0)
+    for search in (partial(armijo, rounded), wolfe):
+        seen.clear()
+        result = search(1.0, -1.0, 0.25, **line)
+        assert result.status is Status.LINE_SEARCH_FAILED and result.alpha == 0.0
+        assert result.evaluations == len(seen) == 3 and result.last == seen[-1] == 1 / 16
+    # The first trial is made all the same.
+    assert armijo(lambda a: 0.0, 1.0, -1.0, 0.01, **line).status is Status.ACCEPTED
 
 
 def test_fixed() -> None:

@@ -118,3 +118,26 @@ def test_a_graph_that_is_used_twice_gives_the_same_bits() -> None:
         usual.step(many.usual(0))
     assert bits(one.params) == bits(many.params)
     assert forward.gradient_calls <= forward.closure_calls
+
+
+@pytest.mark.parametrize("kind", ["armijo", "strong_wolfe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_at_the_minimum_a_search_ends_at_what_the_losses_can_show(kind: str, dtype: Any) -> None:
+    """In float32 the loss, about 1000, is known to 3e-5: 20 trials would find no more."""
+    x = nn.Parameter(torch.ones(6, dtype=dtype))
+    scale = torch.logspace(0, 3, 6, dtype=dtype)
+    optimizer = PBFGS([x], whole_space([x]), line_search_fn=kind, metric=None)
+    for _ in range(60):
+        optimizer.step(lambda: 1000 + (scale * (x - 0.1).square()).sum())
+    failed = [record for record in optimizer.history if record.status == "LINE_SEARCH_FAILED"]
+    if dtype == torch.float32:
+        assert len(failed) > 10 and max(record.trials for record in failed) <= 6
+    assert optimizer.history[-1].loss == pytest.approx(1000, rel=1e-7)
+
+
+def test_the_published_search_asks_for_no_resolution() -> None:
+    x = nn.Parameter(torch.full((3,), 1e-4))
+    published = {"c1": 0.4, "backtrack": 0.4, "curvature": "consecutive", "damping": None}
+    optimizer = PBFGS([x], whole_space([x]), metric=None, **published)
+    optimizer.step(lambda: 1000 + x.square().sum())
+    assert optimizer.history[0].trials == 20
