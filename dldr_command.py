@@ -5,6 +5,7 @@ the Tab key are in the text of `dldr_ext/cli`, which is read here and not run.
 """
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -61,11 +62,12 @@ def main() -> None:
 
 
 def version() -> str:
-    """Return ``dldr_ext.__version__``."""
-    text = (_package() / "__init__.py").read_text(encoding="utf-8")
-    found = re.search(r'^__version__ = "(.*)"$', text, re.MULTILINE)
-    assert found is not None
-    return found[1]
+    """Return ``dldr_ext.__version__``, which is written where the libraries are built."""
+    try:
+        build = json.loads((_package() / "_build.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        build = {}
+    return str(build.get("version", "0+unknown"))
 
 
 def commands() -> dict[str, ast.FunctionDef]:

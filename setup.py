@@ -10,7 +10,6 @@ The switches, all in the environment, are explained in docs/building.md.
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +22,10 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))  # build front ends leave this folder off the path
 import cuda_toolkit  # noqa: E402
+from source_version import source_version  # noqa: E402
 
 PACKAGE = "dldr_ext"
+VERSION = source_version(ROOT)
 TORCH_TARGET = "0x020a000000000000"  # torch 2.10
 DEFINES = ["-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 CXX_FLAGS = [
@@ -143,6 +144,7 @@ class BuildLibraries(cpp_extension.BuildExtension):
             )
         super().run()
         note = {
+            "version": VERSION,
             "torch": torch.__version__,
             "compiler": _compiler(),
             "machine": platform.machine(),
@@ -171,11 +173,9 @@ def _compiler() -> str:
 
 def version() -> str:
     """The package's version; a wheel with CUDA kernels adds +cuNNN, a source archive never does."""
-    text = (ROOT / PACKAGE / "__init__.py").read_text()
-    public = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
     if TOOLKIT is None or "sdist" in sys.argv:
-        return public
-    return f"{public}+cu{TOOLKIT.version.replace('.', '')}"
+        return VERSION
+    return f"{VERSION}+cu{TOOLKIT.version.replace('.', '')}"
 
 
 setup(

@@ -42,7 +42,8 @@ __all__ = [
     "weight_averaging_subspace",
 ]
 
-__version__ = "0.1.0"
+# That of the tag which it was built at: setup.py writes it.
+__version__: str = library.build_metadata().get("version", "0+unknown")
 
 
 def build_info() -> dict[str, Any]:
