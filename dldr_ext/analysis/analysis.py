@@ -28,17 +28,20 @@ from ..pca.decomposition import Decomposition, decompose
 from ..pca.dimension import Request
 from ..pca.form_basis import formed
 from ..pca.gram import column_step, exact_gram
+from ..pca.random_walk import SHORTEST
 from ..pca.report import described
+from ..pca.spectrum import Spectrum, coefficients
 from ..subspace import dense
 from ..tensors.formats import block_range, blocks, empty_scale, row_bytes, wide_dtype
 from ..tensors.matrices import ScaledRows
 from ..tensors.parameters import dtype_name
 from ..trajectory.stores import MemoryStore, StoreSpec
 from . import metrics
+from .layers import Layers
 
 Progress = Callable[[str, int, int], None]
 SUBSPACE, _STATE = "subspace.safetensors", ".analysis.part"
-_KIND, _VERSION = "analysis", 1
+_KIND, _VERSION = "analysis", 2
 _SECONDS = 10.0  # between two writes of what was done
 _WINDOW = 1 << 20  # elements that are read at a time
 
@@ -47,6 +50,7 @@ class Done(NamedTuple):
     """How far an analysis has come."""
 
     gram: Tensor
+    layers: Tensor  # squared norms of the steps of each layer, (L, T - 1) float64
     square: float  # of the anchor's norm
     column: int
     basis_column: int = 0
@@ -61,7 +65,8 @@ class Analysis:
     folder : Path
         Of ``subspace.safetensors``; made if it is missing.
     dim, explained
-        As in `Trajectory.subspace`.
+        As in `Trajectory.subspace`; neither: "auto", or all directions of fewer checkpoints than
+        that takes.
     dtype : torch.dtype
         Of the differences, and of the basis.
     keep_basis : bool
@@ -126,12 +131,14 @@ class Analysis:
         series = self.series
         if len(series) < 2:
             raise ValueError(f"checkpoints: expected at least two, got {len(series)}")
-        request = Request(self.dim, self.explained)
+        request = Request(self._default_dim(), self.explained)
         most = request.limit(len(series))
-        if self.keep_basis and self.explained is None and self.dim != "auto":
+        if self.keep_basis and self.explained is None and request.dim != "auto":
             self._check_space(most)
         self._step = column_step(torch.empty(len(series), 0, device="cpu"))
-        self._chunks = Chunks(series, self.dtype, self._chunk_bytes, self._step)
+        width = Chunks.width_of(series, self.dtype, self._chunk_bytes, self._step)
+        self._chunks = Chunks(series, self.dtype, width)
+        self._layers = Layers(series.names, series.shapes)
         self._done = self._earlier()
         self.resumed_at = self._done.column
         with CheckpointReader() as reader:
@@ -150,8 +157,17 @@ class Analysis:
             if self.keep_basis:
                 self._kept(lambda: self._check_space(components.dim))
                 self._kept(lambda: self._basis_pass(reader, components))
-        ratio = components.spectrum.explained(components.spectrum.rank)
-        return self._facts() | metrics.of_gram(gram, ratio) | self._kept_facts(components)
+        return (
+            self._facts()
+            | described_path(gram, components.spectrum)
+            | {"layers": self._layers.described(self._done.layers)}
+            | self._kept_facts(components)
+        )
+
+    def _default_dim(self) -> int | str | None:
+        """Return the number of directions, or "auto" where nothing else was asked for."""
+        enough = len(self.series) >= SHORTEST
+        return "auto" if enough and self.dim is None and self.explained is None else self.dim
 
     def _check_space(self, dim: int) -> None:
         """Check that the subspace will fit on the disk: before hours of reading, not after."""
@@ -179,8 +195,9 @@ class Analysis:
     def _multiplied(self, reader: CheckpointReader, begin: int) -> Done:
         anchor, rows = self._chunks.read(reader, begin)
         gram = exact_gram(rows, total=self._done.gram)
+        layers = self._done.layers + self._layers.squares(rows, begin)
         norm = float(torch.linalg.vector_norm(anchor, dtype=torch.float64))
-        return Done(gram, self._done.square + norm**2, begin + len(anchor))
+        return Done(gram, layers, self._done.square + norm**2, begin + len(anchor))
 
     def _write_basis(
         self, reader: CheckpointReader, begin: int, coefficients: Tensor, file: PartialFile
@@ -255,22 +272,23 @@ class Analysis:
             self.folder / _STATE,
             _KIND,
             _VERSION,
-            {"gram": done.gram, "square": square},
+            {"gram": done.gram, "layers": done.layers, "square": square},
             {**places, "of": self._identity()},
         )
 
     def _earlier(self) -> Done:
         """Return what an earlier run over the same files, unchanged, has done."""
         rows = len(self.series)
-        new = Done(torch.zeros(rows, rows, dtype=torch.float64, device="cpu"), 0.0, 0)
+        nothing = torch.zeros(rows, rows, dtype=torch.float64, device="cpu")
+        new = Done(nothing, nothing.new_zeros(len(self._layers.names), rows - 1), 0.0, 0)
         try:
             with artifacts.Reader(self.folder / _STATE, _KIND, _VERSION) as file:
                 places = file.metadata
                 if places.get("of") != self._identity():
                     return new
-                gram = file.read("gram")
                 square = float(file.read("square"))
-                return Done(gram, square, places["column"], places["basis_column"])
+                columns = places["column"], places["basis_column"]
+                return Done(file.read("gram"), file.read("layers"), square, *columns)
         except FileNotFoundError:
             return new
         except (ValueError, KeyError):  # not whole, or of another version
@@ -312,9 +330,30 @@ class Analysis:
         path = {"path": str(self.folder / SUBSPACE), **kept}
         return {
             "subspace": path if self.keep_basis else None,
+            "kept": dim,
             "choice": components.choice,
             "report": report,
         }
+
+
+def described_path(gram: Tensor, spectrum: Spectrum) -> dict[str, Any]:
+    """Collect the metrics of a Gram matrix, and the path in the plane of two directions."""
+    ratio = spectrum.explained(spectrum.rank)
+    return metrics.of_gram(gram, ratio) | {"path": described_plane(spectrum)}
+
+
+def described_plane(spectrum: Spectrum) -> dict[str, Any]:
+    """Collect the points in the plane of the first two directions, whose mean is at zero.
+
+    ``coefficients`` has the directions as combinations of the points.
+    """
+    rows = coefficients(spectrum, min(2, spectrum.rank))
+    rows = torch.cat([rows, rows.new_zeros(2 - len(rows), rows.shape[1])])
+    return {
+        "coordinates": metrics.coordinates(spectrum).tolist(),
+        "explained": spectrum.explained(2).tolist(),
+        "coefficients": rows.tolist(),
+    }
 
 
 class Chunks:
@@ -324,20 +363,22 @@ class Chunks:
     ----------
     series : Series
     dtype : torch.dtype
-    chunk_bytes : int
-        Of a chunk, about: its rows and its part of the anchor.
-    step : int
-        A chunk is a multiple of as many columns.
+    width : int
+        Columns of a chunk.
     """
 
-    def __init__(self, series: Series, dtype: torch.dtype, chunk_bytes: int, step: int) -> None:
-        self.series, self.dtype = series, dtype
-        column = len(series) * dtype.itemsize + wide_dtype(dtype).itemsize
-        self.width = min(max(step, chunk_bytes // column // step * step), series.numel)
+    def __init__(self, series: Series, dtype: torch.dtype, width: int) -> None:
+        self.series, self.dtype, self.width = series, dtype, width
         self._store: MemoryStore | None = None
         wide = wide_dtype(dtype)
         self._anchor = torch.empty(self.width, dtype=wide, device="cpu")
         self._window = torch.empty(min(_WINDOW, self.width), dtype=wide, device="cpu")
+
+    @staticmethod
+    def width_of(series: Series, dtype: torch.dtype, chunk_bytes: int, step: int) -> int:
+        """Return the columns, a multiple of ``step``, whose rows and anchor take so many bytes."""
+        column = len(series) * dtype.itemsize + wide_dtype(dtype).itemsize
+        return min(max(step, chunk_bytes // column // step * step), series.numel)
 
     def read(self, reader: CheckpointReader, begin: int) -> tuple[Tensor, Tensor | ScaledRows]:
         """Return columns ``begin``, ``begin + 1``, ...: the anchor (k,) and the rows (T, k).

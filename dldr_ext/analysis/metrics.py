@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pca.spectrum import Spectrum
+
 # Two checkpoints nearer than this share of the median step between neighbours are as good as one.
 _NEAR = 0.01
 _MOST_PAIRS = 1000  # that are kept
@@ -66,6 +68,13 @@ def pairwise_distances(gram: Tensor) -> Tensor:
     # What is left of equal rows is the rounding of the sums.
     floor = (squares[:, None] + squares) * 2.0**-44
     return torch.where(squared > floor, squared, 0).sqrt()
+
+
+def coordinates(spectrum: Spectrum) -> Tensor:
+    """Return the path in the plane of the first two directions, (T, 2), its mean at zero."""
+    points = spectrum.vectors[:2] * spectrum.values[:2, None].sqrt()
+    points[spectrum.rank :] = 0  # rounding
+    return points.T
 
 
 def of_gram(gram: Tensor, ratio: Tensor) -> dict[str, Any]:

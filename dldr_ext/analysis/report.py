@@ -12,23 +12,27 @@ import torch
 from ..files import artifacts
 from ..reporting import html
 from ..reporting.figures import Drawing
-from ..reporting.html import Card, Table
+from ..reporting.html import Card
+from . import tables
+from .plots import named_runs
 
 _MOST_PAIRS = 20  # near-duplicates that are listed
 _MOST_LINES = 100  # of remarks in the report
-_MOST_CHECKPOINTS = 300  # rows of its table
 _MOST_ROWS = 100  # of matrices in analysis.json: some hundred kilobytes
 _MATRICES = "matrices.safetensors"
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """Say in one sentence what was found."""
-    dimension = results["effective_dimension"]
-    return (
-        f"{len(results['checkpoints'])} checkpoints of {results['numel']:,} numbers: 90, 95 and "
-        f"99 % of their variance lie along {dimension['0.9']}, {dimension['0.95']} and "
-        f"{dimension['0.99']} directions."
-    )
+    """Say in a sentence what was found; in one for each of two runs."""
+    said = []
+    for name, run in named_runs(results).items():
+        dimension = run["effective_dimension"]
+        said.append(
+            f"{f'{name}: ' if 'other' in results else ''}{len(run['checkpoints'])} checkpoints of "
+            f"{results['numel']:,} numbers: 90, 95 and 99 % of their variance lie along "
+            f"{dimension['0.9']}, {dimension['0.95']} and {dimension['0.99']} directions."
+        )
+    return " ".join(said)
 
 
 def duplicates(results: dict[str, Any]) -> list[str]:
@@ -76,13 +80,17 @@ def write(
         verdict=verdict(results),
         cards=list(_cards(results)),
         remarks={
-            "Left out": _some(results["skipped"]),
+            "Left out": _some([*results["skipped"], *results.get("other", {}).get("skipped", [])]),
             "Near-duplicates": duplicates(results),
             "Notes": _some(results["notes"]),
         },
         drawings=drawings,
         directions=results["report"],
-        checkpoints=_checkpoints(results),
+        runs=tables.runs(results) if "other" in results else None,
+        loss=list(tables.loss_along(results)) if "loss" in results else None,
+        plane=tables.loss_on_plane(results) if "loss" in results else None,
+        layers=tables.layers(results),
+        checkpoints=list(tables.checkpoints(results)),
         settings=settings | {"subspace": results["subspace"] or "not kept"},
         versions=versions,
         files=["analysis.json", *subspace, *(f"{drawing.name}.png" for drawing in drawings)],
@@ -103,23 +111,38 @@ def write_json(results: dict[str, Any], folder: Path) -> dict[str, Any]:
     -------
     dict
         What was written. Of more than 100 checkpoints ``gram`` and ``cosines["steps"]`` are None,
-        and ``matrices`` is the path of a safetensors file with the tensors "gram" and "cosines".
+        and ``matrices`` is the path of a safetensors file with the tensors "gram" and "cosines";
+        likewise ``layers["steps"]`` of more than 10,000 numbers, "layers". Those of a second run,
+        ``other``, are "other_gram" and so on.
     """
     path = folder / _MATRICES
-    written = {**results, "matrices": None}
-    if len(results["checkpoints"]) > _MOST_ROWS:
-        matrices = {"gram": results["gram"], "cosines": results["cosines"]["steps"]}
+    written, matrices = _without_matrices(results)
+    if "other" in results:
+        written["other"], more = _without_matrices(results["other"])
+        matrices |= {f"other_{name}": matrix for name, matrix in more.items()}
+    written["matrices"] = str(path) if matrices else None
+    if matrices:
         tensors = {
             name: torch.tensor(matrix, dtype=torch.float64, device="cpu")
             for name, matrix in matrices.items()
         }
         artifacts.save(path, "analysis_matrices", 1, tensors, {})
-        written["gram"], written["matrices"] = None, str(path)
-        written["cosines"] = {**results["cosines"], "steps": None}
     else:
         path.unlink(missing_ok=True)  # of an earlier analysis
     (folder / "analysis.json").write_text(json.dumps(written, indent=1) + "\n")
     return written
+
+
+def _without_matrices(results: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the results of a run without its large matrices, and these."""
+    written, matrices = dict(results), {}
+    if len(results["checkpoints"]) > _MOST_ROWS:
+        matrices = {"gram": results["gram"], "cosines": results["cosines"]["steps"]}
+        written["gram"], written["cosines"] = None, {**results["cosines"], "steps": None}
+    if sum(map(len, results["layers"]["steps"])) > _MOST_ROWS**2:
+        matrices["layers"] = results["layers"]["steps"]
+        written["layers"] = {**results["layers"], "steps": None}
+    return written, matrices
 
 
 def _cards(results: dict[str, Any]) -> Iterable[Card]:
@@ -130,25 +153,6 @@ def _cards(results: dict[str, Any]) -> Iterable[Card]:
     if kept is not None:
         share = f"{100 * kept['explained_variance']:.2f} %"
         yield Card("kept", share, f"of the variance in {kept['dim']} directions", best=True)
-
-
-def _checkpoints(results: dict[str, Any]) -> Table:
-    drift, cosines = results["drift"], results["cosines"]["successive"]
-    count = len(results["checkpoints"])
-    shown = range(0, count, -(-count // _MOST_CHECKPOINTS))
-    rows = [
-        [
-            results["checkpoints"][t],
-            t,
-            f"{drift['from_first'][t]:.4g}",
-            "-" if t == 0 else f"{drift['steps'][t - 1]:.4g}",
-            "-" if t < 2 else f"{cosines[t - 2]:.3f}",
-        ]
-        for t in shown
-    ]
-    which = "All checkpoints" if len(shown) == count else f"{len(shown)} of {count} checkpoints"
-    columns = ["checkpoint", "number", "from the first", "step", "cosine with the step before"]
-    return Table(which, columns, rows)
 
 
 def _some(lines: list[str]) -> list[str]:

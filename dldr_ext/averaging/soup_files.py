@@ -314,12 +314,8 @@ class States(Sequence[dict[str, Tensor]]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[t] for t in range(len(self))[index]]
-        state = {}
         with CheckpointReader() as reader:
-            for name, entry in zip(self._names, self._rows[index], strict=True):
-                state[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-                reader.read(entry, 0, state[name].view(-1))
-        return state
+            return reader.state(dict(zip(self._names, self._rows[index], strict=True)))
 
 
 class _Mean:

@@ -10,6 +10,7 @@ import math
 import os
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -66,6 +67,29 @@ class CheckpointReader:
             self._read_contiguous(entry, begin, out)
         else:
             self._read_strided(entry, shape, stride, begin, out)
+
+    def state(self, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+        """Read whole tensors into a state dict.
+
+        Parameters
+        ----------
+        entries : mapping of str to Entry
+
+        Returns
+        -------
+        dict of str to Tensor
+            On the CPU, each with a memory of its own.
+
+        Raises
+        ------
+        CheckpointError
+            As for `read`.
+        """
+        state = {}
+        for name, entry in entries.items():
+            state[name] = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+            self.read(entry, 0, state[name].view(-1))
+        return state
 
     def _read_contiguous(self, entry: Entry, begin: int, out: Tensor) -> None:
         most = len(self._buffer) // entry.dtype.itemsize

@@ -280,6 +280,38 @@ class Series:
         patterns = (self.include, self.exclude)
         return {name: entry for name, entry in entries.items() if selected(name, *patterns)}
 
+    def match(self, other: Series) -> None:
+        """Put the tensors of the rows in the order of another series, which must have the same.
+
+        Parameters
+        ----------
+        other : Series
+
+        Raises
+        ------
+        CheckpointError
+            Checkpoints of another architecture: with the first tensor that differs.
+        """
+        mine = dict(zip(self.names, self.shapes, strict=True))
+        theirs = dict(zip(other.names, other.shapes, strict=True))
+        what = None
+        for name, shape in theirs.items():
+            if name not in mine:
+                what = f"the tensor {name}, found none of this name"
+            elif mine[name] != shape:
+                what = f"{name} of shape {shape}, got {mine[name]}"
+            if what is not None:
+                break
+        more = [name for name in mine if name not in theirs]
+        if what is None and more:
+            what = f"no other tensors, found {abridged(more)}"
+        if what is not None:
+            raise self.error(0, f"expected the architecture of {other.paths[0]}: {what}")
+        places = [self.names.index(name) for name in other.names]
+        self._rows = [[row[i] for i in places] for row in self._rows]
+        self.names, self.shapes = list(other.names), list(other.shapes)
+        self._starts = list(other._starts)
+
     def dtypes(self, t: int) -> list[torch.dtype]:
         """Return the dtypes of the tensors in row ``t`` as they are stored.
 

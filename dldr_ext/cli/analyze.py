@@ -12,8 +12,9 @@ from rich import box
 from rich.table import Table
 
 from .. import build_info
-from ..analysis import plots, report
+from ..analysis import comparison, plots, report, tables
 from ..analysis.analysis import Analysis
+from ..analysis.loss import Loss, on_plane
 from ..reporting import html
 from ..reporting.figures import save_figures
 from ..reporting.text import printable
@@ -22,20 +23,23 @@ from .options import (
     AsGiven,
     AsJson,
     ByteBar,
+    Counter,
     Exclude,
     Include,
     Key,
     Paths,
     Quiet,
     SkipBad,
+    check_folder,
     directions,
     dtype_of,
+    function_of,
     number,
     one_line_errors,
     open_series,
 )
 from .requirements import missing
-from .terminal import console, say
+from .terminal import console, fits, say
 
 
 def analyze(
@@ -51,7 +55,7 @@ def analyze(
         typer.Option(
             metavar="INT|auto",
             help="Directions to keep; auto: as many as the spectrum speaks for.",
-            show_default="40, or all",
+            show_default="auto; of fewer than 8 checkpoints all",
         ),
     ] = None,
     explained: Annotated[
@@ -68,6 +72,19 @@ def analyze(
     key: Key = None,
     skip_bad: SkipBad = False,
     as_given: AsGiven = False,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Called with a state dict, returns its loss: along the path and on the plane.",
+        ),
+    ] = None,
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="CKPT", help="Checkpoints of a second run, beside the first; repeat for more."
+        ),
+    ] = None,
     subspace: Annotated[
         bool, typer.Option(help="Whether to write subspace.safetensors: dim n numbers.")
     ] = True,
@@ -75,53 +92,79 @@ def analyze(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the directions along which checkpoints differ: spectrum, drift, cosines, a subspace.
+    """Find the directions along which checkpoints differ: path, spectrum, layers, a subspace.
 
     All floating-point tensors count, tied ones once, but for the running
     statistics of batch norm. Files are read twice, in pieces: a model need
     not fit into memory. An analysis that was interrupted goes on where it
     was when called again.
 
+    With --loss my_eval:loss the module my_eval, of the current folder, has
+    the function loss(state_dict). It is called for each checkpoint before
+    anything is written, and for 121 points of the plane.
+
     \b
     Examples:
-      dldr analyze runs/checkpoints --dim auto
+      dldr analyze runs/checkpoints
       dldr analyze runs/*.pt --dim 20 --exclude 'head.*' --output out
+      dldr analyze run1 --compare run2 --loss my_eval:loss
       dldr analyze run1 --skip-bad --no-subspace --json > analysis.json
     """
     if dim is not None and explained is not None:
         raise typer.BadParameter("expected --dim or --explained, got both", param_hint="--dim")
-    count = None if dim is None else directions(dim)
+    directions_kept = None if dim is None else directions(dim)
     problem = missing("matplotlib")
     if problem:
         typer.echo(problem, err=True)
         raise typer.Exit(2)
 
-    with one_line_errors("the same command goes on from here"), ByteBar(quiet or as_json) as bar:
-        series = open_series(
-            checkpoints,
-            as_given,
-            include=include or (),
-            exclude=exclude or (),
-            key=key,
-            skip_bad=skip_bad,
-        )
-        results = Analysis(
+    check_folder(output)
+    function = None if loss is None else Loss(function_of(loss, "--loss"), f"--loss {loss}")
+    again = "the same command goes on from here"
+    options: dict[str, Any] = {"include": include or (), "exclude": exclude or ()}
+    options |= {"key": key, "skip_bad": skip_bad}
+    bar = ByteBar(quiet or as_json)
+    with one_line_errors(again), Counter(quiet or as_json) as count:
+        series = open_series(checkpoints, as_given, **options)
+        runs = [series]
+        if compare:
+            runs.append(open_series(compare, as_given, **options))
+            runs[1].match(series)
+        along = [] if function is None else [function.along(run, count) for run in runs]
+    with one_line_errors(again), bar:
+        analysis = Analysis(
             series,
             output,
-            dim=count,
+            dim=directions_kept,
             explained=explained,
             dtype=getattr(torch, dtype),
             keep_basis=subspace,
             chunk_bytes=chunk_mb << 20,
             skip_bad=skip_bad,
             progress=bar,
-        ).run()
+        )
+        results = analysis.run()
+        if compare:
+            results["other"], results["comparison"] = comparison.compare(
+                series,
+                runs[1],
+                results["kept"],
+                double=dtype == "float64",
+                chunk_bytes=chunk_mb << 20,
+                skip_bad=skip_bad,
+                progress=bar,
+            )
+    with one_line_errors(again), Counter(quiet or as_json) as count:
+        if function is not None:
+            plane = results.get("comparison", results)["path"]
+            grid = on_plane(function, runs, plane["coefficients"], plane["coordinates"], count)
+            results["loss"] = {"function": loss, "along": along, "plane": grid}
         drawings = plots.drawings(results)
         save_figures(drawings, output)
         versions = html.versions(build_info()["version"])
         page = report.write(results, drawings, versions, output)
         written = report.write_json(results, output)
-    for line in results["skipped"]:
+    for line in [*results["skipped"], *results.get("other", {}).get("skipped", [])]:
         say(f"dldr: left out {line}", err=True)
     if as_json:
         typer.echo(json.dumps(written))
@@ -148,4 +191,24 @@ def _print(results: dict[str, Any], page: Path) -> None:
     for line in report.duplicates(results):
         table.add_row("near-duplicate", printable(line))
     screen.print(table)
+    if "other" in results:
+        screen.print(_shown(tables.runs(results)))
+    if "loss" in results:
+        for losses in tables.loss_along(results, 20):
+            screen.print(_shown(losses))
+        for every in (1, 2, 5):
+            grid = _shown(tables.loss_on_plane(results, every))
+            if fits(screen, grid):
+                break
+        screen.print(grid)
     screen.print(f"Open {printable(page)}", soft_wrap=True)
+
+
+def _shown(content: html.Table) -> Table:
+    """Return a table of a report for the terminal."""
+    table = Table(box=box.SIMPLE_HEAD, title=content.caption, title_justify="left")
+    for i, column in enumerate(content.columns):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
+    for i, row in enumerate(content.rows):
+        table.add_row(*map(printable, row), style="bold" if i == content.best else "")
+    return table

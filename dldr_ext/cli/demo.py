@@ -24,6 +24,7 @@ from .options import (
     STORED,
     Quiet,
     Threads,
+    check_folder,
     directions,
     dtype_of,
     number,
@@ -81,9 +82,7 @@ def demo(
     except ValueError as error:
         option, _, reason = str(error).partition(": ")
         raise typer.BadParameter(reason, param_hint=f"--{option}") from None
-    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise typer.BadParameter(f"{nearest} is not a folder", param_hint="--output")
+    check_folder(output)
 
     screen = console(quiet=quiet or as_json)
     screen.print(_introduction(config))

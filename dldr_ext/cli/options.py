@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -127,6 +131,37 @@ def directions(text: str) -> int | str:
     return number
 
 
+def function_of(text: str, option: str) -> Callable[[dict[str, Any]], Any]:
+    """Return the function that MODULE:FUNCTION names; modules in the current folder are found."""
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())  # as python -m would
+    try:
+        function = getattr(importlib.import_module(module), name) if module and name else None
+    except Exception as error:  # of the module: any
+        reason = str(error) or type(error).__name__
+        raise typer.BadParameter(f"{text}: {reason}", param_hint=option) from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(function):
+        raise typer.BadParameter(f"expected module:function, got {text!r}", param_hint=option)
+    return function
+
+
+def check_folder(folder: Path, option: str = "--output") -> None:
+    """Check that a folder can be made, if it is missing, and written to; leave nothing behind."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise typer.BadParameter(f"{nearest} is not a folder", param_hint=option)
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise typer.BadParameter(
+            f"expected a folder that can be written to, got {folder} ({reason})", param_hint=option
+        ) from None
+
+
 def usable_device(name: str) -> torch.device:
     """Return the device that ``--device`` names, if the ops run there."""
     try:
@@ -206,3 +241,24 @@ class ByteBar:
         self._read = max(self._read, done)
         self._bar.start()
         self._bar.update(self._task, description=description, completed=done, total=total)
+
+
+class Counter:
+    """A line on stderr, in a terminal alone, that counts calls of a loss: a context manager."""
+
+    def __init__(self, quiet: bool) -> None:
+        screen = console(stderr=True, quiet=quiet)
+        self._status = screen.status("")
+        self._shown = screen.is_terminal
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say that ``done`` of ``total`` are done."""
+        if self._shown:
+            self._status.update(f"loss: {done} of {total}")
+            self._status.start()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import re
-import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +29,7 @@ from .options import (
     Key,
     Quiet,
     SkipBad,
+    function_of,
     number,
     one_line_errors,
     open_series,
@@ -125,7 +122,7 @@ def soup(
     except ValueError as error:
         problem = str(error).removeprefix("schedule: ")
         raise typer.BadParameter(problem, param_hint="--schedule") from None
-    score = None if metric is None else _function(metric)
+    score = None if metric is None else function_of(metric, "--metric")
     try:
         place = parse_output(output)
     except ValueError as error:
@@ -200,17 +197,3 @@ def _numbers(text: str) -> list[float]:
         raise typer.BadParameter(
             f"expected numbers joined by commas, got {text!r}", param_hint="--weights"
         ) from None
-
-
-def _function(text: str) -> Callable[[dict[str, Any]], float]:
-    module, _, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())  # as python -m would
-    try:
-        function = getattr(importlib.import_module(module), name) if module and name else None
-    except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(str(error), param_hint="--metric") from None
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(function):
-        raise typer.BadParameter(f"expected module:function, got {text!r}", param_hint="--metric")
-    return function

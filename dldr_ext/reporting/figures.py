@@ -34,6 +34,8 @@ PALETTE = {
     "grey": ("#68717f", "#97a1af"),
 }
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+#: Of images, which cannot change their colours: told from light and from dark.
+MIDDLE = {"blue": "#2f86cc", "red": "#d9622b"}
 COLOURS = {
     "sgd": LIGHT["ink"],
     "sgd_half": LIGHT["grey"],
@@ -202,7 +204,7 @@ def two_sided() -> Any:
     """Return a colour map from blue over nothing to red, told apart on light and dark."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
-    low, high = to_rgb("#2f86cc"), to_rgb("#d9622b")
+    low, high = to_rgb(MIDDLE["blue"]), to_rgb(MIDDLE["red"])
     return LinearSegmentedColormap.from_list("both", [low, (*low, 0), (*high, 0), high])
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .figures import (
     LIGHT,
+    MIDDLE,
     Drawing,
     new_figure,
     percentages,
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_RUNS = (LIGHT["blue"], LIGHT["orange"])
+RUNS = (LIGHT["blue"], LIGHT["orange"])  # colours of the first and the second
 _LEAST = 1e-12  # share of a variance that is drawn
-_MOST_NAMES = 7
+_MOST_NAMES = 6  # between the ends
 _APART = 0.13  # of the axes, from one name to the next
 
 
@@ -54,11 +55,6 @@ class Mark(NamedTuple):
     text: str
     point: Sequence[float]
     marker: str = "o"
-
-
-def run_colours(names: Sequence[str]) -> dict[str, str]:
-    """Return a colour for each of up to two runs."""
-    return dict(zip(names, _RUNS, strict=False))
 
 
 def short(name: str, most: int = 20) -> str:
@@ -97,7 +93,7 @@ def spectrum(
     def draw() -> Figure:
         figure, axes = new_figure()
         single = len(ratios) == 1 or seeds
-        colours = [_RUNS[0]] * len(ratios) if single else list(_RUNS)
+        colours = [RUNS[0]] * len(ratios) if single else list(RUNS)
         for i, (name, values) in enumerate(ratios.items()):
             ratio = np.clip(values, _LEAST, 1)
             order = np.arange(1, len(ratio) + 1)
@@ -196,8 +192,7 @@ def plane(
             )
             _name(axes, mark.text, mark.point)
         axes.margins(0.12)
-        for track in tracks:
-            _names(axes, track)
+        _names(axes, tracks)
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         if len(tracks) > 1:
@@ -221,7 +216,7 @@ def distances(drifts: Mapping[str, Mapping[str, Sequence[float]]]) -> Drawing:
 
     def draw() -> Figure:
         figure, axes = new_figure()
-        for (name, drift), colour in zip(drifts.items(), _RUNS, strict=False):
+        for (name, drift), colour in zip(drifts.items(), RUNS, strict=False):
             norms, steps = drift["from_first"], drift["steps"]
             one = len(drifts) == 1
             axes.plot(
@@ -319,7 +314,7 @@ def layers(
         low = max(float(moved.min()) if len(moved) else top / 10, top / 1e4)
         image = axes.imshow(
             np.ma.masked_less(values, low * 0.999),
-            cmap=shades(LIGHT["blue"]),
+            cmap=shades(MIDDLE["blue"]),
             norm=LogNorm(min(low, top / 2), top),
             aspect="auto",
             extent=(0.5, values.shape[1] + 0.5, len(names) - 0.5, -0.5),
@@ -348,7 +343,7 @@ def losses(runs: Mapping[str, Sequence[float]]) -> Drawing:
 
     def draw() -> Figure:
         figure, axes = new_figure()
-        for (name, values), colour in zip(runs.items(), _RUNS, strict=False):
+        for (name, values), colour in zip(runs.items(), RUNS, strict=False):
             axes.plot(np.arange(len(values)), values, "o-", color=colour, markersize=4, label=name)
         smallest = min(min(values) for values in runs.values())
         largest = max(max(values) for values in runs.values())
@@ -394,25 +389,39 @@ def _bar(figure: Figure, axes: Axes, image: Any, label: str) -> Any:
     return bar
 
 
-def _names(axes: Axes, track: Track) -> None:
-    """Name the first point, the last one and some between them that are apart on the paper."""
-    if not track.names:
-        return
-    last = len(track.points) - 1
-    places = axes.transAxes.inverted().transform(
-        axes.transData.transform(np.array(track.points, dtype=float))
-    )
-    chosen = [last, 0] if last else [0]
-    for t in np.linspace(0, last, min(last + 1, 40)).round().astype(int):
-        if len(chosen) == _MOST_NAMES:
-            break
-        if all(np.linalg.norm(places[t] - places[other]) > _APART for other in chosen):
-            chosen.append(int(t))
-    for t in dict.fromkeys(chosen):
-        _name(axes, short(track.names[t], 16), track.points[t], places[t][0] > 0.7)
+def _names(axes: Axes, tracks: Sequence[Track]) -> None:
+    """Name the ends of each path, and some points between them that are apart on the paper."""
+    named = [track for track in tracks if track.names]
+    places = [
+        axes.transAxes.inverted().transform(
+            axes.transData.transform(np.array(track.points, dtype=float))
+        )
+        for track in named
+    ]
+    taken: list[Any] = []
+    for part in ("ends", "between"):
+        for track, of_track in zip(named, places, strict=True):
+            last = len(track.points) - 1
+            wanted = [last, 0]
+            if part == "between":
+                wanted = np.linspace(0, last, min(last + 1, 40)).round().astype(int).tolist()
+            most = len(taken) + (2 if part == "ends" else _MOST_NAMES // len(named))
+            for t in wanted:
+                place = of_track[t]
+                apart = all(np.linalg.norm((place - other) * (0.7, 1)) > _APART for other in taken)
+                if len(taken) < most and (apart or (t == last and part == "ends")):
+                    taken.append(place)
+                    left, colour = place[0] > 0.7, track.colour if len(named) > 1 else LIGHT["ink"]
+                    _name(axes, short(track.names[t], 16), track.points[t], left, colour)
 
 
-def _name(axes: Axes, text: str, point: Sequence[float], left: bool = False) -> None:
+def _name(
+    axes: Axes,
+    text: str,
+    point: Sequence[float],
+    left: bool = False,
+    colour: str = LIGHT["ink"],
+) -> None:
     axes.annotate(
         text,
         (point[0], point[1]),
@@ -421,4 +430,5 @@ def _name(axes: Axes, text: str, point: Sequence[float], left: bool = False) -> 
         ha="right" if left else "left",
         fontsize=9,
         fontweight="bold",
+        color=colour,
     )

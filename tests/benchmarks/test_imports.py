@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 # Packages with names of their own, and what the demo, `dldr analyze` and reports are made of.
 PUBLIC = (
     "averaging", "batch_norm", "checkpoints", "distributed", "ops", "optim", "performance", "plan",
-    "subspace", "trajectory", "analysis.analysis", "demo", "reporting.figures",
+    "subspace", "trajectory", "analysis.analysis", "demo", "reporting",
 )  # fmt: skip
 IMPORT = re.compile(r"(?:from|import) dldr_ext\b\.?([\w.]*)(?: import (.+))?")
 if not FOLDER.is_dir():

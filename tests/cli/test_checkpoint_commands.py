@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accessibility import problems
-from checkpoint_files import legacy, safe, states, strided, untied, write
+from checkpoint_files import legacy, safe, states, strided, untied, walk, write
 from command import call, needs, words
 from safetensors.torch import load_file
 
@@ -19,7 +21,7 @@ from dldr_ext.averaging import soup_files
 from dldr_ext.checkpoints import CheckpointError, Series
 
 FILES = {"report.html", "analysis.json", "subspace.safetensors"}
-PLOTS = {"spectrum.png", "drift.png", "cosine.png"}
+PLOTS = {f"{name}.png" for name in ("path", "spectrum", "drift", "layers", "cosine")}
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +61,7 @@ def test_analyze(run, tmp_path, capsys):
     assert "6 checkpoints of 183 numbers" in words(printed)
     assert str(out / "report.html") in printed
     report = (out / "report.html").read_text()
-    assert report.count("<svg") == 3 and problems(report) == []
+    assert report.count("<svg") == 5 and problems(report) == []
     assert not any(mark in report for mark in ("$", "{{", "{%"))
     for path in folder.iterdir():
         assert str(path) in report
@@ -88,7 +90,7 @@ def test_analyze_chooses_the_directions(tmp_path, capsys):
     folder, out = write(tmp_path / "run", found), tmp_path / "out"
     selected = [name for name, p in model.named_parameters() if p.requires_grad]
     include = [part for name in selected for part in ("--include", name)]
-    arguments = ["analyze", str(folder), "-o", str(out), "--dim", "auto", *include]
+    arguments = ["analyze", str(folder), "-o", str(out), *include]
     code, printed, _ = call(capsys, *arguments)
     assert code == 0 and 'dim = "auto"' in printed
     expected = Trajectory.from_checkpoints(folder, model).subspace("auto")
@@ -101,6 +103,88 @@ def test_analyze_chooses_the_directions(tmp_path, capsys):
     assert result["choice"] == expected.choice
     lines = [f"{name:<11} {text}" for name, text in result["report"].items()]
     assert "\n".join(lines) == expected.report()
+
+
+LOSSES = """
+import torch
+def good(state):
+    return state["norm.bias"].square().sum() + 1
+def bad(state):
+    raise RuntimeError("no data")
+def nan(state):
+    return float("nan")
+nothing = 3
+"""
+
+
+@pytest.fixture
+def losses(tmp_path, monkeypatch):
+    (tmp_path / "losses_of_a_test.py").write_text(LOSSES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "losses_of_a_test", raising=False)
+    return "losses_of_a_test"
+
+
+def test_loss_and_comparison(run, tmp_path, capsys, losses):
+    folder, _, found = run
+    second = write(tmp_path / "second", states(4)[1])
+    out = tmp_path / "out"
+    arguments = ["analyze", str(folder), "-o", str(out), "--loss", f"{losses}:good"]
+    code, printed, _ = call(capsys, *arguments, "--compare", str(second))
+    assert code == 0
+    shown = words(printed)
+    assert "run: 6 checkpoints of 183" in shown and "second: 4 checkpoints" in shown
+    assert "Loss along the path of run" in shown and "Loss along the path of second" in shown
+    assert "Loss on the plane: direction 1" in shown and "Two runs side by side" in shown
+    result = json.loads((out / "analysis.json").read_text())
+    expected = [float(state["norm.bias"].square().sum() + 1) for state in found]
+    assert result["loss"]["along"][0] == pytest.approx(expected)
+    assert f"{expected[-1]:.6g}" in shown and len(result["loss"]["plane"]["loss"]) == 11
+    assert len(result["other"]["checkpoints"]) == 4
+    names = {path.name for path in out.iterdir()}
+    assert names == FILES | PLOTS | {"loss.png", "other-layers.png", "other-cosine.png"}
+    page = (out / "report.html").read_text()
+    assert problems(page) == [] and page.count("<svg") == 8
+
+
+@pytest.mark.parametrize(
+    ("loss", "code", "message"),
+    [
+        ("losses_of_a_test:bad", 1, "losses_of_a_test:bad: raised RuntimeError: no data ("),
+        ("losses_of_a_test:nan", 1, "nan: expected a finite number, got nan at"),
+        ("losses_of_a_test:nothing", 2, "expected module:function, got"),
+        ("losses_of_a_test", 2, "expected module:function, got"),
+        ("no_such_module:f", 2, "No module named 'no_such_module'"),
+    ],
+)
+def test_a_bad_loss_is_named_first(run, tmp_path, capsys, losses, loss, code, message):
+    folder, _, _ = run
+    out = tmp_path / "out"
+    found, printed, err = call(capsys, "analyze", str(folder), "-o", str(out), "--loss", loss)
+    assert (found, printed) == (code, "") and message in words(err)
+    assert not out.exists()
+
+
+def test_a_second_run_of_another_architecture(run, tmp_path, capsys):
+    folder, _, _ = run
+    other, out = walk(tmp_path / "other")[0], tmp_path / "out"
+    arguments = ["analyze", str(folder), "-o", str(out), "--compare", str(other)]
+    code, printed, err = call(capsys, *arguments)
+    assert (code, printed) == (1, "")
+    assert f"expected the architecture of {folder / '8.pt'}: the tensor conv.weight, found" in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["analyze", "demo"])
+def test_a_folder_that_cannot_be_written_is_named_first(run, tmp_path, capsys, command):
+    folder, _, _ = run
+    checkpoints = [str(folder)] if command == "analyze" else ["--data", "digits"]
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "deep", Path("/proc/self/out")):
+        code, printed, err = call(capsys, command, *checkpoints, "-o", str(out))
+        assert (code, printed) == (2, "") and "--output" in words(err)
+        message = "is not a folder" if "file" in str(out) else "a folder that can be written to"
+        assert message in words(err)
 
 
 def test_files_are_put_in_order(run, tmp_path, capsys):
