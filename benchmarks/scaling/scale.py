@@ -15,7 +15,6 @@ import ctypes
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -239,35 +238,6 @@ def large(rounds: int) -> dict:
 PARTS = {"n": over_n, "rows": over_rows, "large": large}
 
 
-def draw(result: dict, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    part = result["n"]
-    for op, found in part["ops"].items():
-        medians = [1e3 * s["median"] for s in found["seconds"]]
-        low = [1e3 * (s["median"] - s["low"]) for s in found["seconds"]]
-        high = [1e3 * (s["high"] - s["median"]) for s in found["seconds"]]
-        label = f"{op}: slope {found['slope']['median']:.2f}"
-        left.errorbar(part["numel"], medians, [low, high], marker="o", label=label)
-    left.axvline(part["beyond_cache"], color="grey", linestyle=":")
-    left.set(xscale="log", yscale="log", xlabel="n", ylabel="ms")
-    left.set_title(f"T = {part['T']}, d = {part['d']}, bfloat16")
-    for line, found in result["rows"]["lines"].items():
-        medians = [1e3 * s["median"] for s in found["seconds"]]
-        right.plot(found["rows"], medians, marker="o", label=line)
-    right.set(xscale="log", yscale="log", xlabel="T or d", ylabel="ms")
-    right.set_title(f"n = {result['rows']['numel']:,}")
-    right.set_ylim(top=4 * right.get_ylim()[1])  # room for the legend
-    for axes in (left, right):
-        axes.legend(fontsize=8, loc="upper left")
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-
-
 def show(result: dict) -> None:
     for op, found in result.get("n", {"ops": {}})["ops"].items():
         print(f"{op:14} slope over n {Spread(**found['slope']).show(digits=3)}, of the least times "
@@ -297,8 +267,6 @@ def main() -> None:
         result[name] = PARTS[name](options.rounds)
         path.write_text(json.dumps(result, indent=1) + "\n")
     show(result)
-    if {"n", "rows"} <= set(result):
-        draw(result, RESULTS / "scale.png")
 
 
 if __name__ == "__main__":
