@@ -5,79 +5,15 @@
 // alone.
 #pragma once
 
-#include "lanes.cuh"
-#include "list.cuh"
+#include "dot_mma.cuh"
 
 namespace dldr::cuda {
 
-constexpr int kDotThreads = 128;
-constexpr int kDotWarps = kDotThreads / kWarp;
-// Rows that are read side by side: 8 loads of 16 bytes in flight for each thread.
-constexpr int kDotRows = 8;
-// Blocks that share a multiprocessor, so that the loads of some hide the staging of others; many
-// right-hand sides need the registers.
-template <int K>
-constexpr int kDotBlocks = K == 1 ? 3 : 2;
-// Rows times right-hand sides of one block: bounds the sums kept in shared memory. Whole groups of
-// rows for any number of right-hand sides.
-constexpr int kDotSums = 512;
-// Most chunks. Bytes of their sums: more rows than fit are taken in several launches. Chunks, about
-// a million elements, whose sums the same launch adds up. Under emulation small cases go every way.
-constexpr int64_t kDotChunks = 8192;
-#if defined(DLDR_EMULATED_CUDA)
-constexpr int64_t kDotScratch = 4 << 10, kDotFewChunks = 4;
-#else
-constexpr int64_t kDotScratch = 32 << 20, kDotFewChunks = 512;
-#endif
-static_assert(kDotTile % (kDotThreads * kPack<int8_t>) == 0, "whole packs for every thread");
-static_assert(kDotTile % kScaleBlock == 0, "whole blocks of scales");
-
-// Where element i of a staged tile lies: the quarters of all packs apart, so that threads with
-// neighbouring packs read from different banks.
-template <int kPackOf, int kPartOf>
-struct Slot {
-  __device__ static int of(int i) {
-    constexpr int kParts = kPackOf / kPartOf, kPacks = static_cast<int>(kDotTile) / kPackOf;
-    const int pack = i / kPackOf, part = i % kPackOf / kPartOf;
-    return kParts == 1 ? i : (part * kPacks + pack) * kPartOf + i % kPartOf;
-  }
-};
-template <class T>
-using SlotOf = Slot<kPack<T>, kPart<T>>;
-
-// Sources of right-hand sides: elements [at, at + count) of vector k to their slots.
-struct FromList {
-  int64_t first = 0;
-  template <class A, class T>
-  __device__ static void stage(const FromList& from, const DeviceList& list, const Rows& rows,
-                               int k, int64_t at, int count, A* to) {
-    read_list<A>(list, (from.first + k) * rows.numel + at, count,
-                 [&](int i, A value) { to[SlotOf<T>::of(i)] = value; });
-  }
-};
-struct FromRows {
-  int64_t first = 0;
-  template <class A, class T>
-  __device__ static void stage(const FromRows& from, const DeviceList&, const Rows& rows, int k,
-                               int64_t at, int count, A* to) {
-    const int64_t row = from.first + k;
-    const T* data = static_cast<const T*>(rows.data) + row * rows.stride + at;
-    const float* scale = nullptr;
-    if constexpr (scaled_format<T>::value) {
-      scale = rows.scale + row * ceil_div(rows.numel, kScaleBlock) + at / kScaleBlock;
-    }
-    read_run<A>(data, count, [&](int i, A value) {
-      if constexpr (scaled_format<T>::value) value *= scale[i / kScaleBlock];
-      to[SlotOf<T>::of(i)] = value;
-    });
-  }
-};
-
-// sums[(k * kDotWarps + warp) * rows_here + r] = this warp's part of the products of rows
-// [first, first + rows_here) with the K staged vectors.
+// sums[(k * rows_here + r) * kDotWarps + warp] += this warp's part of the products of row first + r
+// with staged vector k over the tile at `at`.
 template <class T, int K, bool kWhole, class A>
 __device__ inline void dot_rows(const Rows& rows, int64_t first, int rows_here, int64_t at,
-                                int count, const A* x, A* sums) {
+                                int count, const A* x, double* sums) {
   constexpr int kPacks = static_cast<int>(kDotTile) / (kDotThreads * kPack<T>);  // of a thread
   constexpr int kParts = kPack<T> / kPart<T>;
   const T* data = static_cast<const T*>(rows.data) + at;
@@ -101,7 +37,7 @@ __device__ inline void dot_rows(const Rows& rows, int64_t first, int rows_here, 
         A g[K][kPart<T>];
         DLDR_UNROLL
         for (int k = 0; k < K; ++k) {
-          const A* from = x + k * kDotTile + SlotOf<T>::of(i + part * kPart<T>);
+          const A* from = x + k * kDotStride + SlotOf<T>::of(i + part * kPart<T>);
           DLDR_UNROLL
           for (int e = 0; e < kPart<T>; ++e) g[k][e] = from[e];
         }
@@ -116,43 +52,17 @@ __device__ inline void dot_rows(const Rows& rows, int64_t first, int rows_here, 
           }
         }
       }
-      if constexpr (scaled_format<T>::value) {
-        static_assert(kPacks == 1, "one block of scales for each sum");
-        const int64_t blocks = ceil_div(rows.numel, kScaleBlock);
-        const int64_t block = min_of((at + i) / kScaleBlock, blocks - 1);
-        DLDR_UNROLL
-        for (int j = 0; j < kDotRows; ++j) {
-          const int64_t row = first + (r + j < rows_here ? r + j : rows_here - 1);
-          const float scale = rows.scale[row * blocks + block];
-          DLDR_UNROLL
-          for (int k = 0; k < K; ++k) acc[k][j] *= i < count ? scale : 0.0f;
-        }
-      }
     }
     DLDR_UNROLL
     for (int k = 0; k < K; ++k) {
       sum_lanes(acc[k]);
       const int mine = r + first_sum<kDotRows>(lane());
       if (lane() % (kWarp / kDotRows) == 0 && mine < rows_here) {
-        sums[(k * kDotWarps + warp()) * rows_here + mine] = acc[k][0];
+        sums[(k * rows_here + mine) * kDotWarps + warp()] += acc[k][0];
       }
     }
   }
 }
-
-DLDR_HOST_DEVICE inline int64_t dot_tiles(const Rows& rows) {
-  return ceil_div(rows.numel, kDotTile);
-}
-
-// Which part of the sums a launch makes: rows [first, first + rows) of the products.
-struct DotPart {
-  int64_t first, rows;
-  int rows_per_block;
-  int64_t tiles_per_chunk;
-  double* partials;   // [K][rows][chunks]
-  uint64_t* arrived;  // one for every range of rows; null: a second kernel adds the chunks up
-  uint64_t mark;      // of this launch
-};
 
 // Counts the calling blocks; whether this is the last. The count of a launch carries its mark:
 // whatever memory held before counts as none. The last one leaves zeros for the next replay of a
@@ -176,50 +86,59 @@ __device__ inline double warp_sum(const double* from, int64_t count) {
   return sum[0];
 }
 
-// put(k, row, sum) for K right-hand sides and the rows of this part, or their sums by chunk.
-template <class T, int K, class Source, class Put>
-__global__ void __launch_bounds__(kDotThreads, kDotBlocks<K>)
+// put(k, row, sum) for at most K right-hand sides and the rows of this part, or their sums by
+// chunk; on tensor cores with G groups of rows at a time.
+template <class T, int K, int G, class Source, class Put>
+__global__ void __launch_bounds__(kDotThreads, kDotBlocks<T, K>)
     dot_chunk(const __grid_constant__ DeviceList list, const Rows rows, const Source source,
               const DotPart part, bool aligned, const Put put) {
   using A = typename wide_of<T>::type;
-  // [K][kDotTile] elements, [kDotWarps][K * rows] sums of the warps, [K * rows] totals in double.
-  DLDR_DYNAMIC_SHARED(A, x);
+  DLDR_DYNAMIC_SHARED(A, x);                                           // [K][kDotStride]
+  double* const sums = reinterpret_cast<double*>(x + K * kDotStride);  // [numbers][kDotWarps]
   __shared__ bool last;
   const int64_t ahead = static_cast<int64_t>(blockIdx.y) * part.rows_per_block;
   const int rows_here = static_cast<int>(min_of(part.rows_per_block, part.rows - ahead));
-  A* const sums = x + K * kDotTile;
-  double* const totals = reinterpret_cast<double*>(sums + kDotWarps * K * part.rows_per_block);
   const int tiles = static_cast<int>(
       min_of(part.tiles_per_chunk, dot_tiles(rows) - blockIdx.x * part.tiles_per_chunk));
+  const int numbers = part.lists * rows_here;
+  for (int i = static_cast<int>(threadIdx.x); i < kDotWarps * numbers; i += kDotThreads) {
+    sums[i] = 0;
+  }
   // Little is kept from tile to tile: the registers are full of sums.
   DLDR_NO_UNROLL
   for (int tile = 0; tile < tiles; ++tile) {
     const int64_t at = (blockIdx.x * part.tiles_per_chunk + tile) * kDotTile;
     const int count = static_cast<int>(min_of(kDotTile, rows.numel - at));
     DLDR_NO_UNROLL
-    for (int k = 0; k < K; ++k) {
-      A* const to = x + k * kDotTile;
+    for (int k = 0; k < part.lists; ++k) {
+      A* const to = x + k * kDotStride;
       Source::template stage<A, T>(source, list, rows, k, at, count, to);
       for (int i = count + static_cast<int>(threadIdx.x); i < kDotTile; i += kDotThreads) {
         to[SlotOf<T>::of(i)] = 0;
       }
     }
     __syncthreads();
+    const auto multiply = [&](auto whole) {
+      if constexpr (kOnTensorCores<T>) {
+        dot_groups<T, G, decltype(whole)::value>(rows, part.first + ahead, rows_here, part.lists,
+                                                 at, count, x, sums);
+      } else {
+        dot_rows<T, K, decltype(whole)::value>(rows, part.first + ahead, rows_here, at, count, x,
+                                               sums);
+      }
+    };
     if (aligned && count == kDotTile) {
-      dot_rows<T, K, true>(rows, part.first + ahead, rows_here, at, count, x, sums);
+      multiply(std::true_type());
     } else {
-      dot_rows<T, K, false>(rows, part.first + ahead, rows_here, at, count, x, sums);
+      multiply(std::false_type());
     }
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < K * rows_here; i += kDotThreads) {
-      const int k = i / rows_here, r = i % rows_here;
-      double sum = tile == 0 ? 0 : totals[i];
-      for (int w = 0; w < kDotWarps; ++w) sum += sums[(k * kDotWarps + w) * rows_here + r];
-      totals[i] = sum;
-      if (tile + 1 == tiles) {
-        part.partials[(k * part.rows + ahead + r) * gridDim.x + blockIdx.x] = sum;
-      }
-    }
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < numbers; i += kDotThreads) {
+    const int64_t k = i / rows_here, r = ahead + i % rows_here;
+    double sum = 0;
+    for (int w = 0; w < kDotWarps; ++w) sum += sums[i * kDotWarps + w];
+    part.partials[(k * part.rows + r) * gridDim.x + blockIdx.x] = sum;
   }
   if (part.arrived == nullptr) return;
   __threadfence();
@@ -228,7 +147,7 @@ __global__ void __launch_bounds__(kDotThreads, kDotBlocks<K>)
   __syncthreads();
   if (!last) return;
   __threadfence();
-  for (int i = warp(); i < K * rows_here; i += kDotWarps) {
+  for (int i = warp(); i < numbers; i += kDotWarps) {
     const int64_t k = i / rows_here, r = ahead + i % rows_here;
     const double sum = warp_sum(part.partials + (k * part.rows + r) * gridDim.x, gridDim.x);
     if (lane() == 0) put(k, part.first + r, sum);
@@ -255,7 +174,9 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-inline Plan dot_plan(int64_t numel) { return make_plan(numel, kDotTile, kDotChunks); }
+inline Plan dot_plan(int64_t numel) {
+  return make_plan(numel, kDotTile, max_of(kDotChunks, numel / kDotChunk));
+}
 
 // Rows that one launch takes for so many right-hand sides.
 inline int64_t dot_rows_at_once(const Plan& plan, int64_t lists) {
@@ -264,20 +185,20 @@ inline int64_t dot_rows_at_once(const Plan& plan, int64_t lists) {
 
 // Bytes of scratch memory for `total` rows and at most `lists` right-hand sides at a time.
 inline int64_t dot_scratch(const Rows& rows, int64_t total, int64_t lists) {
-  const Plan plan = dot_plan(rows.numel);
-  const int64_t sums = lists * min_of(total, dot_rows_at_once(plan, lists)) * plan.chunks;
-  return 8 * (sums + ceil_div(total, kDotRows));
+  const int64_t each = lists * dot_plan(rows.numel).chunks;  // sums of a row
+  return 8 * (min_of(total * each, max_of(kDotScratch / 8, each)) + ceil_div(total, kDotRows));
 }
 
-// Queues what calls put(k, row, sum) for K right-hand sides and the first `total` rows.
+// Queues what calls put(k, row, sum) for at most K right-hand sides and the first `total` rows.
 template <class T, int K, class Source, class Put>
 void launch_dot(const char* what, const DeviceList& list, const Rows& rows, const Source& source,
-                int64_t total, void* scratch, const Stream& stream, const Put& put) {
+                int lists, int64_t total, void* scratch, const Stream& stream, const Put& put) {
   using A = typename wide_of<T>::type;
   const Plan plan = dot_plan(rows.numel);
   const bool one_launch = plan.chunks > 0 && plan.chunks <= kDotFewChunks;
-  const int64_t at_once = dot_rows_at_once(plan, K);
+  const int64_t at_once = dot_rows_at_once(plan, lists);
   DotPart part;
+  part.lists = lists;
   part.tiles_per_chunk = plan.tiles_per_chunk;
   part.partials = static_cast<double*>(scratch);
   for (part.first = 0; part.first < total; part.first += part.rows) {
@@ -291,36 +212,47 @@ void launch_dot(const char* what, const DeviceList& list, const Rows& rows, cons
     part.rows_per_block = static_cast<int>(per_block);
     part.arrived = nullptr;
     if (one_launch) {
-      part.arrived = reinterpret_cast<uint64_t*>(part.partials + K * part.rows * plan.chunks);
+      part.arrived = reinterpret_cast<uint64_t*>(part.partials + lists * part.rows * plan.chunks);
       part.mark = launch_mark();
     }
     if (plan.chunks > 0) {
       // Always the most that any number of rows needs: two threads of the host may be here at once,
       // and what one asks for is also the other's.
-      constexpr int64_t kShared =
-          static_cast<int64_t>(sizeof(A)) * (K * kDotTile + kDotWarps * kDotSums) +
-          static_cast<int64_t>(sizeof(double)) * kDotSums;
-      launch(what, dot_chunk<T, K, Source, Put>,
-             make_grid(plan.chunks, ceil_div(part.rows, per_block)), kDotThreads, kShared,
-             stream.handle, list, rows, source, part, rows_aligned(rows), put);
+      constexpr int64_t kShared = static_cast<int64_t>(sizeof(A)) * K * kDotStride +
+                                  static_cast<int64_t>(sizeof(double)) * kDotWarps * kDotSums;
+      const auto queue = [&](auto* kernel) {
+        launch(what, kernel, make_grid(plan.chunks, ceil_div(part.rows, per_block)), kDotThreads,
+               kShared, stream.handle, list, rows, source, part, rows_aligned(rows), put);
+      };
+      if (!kOnTensorCores<T> || per_block <= kDotFewGroups * kMmaGroup) {
+        queue(dot_chunk<T, K, kDotFewGroups, Source, Put>);
+      } else {
+        queue(dot_chunk < T, K, kOnTensorCores<T> ? kDotGroups : kDotFewGroups, Source, Put >);
+      }
     }
     if (!one_launch) {
-      launch(what, sum_chunks<Put>, make_grid(K * part.rows), kSumThreads, 0, stream.handle,
+      launch(what, sum_chunks<Put>, make_grid(lists * part.rows), kSumThreads, 0, stream.handle,
              part.partials, plan.chunks, part.first, part.rows, put);
     }
   }
 }
 
-// Calls f with the number of right-hand sides to take next as a compile-time constant; four at most
-// in float64 and beside the widening of one-byte formats, whose registers would not hold eight.
+// Calls f(K, number) with how many right-hand sides to take next, and a compile-time constant that
+// is at least as much; off the tensor cores the same, and four at most in float64, whose registers
+// would not hold eight.
 template <class T, class F>
 void dispatch_lists(int64_t left, F&& f) {
-  if constexpr (sizeof(T) == 2 || sizeof(T) == 4) {
-    if (left >= 8) return f(std::integral_constant<int, 8>());
+  const auto take = [&](auto most) { f(most, static_cast<int>(min_of(most(), left))); };
+  if constexpr (kOnTensorCores<T>) {
+    if (left > 2) return take(std::integral_constant<int, 8>());
+  } else {
+    if constexpr (sizeof(T) == 4) {
+      if (left >= 8) return take(std::integral_constant<int, 8>());
+    }
+    if (left >= 4) return take(std::integral_constant<int, 4>());
   }
-  if (left >= 4) return f(std::integral_constant<int, 4>());
-  if (left >= 2) return f(std::integral_constant<int, 2>());
-  return f(std::integral_constant<int, 1>());
+  if (left >= 2) return take(std::integral_constant<int, 2>());
+  return take(std::integral_constant<int, 1>());
 }
 
 }  // namespace dldr::cuda

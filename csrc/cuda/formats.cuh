@@ -134,6 +134,25 @@ inline void narrow(double x, f16& out) { narrow(round_to_odd(x), out); }
 
 #endif
 
+__device__ inline uint32_t bits_of(float x) {
+#if defined(__CUDACC__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return bits;
+#endif
+}
+__device__ inline float float_of(uint32_t bits) {
+#if defined(__CUDACC__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+#endif
+}
+
 // 16 bytes of a row, and how many elements that is.
 struct alignas(16) Pack {
   uint32_t words[4];
@@ -154,17 +173,43 @@ inline bool rows_aligned(const Rows& rows) {
          (rows.rows == 1 || rows.stride * dtype_size(rows.dtype) % sizeof(Pack) == 0);
 }
 
+// An address as that of several numbers at once. The emulation minds whether they may lie there.
+template <class Wide, class T>
+__device__ inline Wide* as_wide(T* at) {
+#if !defined(__CUDACC__)
+  if (reinterpret_cast<uintptr_t>(at) % alignof(Wide) != 0) throw std::logic_error("misaligned");
+#endif
+  return reinterpret_cast<Wide*>(at);
+}
+
+// Any memory, that of the block too.
+template <class T>
+__device__ inline Pack load_wide(const T* from) {
+#if defined(__CUDACC__)
+  return *as_wide<const Pack>(from);
+#else
+  Pack pack;
+  __builtin_memcpy(&pack, as_wide<const Pack>(from), sizeof(pack));
+  return pack;
+#endif
+}
+template <class Wide, class T>
+__device__ inline void store_wide(T* to, const Wide& wide) {
+#if defined(__CUDACC__)
+  *as_wide<Wide>(to) = wide;
+#else
+  __builtin_memcpy(as_wide<Wide>(to), &wide, sizeof(wide));
+#endif
+}
+
 // Reads what no thread of the same launch writes.
 template <class T>
 __device__ inline Pack load_pack(const T* from) {
 #if defined(__CUDACC__)
-  const uint4 words = __ldg(reinterpret_cast<const uint4*>(from));
+  const uint4 words = __ldg(as_wide<const uint4>(from));
   return {{words.x, words.y, words.z, words.w}};
 #else
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(Pack) != 0) throw std::logic_error("misaligned");
-  Pack pack;
-  __builtin_memcpy(&pack, from, sizeof(pack));
-  return pack;
+  return load_wide(from);
 #endif
 }
 
@@ -233,7 +278,7 @@ __device__ inline void load_numbers(const A* from, int64_t left, bool aligned, A
   if (aligned && left >= N) {
     Pack packs[N / kPack<A>];
     DLDR_UNROLL
-    for (int p = 0; p < N / kPack<A>; ++p) packs[p] = reinterpret_cast<const Pack*>(from)[p];
+    for (int p = 0; p < N / kPack<A>; ++p) packs[p] = load_wide(from + p * kPack<A>);
     DLDR_UNROLL
     for (int p = 0; p < N / kPack<A>; ++p) {
       A part[kPack<A>];
@@ -261,7 +306,7 @@ __device__ inline void store_numbers(const A (&x)[N], T* to, int64_t left, bool 
       Chunk chunk;
       DLDR_UNROLL
       for (int e = 0; e < kEach; ++e) narrow(x[c * kEach + e], chunk.elements[e]);
-      reinterpret_cast<Chunk*>(to)[c] = chunk;
+      store_wide(to + c * kEach, chunk);
     }
   } else {
     DLDR_UNROLL

@@ -26,12 +26,12 @@ void gram_block(const Rows& snapshots, int64_t index, int64_t count, double* gra
   dispatch(snapshots.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t done = 0; done < count;) {
-      dispatch_lists<T>(count - done, [&](auto number) {
-        constexpr int K = decltype(number)::value;
-        launch_dot<T, K>("gram_block_", DeviceList{}, snapshots, FromRows{index + done},
-                         index + done + K, scratch, stream,
-                         PutGram{gram, row_stride, column_stride, index + done});
-        done += K;
+      dispatch_lists<T>(count - done, [&](auto most, int number) {
+        launch_dot<T, decltype(most)::value>(
+            "gram_block_", DeviceList{}, snapshots, FromRows{index + done}, number,
+            index + done + number, scratch, stream,
+            PutGram{gram, row_stride, column_stride, index + done});
+        done += number;
       });
     }
   });

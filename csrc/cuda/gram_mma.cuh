@@ -10,7 +10,6 @@
 
 namespace dldr::cuda {
 
-constexpr int kMmaGroup = 8;  // rows
 constexpr int kMmaWarps = 4;
 constexpr int kMmaThreads = kMmaWarps * kWarp;
 // Groups of a side: more rows are cut into sides, whose pairs go to several warps.

@@ -13,6 +13,11 @@
 
 namespace dldr::cuda {
 
+constexpr int kMmaGroup = 8;  // rows
+// The formats whose rows are multiplied so.
+template <class T>
+constexpr bool kOnTensorCores = sizeof(T) <= 2;
+
 // What is multiplied, and what sums it up: int8 exactly in 32 bits, all others in float32, where
 // the products of 16-bit formats are exact. float8 is widened to float16 first, without loss.
 template <class T>
@@ -26,6 +31,15 @@ struct mma_format<int8_t> {
   using sum = int32_t;
   using element = int8_t;
   static constexpr int kSteps = 2;
+};
+// A float32 whose lowest 13 bits are zero.
+struct tf32 {
+  uint32_t bits;
+};
+template <>
+struct mma_format<tf32> {
+  using sum = float;
+  using element = tf32;
 };
 template <>
 struct mma_format<f8e4m3> {
@@ -73,6 +87,11 @@ __device__ inline void mma(S (&acc)[4], const uint32_t (&a)[4], const uint32_t (
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else if constexpr (std::is_same_v<E, tf32>) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else if constexpr (std::is_same_v<E, bf16>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
@@ -87,6 +106,13 @@ __device__ inline void mma(S (&acc)[4], const uint32_t (&a)[4], const uint32_t (
 }
 
 #else
+
+// The instruction drops the other bits: an operand that has some was not meant.
+inline float widen(tf32 x) {
+  const float value = float_of(x.bits);
+  if (value == value && (x.bits & 0x1fffu) != 0) throw std::logic_error("an operand is no tf32");
+  return value;
+}
 
 template <class T, class S>
 inline void mma(S (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -26,11 +26,11 @@ void project(const Rows& basis, const EntryList& list, int64_t lists, void* out,
     using T = std::remove_pointer_t<decltype(type)>;
     using A = typename wide_of<T>::type;
     for (int64_t done = 0; done < lists;) {
-      dispatch_lists<T>(lists - done, [&](auto number) {
-        constexpr int K = decltype(number)::value;
-        launch_dot<T, K>("project", device, basis, FromList{done}, basis.rows, sums, stream,
-                         PutNumber<A>{static_cast<A*>(out) + done * basis.rows, basis.rows});
-        done += K;
+      dispatch_lists<T>(lists - done, [&](auto most, int number) {
+        launch_dot<T, decltype(most)::value>(
+            "project", device, basis, FromList{done}, number, basis.rows, sums, stream,
+            PutNumber<A>{static_cast<A*>(out) + done * basis.rows, basis.rows});
+        done += number;
       });
     }
   });

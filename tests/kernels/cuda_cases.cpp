@@ -382,7 +382,8 @@ struct Kernel {
 };
 constexpr Kernel kKernels[] = {
     {"project", project, 9, 2101},
-    {"project", project, 9, 9001},  // more chunks than one launch adds up
+    {"project", project, 9, 9001},   // more chunks than one launch adds up
+    {"project", project, 9, 13001},  // and of several tiles
     {"reconstruct", reconstruct, 9, 2101},
     {"reconstruct_residual", reconstruct_residual, 9, 2101},
     {"trial", trial, 1, 2101},

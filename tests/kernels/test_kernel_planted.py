@@ -31,6 +31,7 @@ WRAPPED = r"AddressSanitizer: SEGV|signed integer overflow|wrong: "
 # The kernel that a header's bug is looked for in; others are named like their file.
 KERNEL_OF = {
     "dot.cuh": "project",
+    "dot_mma.cuh": "project",
     "combine.cuh": "reconstruct",
     "list.cuh": "trial",
     "gram_mma.cuh": "gram",
@@ -53,6 +54,7 @@ class Bug(NamedTuple):
 TAILS = [
     Bug("dot.cuh", "int i = count + static_cast", "int i = count + 1 + static_cast",
         "wrong: .*nan"),
+    Bug("dot_mma.cuh", "end - j - quad * kPack<T>", "end - j - quad * kPack<T> + 1", OUTSIDE),
     Bug("combine.cuh", "r += kCombineRows) {", "r += kCombineRows + 1) {", "wrong: "),
     Bug("combine.cuh", "min_of(kPack<T>, rows.numel - i)", "min_of(kPack<T>, rows.numel - i + 1)",
         OUTSIDE),
@@ -79,6 +81,8 @@ INT32 = [
         "static_cast<int>(kDotTile);", WRAPPED, "far"),
     Bug("dot.cuh", "rows_here - 1)) * rows.stride;",
         "rows_here - 1)) * static_cast<int>(rows.stride);", WRAPPED, "far"),
+    Bug("dot_mma.cuh", "rows_here - 1)) * rows.stride;",
+        "rows_here - 1)) * static_cast<int>(rows.stride);", WRAPPED, "far"),
     Bug("list.cuh", "static_cast<int64_t>(meta & (", "static_cast<int>(meta & (", WRAPPED, "far"),
     Bug("reconstruct.cu", f"{AT}tile;", f"{INT_AT}(tile);", WRAPPED, "far"),
     Bug("reconstruct_residual.cu", f"{AT}tile;", f"{INT_AT}(tile);", WRAPPED, "far"),
@@ -102,7 +106,7 @@ BARRIERS = [
 ]
 assert BARRIERS
 if os.environ.get("DLDR_EVERY_BUG") != "1":
-    TAILS, INT32 = [TAILS[0], TAILS[5]], [INT32[1], INT32[5]]
+    TAILS, INT32 = [TAILS[0], TAILS[6]], [INT32[1], INT32[6]]
     BARRIERS = [pair for pair in BARRIERS if pair in [("combine.cuh", 1), ("trial.cu", 0)]]
 
 

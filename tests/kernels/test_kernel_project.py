@@ -41,6 +41,30 @@ def test_rounding_error_bound(kernels, path, name):
 
 
 @pytest.mark.parametrize("name", ref.FORMATS)
+def test_a_gradient_counts_with_all_its_digits(kernels, path, name):
+    """One number in a row, so that nothing cancels: tensor cores take float32 in two parts."""
+    rng = np.random.default_rng(1)
+    rows = ref.encode(rng.integers(1, 90, (13, 1)).astype(np.float64), name)
+    scale = np.full((13, 1), 0.25, np.float32) if name in ref.QUANTIZED else None
+    exact = ref.decode(rows)[:, 0] * (1 if scale is None else 0.25)
+    one = np.float32(1)
+    for value in (*rng.normal(size=20), np.nextafter(one, 2), np.nextafter(one, 0), 1e-30, 1e36):
+        vector = np.array([value, 0, 0], np.float32)
+        wide = np.concatenate([rows, np.zeros((13, 2), rows.dtype)], axis=1)
+        sums = kernels.project(wide, [vector], scale=scale, path=path)
+        np.testing.assert_allclose(sums, exact * float(vector[0]), rtol=2.0**-21)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_infinity_in_the_basis(kernels, path, name):
+    """It stays one, also where a gradient has no lower part."""
+    rows = ref.encode(np.array([[np.inf, 2.0], [1.0, -np.inf]]), name)
+    for vector in ([1.0, 3.0], [1.1, -0.3]):
+        sums = kernels.project(rows, [np.array(vector, np.float32)], path=path)
+        np.testing.assert_array_equal(sums, [np.inf, -np.sign(vector[1]) * np.inf])
+
+
+@pytest.mark.parametrize("name", ref.FORMATS)
 def test_bits_do_not_depend_on_threads_or_on_the_cut(kernels, path, name):
     numel, dim = 9 * ref.TILE + 77, 7
     sample, scale, rng = ref.random_sample(dim, numel, name)
@@ -63,9 +87,10 @@ def test_every_tensor_of_5000(kernels, path):
 
 @pytest.mark.parametrize("name", ["bfloat16", "int8"])
 def test_chunks_of_several_tiles(kernels, path, name):
-    """Past 1,024 tiles a chunk has more than one of them."""
+    """Past 1,024 tiles a chunk has more than one of them; of the emulated GPU past six of 2,048."""
     numel = kernels.TILE * (kernels.MAX_CHUNKS + 5) + 99
     assert kernels.make_plan(numel).tiles_per_chunk == 2
+    numel = 30_000 if path == "cuda" else numel
     sample = ref.Sample(1, numel, name)
     tensors = ref.arrays(ref.as_list(sample.vector, [numel // 3, numel - numel // 3], ["float32"]))
     sums = kernels.project(sample.array, tensors, scale=sample.scale, path=path, threads=2)
