@@ -10,9 +10,56 @@
 
 namespace dldr {
 
+// What takes long, in terms of how a team divides work. A team may have its own way.
+template <class Team>
+struct Division {
+  DLDR_HOST_DEVICE const Team& team() const { return static_cast<const Team&>(*this); }
+
+  // to = H x
+  DLDR_HOST_DEVICE void multiply(const double* H, int d, const double* x, double* to) const {
+    team().each(d, [&](int i) {
+      double sum = 0;
+      // H is symmetric: by columns, neighbouring threads read neighbouring numbers.
+      for (int j = 0; j < d; ++j) sum += H[j * d + i] * x[j];
+      to[i] = sum;
+    });
+    team().sync();
+  }
+
+  // H += s v' + v s', symmetric to the bit.
+  DLDR_HOST_DEVICE void add(double* H, int d, const double* s, const double* v) const {
+    team().grid(d, d, [&](int i, int j) { H[i * d + j] += s[i] * v[j] + v[i] * s[j]; });
+    team().sync();
+  }
+
+  // The largest pivot of H's Cholesky factorization by the smallest; infinite if one is not
+  // positive. `factor` has room for d x d numbers, `quotient` for d.
+  DLDR_HOST_DEVICE double pivots(const double* H, int d, double* factor, double* quotient) const {
+    team().each(d * d, [&](int i) { factor[i] = H[i]; });
+    team().sync();
+    double smallest = INFINITY, largest = 0;
+    for (int k = 0; k < d; ++k) {
+      const double pivot = factor[k * d + k];
+      if (!(pivot > 0)) return INFINITY;
+      smallest = pivot < smallest ? pivot : smallest;
+      largest = pivot > largest ? pivot : largest;
+      // Rows below the pivot; row k stays as it is: entry (i, j) loses f_ik f_jk / pivot.
+      const int next = k + 1, left = d - next;
+      team().each(left, [&](int j) { quotient[j] = factor[(next + j) * d + k] / pivot; });
+      team().sync();
+      team().grid(left, left, [&](int i, int j) {
+        double* const row = factor + (next + i) * d;
+        if (j <= i) row[next + j] -= row[k] * quotient[j];
+      });
+      team().sync();
+    }
+    return largest / smallest;
+  }
+};
+
 // One thread does everything. Indices are 32 bits wide, as d <= 1024 is, and none is divided: on a
 // GPU that takes longer than the arithmetic.
-struct Alone {
+struct Alone : Division<Alone> {
   template <class F>
   void each(int count, F&& f) const {
     for (int i = 0; i < count; ++i) f(i);
@@ -79,15 +126,8 @@ class QuasiNewton {
     return team_.sum(d_, [&](int i) { return a[i] * b[i]; });
   }
 
-  // to = H x
   DLDR_HOST_DEVICE void multiply(const double* x, double* to) const {
-    team_.each(d_, [&](int i) {
-      double sum = 0;
-      // H is symmetric: by columns, neighbouring threads read neighbouring numbers.
-      for (int j = 0; j < d_; ++j) sum += args_.H[j * d_ + i] * x[j];
-      to[i] = sum;
-    });
-    team_.sync();
+    team_.multiply(args_.H, d_, x, to);
   }
 
   // The BFGS update of H. Returns 1 if it was made, 2 if with a damped y, else 0.
@@ -121,9 +161,8 @@ class QuasiNewton {
     const double weight = 0.5 * (1 + dot(y, Hy) / sy) / sy;
     team_.each(d_, [&](int i) { v[i] = weight * s[i] - Hy[i] / sy; });
     team_.sync();
-    // (I - s y'/sy) H (I - y s'/sy) + s s'/sy, symmetric to the bit.
-    team_.grid(d_, d_, [&](int i, int j) { args_.H[i * d_ + j] += s[i] * v[j] + v[i] * s[j]; });
-    team_.sync();
+    // (I - s y'/sy) H (I - y s'/sy) + s s'/sy
+    team_.add(args_.H, d_, s, v);
     return damped ? 2 : 1;
   }
 
@@ -140,30 +179,10 @@ class QuasiNewton {
     return true;
   }
 
-  // A lower bound on H's condition number, from the diagonal of its Cholesky factor; infinite if H
-  // is not positive definite.
+  // A lower bound on H's condition number: the pivots are squares of the factor's diagonal.
   DLDR_HOST_DEVICE double condition() const {
     double* const quotient = args_.scratch + 3 * d_;
-    double* const factor = quotient + d_;
-    team_.each(d_ * d_, [&](int i) { factor[i] = args_.H[i]; });
-    team_.sync();
-    double smallest = INFINITY, largest = 0;
-    for (int k = 0; k < d_; ++k) {
-      const double pivot = factor[k * d_ + k];
-      if (!(pivot > 0)) return INFINITY;
-      smallest = pivot < smallest ? pivot : smallest;
-      largest = pivot > largest ? pivot : largest;
-      // Rows below the pivot; row k stays as it is: entry (i, j) loses f_ik f_jk / pivot.
-      const int next = k + 1, left = d_ - next;
-      team_.each(left, [&](int j) { quotient[j] = factor[(next + j) * d_ + k] / pivot; });
-      team_.sync();
-      team_.grid(left, left, [&](int i, int j) {
-        double* const row = factor + (next + i) * d_;
-        if (j <= i) row[next + j] -= row[k] * quotient[j];
-      });
-      team_.sync();
-    }
-    return largest / smallest;  // the pivots are squares of the factor's diagonal
+    return team_.pivots(args_.H, d_, quotient + d_, quotient);
   }
 
   DLDR_HOST_DEVICE void reset() const {

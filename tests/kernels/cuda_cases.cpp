@@ -392,6 +392,7 @@ constexpr Kernel kKernels[] = {
     {"gram", gram, 45, 301},              // more groups of rows than one block takes
     {"form_basis", form_basis, 35, 301},  // more snapshots than are staged at a time
     {"quasi_newton", quasi_newton, 17, 0},
+    {"quasi_newton", quasi_newton, 117, 0},  // in panels
 };
 
 }  // namespace

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-DIMS = [1, 2, 3, 16, 17, 40, 100]
+# In shared memory, with the factor and without; in panels of 16 and of 8 columns, whole or not.
+DIMS = [1, 2, 3, 16, 17, 40, 100, 113, 128, 515]
 RULES = {
     "damped": {"damped": True, "published": False},
     "plain": {"damped": False, "published": False},
