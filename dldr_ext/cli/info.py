@@ -9,7 +9,6 @@ import shutil
 import textwrap
 from collections.abc import Callable
 from importlib import metadata
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .. import build_info
 from ..ops.library import cuda_problem, device_problem
 from ..reporting.text import printable
 from ..tensors.memory import free_memory
-from .requirements import install
+from .requirements import absent, install
 
 # Modules of each optional extra.
 _EXTRAS = {
@@ -28,8 +27,6 @@ _EXTRAS = {
     "examples": ("tensorboard", "sklearn", "lightning", "transformers"),
     "bench": ("pytest", "pytest_benchmark"),
 }
-# Modules whose distribution has another name.
-_DISTRIBUTIONS = {"sklearn": "scikit-learn", "pytest_benchmark": "pytest-benchmark"}
 
 
 def facts() -> dict[str, Any]:
@@ -55,7 +52,7 @@ def facts() -> dict[str, Any]:
         },
         "devices": _devices(),
         "packages": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors")},
-        "extras": {name: _extra(name, modules) for name, modules in _EXTRAS.items()},
+        "extras": {name: _extra(modules) for name, modules in _EXTRAS.items()},
     }
 
 
@@ -75,12 +72,9 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
-def _extra(name: str, modules: tuple[str, ...]) -> dict[str, Any]:
-    missing = [_DISTRIBUTIONS.get(m, m) for m in modules if find_spec(m) is None]
-    return {
-        "missing": missing,
-        "command": install(name) if missing else None,
-    }
+def _extra(modules: tuple[str, ...]) -> dict[str, Any]:
+    names = absent(*modules)
+    return {"missing": names, "command": install(names) if names else None}
 
 
 def show(as_json: bool) -> None:
@@ -125,13 +119,7 @@ def _show_devices(devices: list[dict[str, Any]]) -> str:
 
 
 def _show_extras(extras: dict[str, dict[str, Any]]) -> str:
-    lines = []
-    for name, extra in extras.items():
-        lacks = ", ".join(extra["missing"])
-        lines.append(f"{name}: without {lacks}: {extra['command']}" if lacks else f"{name}: there")
-    if any(extra["missing"] for extra in extras.values()):
-        lines.append('in the folder of the source: pip install --no-build-isolation ".[NAME]"')
-    return "\n".join(lines)
+    return "\n".join(f"{name}: {extra['command'] or 'there'}" for name, extra in extras.items())
 
 
 _SHOW: dict[str, Callable[[Any], str]] = {
