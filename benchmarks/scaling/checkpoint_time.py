@@ -4,7 +4,7 @@
 checkpoints of ResNet-18's shapes (float32, 11.2M numbers, 1.8 GB) and removes them at the end. In
 each round the files are dropped from the page cache ("cold") or read once ("cached"), then read by
 `cat`, by `Trajectory.from_checkpoints`, and by `dldr analyze` as a whole process: with a subspace
-and without; beside them what importing the command takes. Last, `Trajectory.record` of the same
+and without; beside them what importing its code takes. Last, `Trajectory.record` of the same
 shapes in bfloat16, over the time that a read of as many bytes takes.
 """
 
@@ -75,7 +75,7 @@ def reading(folder: Path, rounds: int) -> dict:
     ways = {
         "cat": lambda: read(paths),
         "from_checkpoints and gram": from_checkpoints,
-        "import": lambda: process("-c", "import dldr_ext.cli.analyze"),
+        "import": lambda: process("-c", "import dldr_ext.analysis.analysis"),
         "analyze --no-subspace": lambda: process(*analyze, "--no-subspace"),
         "analyze": lambda: process(*analyze),
     }
