@@ -159,7 +159,8 @@ def soup(
         typer.echo(json.dumps(facts))
     elif not quiet:
         reached = f", score {facts['score']:g}" if "score" in facts else ""
-        say(f"{len(facts['members'])} checkpoints{reached}: {output}")
+        counted = "1 checkpoint" if len(members) == 1 else f"{len(members)} checkpoints"
+        say(f"{counted}{reached}: {output}")
         for weight, member in zip(facts.get("weights", ()), facts["members"], strict=False):
             say(f"{weight:.4g} x {member}")
         if verify:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from source_version import source_version  # noqa: E402
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -36,6 +39,7 @@ def repository(tree: Path) -> Path:
     return tree
 
 
+@needs_git
 def test_the_version_is_that_of_the_tag(repository):
     assert source_version(repository) == "0.4.0.dev0"  # no tag at all
     git(repository, "tag", "v0.4.0")
@@ -51,6 +55,7 @@ def test_the_version_is_that_of_the_tag(repository):
     assert source_version(repository) == "1.0.0rc2.dev1"
 
 
+@needs_git
 def test_where_no_tag_can_be_seen(repository, tmp_path, monkeypatch):
     git(repository, "tag", "v0.4.0")
     git(repository, "commit", "-qm", "two", "--allow-empty")
@@ -60,6 +65,7 @@ def test_where_no_tag_can_be_seen(repository, tmp_path, monkeypatch):
     assert source_version(repository) == "0.4.0.dev0"
 
 
+@needs_git
 def test_a_tree_in_another_repository_is_not_of_its_tags(tree, tmp_path):
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
@@ -68,6 +74,7 @@ def test_a_tree_in_another_repository_is_not_of_its_tags(tree, tmp_path):
     assert source_version(tree) == "0.4.0.dev0"
 
 
+@needs_git
 def test_a_source_archive_says_its_version(repository):
     git(repository, "tag", "v0.4.0")
     (repository / "PKG-INFO").write_text("Metadata-Version: 2.4\nVersion: 0.3.1+cu130\n")
