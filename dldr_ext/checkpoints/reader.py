@@ -1,4 +1,4 @@
-"""Reading any stretch of a tensor in a file, through one small buffer.
+"""Reading any stretch of a tensor in a file, straight to its place or through one small buffer.
 
 Nothing is mapped: the pages of a mapped file count as memory of the process, and a file that
 shrinks while it is mapped ends it. A short read is an error like any other.
@@ -92,6 +92,10 @@ class CheckpointReader:
         return state
 
     def _read_contiguous(self, entry: Entry, begin: int, out: Tensor) -> None:
+        as_stored = not (entry.swapped or entry.conj or entry.neg) and entry.dtype == out.dtype
+        if as_stored and out.device.type == "cpu" and len(out):
+            self._fill(entry, begin, out.view(torch.uint8).numpy().data)
+            return
         most = len(self._buffer) // entry.dtype.itemsize
         for at in range(0, len(out), most):
             count = min(most, len(out) - at)
@@ -142,8 +146,17 @@ class CheckpointReader:
         size = count * entry.dtype.itemsize
         if size > len(self._buffer):
             self._buffer = bytearray(size)
-        view = memoryview(self._buffer)[:size]
-        at, done = entry.offset + begin * entry.dtype.itemsize, 0
+        self._fill(entry, begin, memoryview(self._buffer)[:size])
+        values = torch.frombuffer(self._buffer, dtype=entry.dtype, count=count)
+        if entry.swapped:
+            width = entry.dtype.itemsize // (2 if entry.dtype.is_complex else 1)
+            values = values.view(torch.uint8).view(-1, width).flip(1).view(-1).view(entry.dtype)
+        values = values.conj() if entry.conj else values
+        return values.neg() if entry.neg else values
+
+    def _fill(self, entry: Entry, begin: int, view: memoryview) -> None:
+        """Read bytes of a tensor, from an element of it on, until the view is full."""
+        at, done, size = entry.offset + begin * entry.dtype.itemsize, 0, len(view)
         try:
             file = self._open(entry)
             if entry.record is not None:
@@ -164,12 +177,6 @@ class CheckpointReader:
             raise CheckpointError(entry.file, reason(error)) from error
         except Exception as error:  # of a damaged record: any
             raise CheckpointError(entry.file, f"corrupt: {entry.name} ({error})") from error
-        values = torch.frombuffer(self._buffer, dtype=entry.dtype, count=count)
-        if entry.swapped:
-            width = entry.dtype.itemsize // (2 if entry.dtype.is_complex else 1)
-            values = values.view(torch.uint8).view(-1, width).flip(1).view(-1).view(entry.dtype)
-        values = values.conj() if entry.conj else values
-        return values.neg() if entry.neg else values
 
     def _open(self, entry: Entry) -> BinaryIO:
         key = (entry.file, entry.record)
