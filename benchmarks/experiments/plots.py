@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from dldr_ext.reporting.figures import COLOURS, LIGHT, Drawing, new_figure
+from dldr_ext.reporting.figures import COLOURS, LIGHT, Drawing
 
 from .methods import NAMES
 from .statistics import groups, mean_and_spread, paired
@@ -37,11 +37,15 @@ def drawings(runs: list[Run]) -> list[Drawing]:
         for prefix, draw, title in _DRAWN.get(experiment, ()):
             name = f"{prefix}-{data}-{network}"
             whole = f"{title}: {data}, {network}"
-            found.append(Drawing(name, whole, _words(rows), partial(draw, rows)))
+            drawing = Drawing(name, whole, _words(rows), partial(draw, rows))
+            count = len(groups(rows, "method"))
+            heights = {"compare": 0.3 * count + 1.1, "real": 0.3 * count + 1.1, "finetune": 2.2}
+            found.append(drawing._replace(height=heights.get(prefix, drawing.height)))
     zoo = [run for run in runs if run["experiment"] == "zoo"]
     if zoo:
         title = "Test accuracy against the full SGD, by network"
-        found.append(Drawing("zoo", title, _words(zoo), partial(_zoo, zoo)))
+        height = 0.6 * len(groups(zoo, "data", "network")) + 1.4
+        found.append(Drawing("zoo", title, _words(zoo), partial(_zoo, zoo), height=height))
     return found
 
 
@@ -64,12 +68,12 @@ def _values(runs: list[Run], key: str = "test_accuracy") -> tuple[float, float]:
     return mean_and_spread([100 * run[key] for run in runs])
 
 
-def _compare(runs: list[Run]) -> Figure:
+def _compare(runs: list[Run], figure: Figure) -> None:
     """A row for each method: every seed, and the mean with its spread, on an axis that spreads what
     lies near 100 %."""
     found = groups(runs, "method")
     names = [name for name in NAMES if (name,) in found]
-    figure, axes = new_figure((5.8, 0.3 * len(names) + 1.1))
+    axes = figure.add_subplot()
     best = max(run["test_accuracy"] for run in runs)
     for row, name in enumerate(names):
         rows, colour = found[name,], _COLOURS.get(name, LIGHT["soft"])
@@ -102,12 +106,11 @@ def _compare(runs: list[Run]) -> Figure:
     axes.set_yticks(range(len(names)), [NAMES[name] for name in names])
     axes.invert_yaxis()
     axes.set_xlabel(f"{_UNIT}; small: seeds, large: their mean")
-    return figure
 
 
-def _dims(runs: list[Run]) -> Figure:
+def _dims(runs: list[Run], figure: Figure) -> None:
     """Accuracy against dimension, with the band of SGD."""
-    figure, axes = new_figure()
+    axes = figure.add_subplot()
     found = groups(runs, "method")
     mean, spread = _values(found["sgd",])
     axes.axhspan(mean - spread, mean + spread, color=_COLOURS["sgd"], alpha=0.15)
@@ -133,13 +136,12 @@ def _dims(runs: list[Run]) -> Figure:
     axes.set_xlabel("dimension d")
     axes.set_ylabel(f"{_UNIT} (mean ± sd)")
     _at_most_all(axes)
-    figure.legend(loc="outside upper center", ncols=2)
-    return figure
+    figure.legend(loc="outside lower center", ncols=2)
 
 
-def _noise(runs: list[Run]) -> Figure:
+def _noise(runs: list[Run], figure: Figure) -> None:
     """Accuracy against the share of wrong labels."""
-    figure, axes = new_figure()
+    axes = figure.add_subplot()
     lines = [("sgd", "test_accuracy", "-", "SGD, last epoch")]
     lines.append(("sgd", "early_test_accuracy", "--", "SGD, best epoch"))
     lines.append(("sgd_sampled", "test_accuracy", ":", NAMES["sgd_sampled"]))
@@ -163,17 +165,16 @@ def _noise(runs: list[Run]) -> Figure:
     axes.set_xlabel("wrong labels in the training part, %")
     axes.set_ylabel(_UNIT)
     _at_most_all(axes)
-    figure.legend(loc="outside upper center", ncols=2)
-    return figure
+    figure.legend(loc="outside lower center", ncols=2)
 
 
 def _shown_level(runs: list[Run]) -> float:
     return min({run["noise"] for run in runs}, key=lambda level: abs(level - 0.4))
 
 
-def _noise_curves(runs: list[Run]) -> Figure:
+def _noise_curves(runs: list[Run], figure: Figure) -> None:
     """How the accuracy goes with the passes, at the share of wrong labels nearest to 40 %."""
-    figure, axes = new_figure()
+    axes = figure.add_subplot()
     shown = _shown_level(runs)
     for method in ("sgd", "pbfgs", "pbfgs_last"):
         for i, run in enumerate(r for r in runs if r["method"] == method and r["noise"] == shown):
@@ -189,8 +190,7 @@ def _noise_curves(runs: list[Run]) -> Figure:
     axes.set_xlabel(f"passes, sampling included; {100 * shown:.0f} % wrong labels")
     axes.set_ylabel("accuracy on (right) validation labels, %")
     _at_most_all(axes)
-    figure.legend(loc="outside upper center", ncols=2)
-    return figure
+    figure.legend(loc="outside lower center", ncols=2)
 
 
 def _paired(axes: Axes, runs: list[Run], base: str, chosen: tuple[str, ...], row: float) -> None:
@@ -210,10 +210,10 @@ def _paired(axes: Axes, runs: list[Run], base: str, chosen: tuple[str, ...], row
         )
 
 
-def _zoo(runs: list[Run]) -> Figure:
+def _zoo(runs: list[Run], figure: Figure) -> None:
     """Differences from the full SGD for each network."""
     found = groups(runs, "data", "network")
-    figure, axes = new_figure((5.6, 0.6 * len(found) + 1.4))
+    axes = figure.add_subplot()
     for row, rows in enumerate(found.values()):
         _paired(axes, rows, "sgd", ("sgd_half", "pbfgs", "pbfgs_last", "pbfgs_early"), row)
     axes.axvline(0, color=LIGHT["soft"], linewidth=1)
@@ -226,20 +226,18 @@ def _zoo(runs: list[Run]) -> Figure:
     axes.set_xlabel("percentage points, paired: mean ± standard deviation")
     handles, texts = axes.get_legend_handles_labels()
     unique = dict(zip(texts, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=2)
-    return figure
+    figure.legend(unique.values(), unique.keys(), loc="outside lower center", ncols=2)
 
 
-def _finetune(runs: list[Run]) -> Figure:
+def _finetune(runs: list[Run], figure: Figure) -> None:
     """What fine-tuning does to the trained model."""
-    figure, axes = new_figure((5.6, 2.2))
+    axes = figure.add_subplot()
     for row, method in enumerate(("tuned_sgd", "tuned_pbfgs")):
         _paired(axes, runs, "trained", (method,), row)
     axes.axvline(0, color=LIGHT["soft"], linewidth=1)
     axes.set_yticks((0, 1), [NAMES[name] for name in ("tuned_sgd", "tuned_pbfgs")])
     axes.set_ylim(1.5, -0.5)
     axes.set_xlabel("percentage points, paired: mean ± standard deviation")
-    return figure
 
 
 _DRAWN = {

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reporting.views import layer_of
 from ..tensors.matrices import ScaledRows
-
-_MOST = 24  # rows of a figure
 
 
 class Layers:
@@ -25,7 +24,7 @@ class Layers:
     """
 
     def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
-        of_each = [name.rpartition(".")[0] or name for name in names]
+        of_each = [layer_of(name) for name in names]
         self.names = list(dict.fromkeys(of_each))
         self._rows = [self.names.index(layer) for layer in of_each]
         self._sizes = [math.prod(shape) for shape in shapes]
@@ -61,31 +60,6 @@ class Layers:
         for row, size in zip(self._rows, self._sizes, strict=True):
             sizes[row] += size
         return {"names": self.names, "numel": sizes, "steps": squares.sqrt().tolist()}
-
-
-def fewer(
-    names: Sequence[str], norms: Sequence[Sequence[float]]
-) -> tuple[list[str], list[list[float]]]:
-    """Join layers by what their names begin with until they fit a figure.
-
-    Where even the first words are too many, those that moved the least are joined.
-    """
-    squares = torch.tensor(norms, dtype=torch.float64, device="cpu").square()
-    depth = max(name.count(".") for name in names) + 1
-    shown: list[str] = list(names)
-    while len(set(shown)) > _MOST and depth > 1:
-        depth -= 1
-        shown = [".".join(name.split(".")[:depth]) for name in names]
-    groups = list(dict.fromkeys(shown))
-    total = squares.new_zeros(len(groups), squares.shape[1])
-    total.index_add_(0, torch.tensor([groups.index(name) for name in shown]), squares)
-    if len(groups) > _MOST:
-        kept = total.sum(1).argsort(descending=True)[: _MOST - 1].sort().values
-        rest = torch.ones(len(groups), dtype=torch.bool)
-        rest[kept] = False
-        total = torch.cat([total[kept], total[rest].sum(0, keepdim=True)])
-        groups = [*(groups[i] for i in kept.tolist()), f"{int(rest.sum())} others"]
-    return groups, total.sqrt().tolist()
 
 
 def _wide(row: Tensor) -> Tensor:

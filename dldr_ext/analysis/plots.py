@@ -9,7 +9,6 @@ from typing import Any
 
 from ..reporting import views
 from ..reporting.figures import Drawing
-from .layers import fewer
 
 _PLANE = {
     False: "The first two principal directions of the checkpoints, their mean at zero.",
@@ -50,12 +49,14 @@ def drawings(results: dict[str, Any]) -> list[Drawing]:
     ]
     if loss is not None:
         shown.append(views.losses(dict(zip(runs, loss["along"], strict=True))))
-    few = [fewer(run["layers"]["names"], run["layers"]["steps"]) for run in runs.values()]
-    highest = max(max(map(max, norms)) for _, norms in few)
+    few = [
+        views.fewer_layers(run["layers"]["names"], run["layers"]["steps"]) for run in runs.values()
+    ]
+    span = views.span_of([norms for _, norms in few])
     for i, (name, (layers, norms)) in enumerate(zip(runs, few, strict=True)):
         shown.append(
             views.layers(
-                layers, norms, ("layers", "other-layers")[i], _which(runs, name), highest
+                layers, norms, ("layers", "other-layers")[i], _which(runs, name), span
             )._replace(caption="Norm of the change from one checkpoint to the next; empty: none.")
         )
     for i, (name, run) in enumerate(runs.items()):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..reporting import views
-from ..reporting.figures import COLOURS, LIGHT, Drawing, new_figure
+from ..reporting.figures import COLOURS, LIGHT, Drawing
 from .landscape import Landscape
 from .methods import NAMES
 from .summary import summarize
@@ -73,8 +73,8 @@ def _accuracy(results: dict[str, Any]) -> Drawing:
     )
 
 
-def _draw_accuracy(results: dict[str, Any]) -> Figure:
-    figure, axes = new_figure()
+def _draw_accuracy(results: dict[str, Any], figure: Figure) -> None:
+    axes = figure.add_subplot()
     curves: dict[str, list[list[list[float]]]] = defaultdict(list)
     for run in results["runs"]:
         curves[run["method"]].append(run["validation_curve"])
@@ -109,8 +109,7 @@ def _draw_accuracy(results: dict[str, Any]) -> Figure:
     axes.set_yticks([1 - t / 100 for t in ticks], [f"{t:g} %" for t in ticks])
     axes.set_xlabel("passes over the training images")
     axes.set_xlim(left=0)
-    figure.legend(loc="outside upper center", ncols=3)
-    return figure
+    figure.legend(loc="outside lower center", ncols=3)
 
 
 def _error(accuracies: np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
@@ -65,6 +64,7 @@ STYLE: Any = {
     "xtick.color": LIGHT["soft"],
     "ytick.color": LIGHT["soft"],
 }
+_WIDTH = 5.4  # inches
 _SVG: Any = {"svg.fonttype": "none", "svg.image_inline": True, "path.simplify_threshold": 0.5}
 _NAMES = {light: f"var(--{name})" for name, light in LIGHT.items()}
 
@@ -75,8 +75,9 @@ class Drawing(NamedTuple):
     name: str  # of its file, without a suffix
     title: str
     alt: str  # the same in words, for those who cannot see it
-    draw: Callable[[], Figure]  # without a title
+    draw: Callable[[Any], None]  # into a figure, or a part of one; without a title
     caption: str = ""
+    height: float = 3.9  # inches; the width, 5.4, is read on a phone too
 
 
 def require_matplotlib(what: str) -> None:
@@ -100,34 +101,34 @@ def require_matplotlib(what: str) -> None:
         )
 
 
-def new_figure(size: tuple[float, float] = (5.4, 3.9)) -> tuple[Figure, Axes]:
-    """Start a figure; the usual size, in inches, is read on a phone too."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def drawn(drawing: Drawing, titled: bool = True) -> Figure:
-    """Draw a figure in the shared style, on its own with title and background.
+def drawn(drawings: Sequence[Drawing], titled: bool = True) -> Figure:
+    """Draw figures in the shared style, side by side.
 
     Parameters
     ----------
-    drawing : Drawing
+    drawings : sequence of Drawing
+        One at least.
     titled : bool
-        False: as a part of a page, which has both.
+        False: as parts of a page, which has titles and a background.
 
     Returns
     -------
     matplotlib.figure.Figure
     """
     import matplotlib
+    from matplotlib.figure import Figure
 
+    size = (_WIDTH * len(drawings), max(drawing.height for drawing in drawings))
     with matplotlib.rc_context(STYLE):
-        figure = drawing.draw()
+        figure = Figure(figsize=size, layout="constrained")
         if titled:
             figure.set_facecolor(LIGHT["paper"])
-            figure.suptitle(drawing.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        parts = figure.subfigures(1, len(drawings), squeeze=False)[0]
+        for drawing, part in zip(drawings, parts, strict=True):
+            drawing.draw(part)
+            part.set_facecolor("none")
+            if titled:
+                part.suptitle(drawing.title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure
 
 
@@ -150,7 +151,7 @@ def save_figures(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
     paths = [folder / f"{drawing.name}.png" for drawing in drawings]
     with matplotlib.rc_context(STYLE):
         for drawing, path in zip(drawings, paths, strict=True):
-            drawn(drawing).savefig(path, dpi=150)
+            drawn([drawing]).savefig(path, dpi=150)
     return paths
 
 
@@ -173,7 +174,7 @@ def svg(drawing: Drawing, prefix: str = "") -> Markup:
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE | _SVG | {"svg.hashsalt": drawing.name}):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        drawn(drawing, titled=False).savefig(buffer, format="svg", metadata=nothing)
+        drawn([drawing], titled=False).savefig(buffer, format="svg", metadata=nothing)
     name = prefix + drawing.name
     head, _, body = buffer.getvalue().partition("<svg")[2].partition(">")
     box = re.search(r'viewBox="([^"]+)"', head)

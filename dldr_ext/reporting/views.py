@@ -14,7 +14,6 @@ from .figures import (
     LIGHT,
     MIDDLE,
     Drawing,
-    new_figure,
     percentages,
     shades,
     two_sided,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 RUNS = (LIGHT["blue"], LIGHT["orange"])  # colours of the first and the second
 _LEAST = 1e-12  # share of a variance that is drawn
+_MOST_LAYERS = 24  # rows of a figure
 _MOST_NAMES = 6  # between the ends
 _APART = 0.13  # of the axes, from one name to the next
 
@@ -90,8 +90,8 @@ def spectrum(
     if kept is not None:
         said.append(f"{kept} are kept, with {100 * float(first[:kept].sum()):.3f} %.")
 
-    def draw() -> Figure:
-        figure, axes = new_figure()
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
         single = len(ratios) == 1 or seeds
         colours = [RUNS[0]] * len(ratios) if single else list(RUNS)
         for i, (name, values) in enumerate(ratios.items()):
@@ -133,8 +133,7 @@ def spectrum(
             )
         axes.set_xlabel("direction k")
         axes.set_ylabel("share of the variance")
-        figure.legend(loc="outside upper center", ncols=2)
-        return figure
+        figure.legend(loc="outside lower center", ncols=2)
 
     return Drawing("spectrum", "Share of the variance along each direction", " ".join(said), draw)
 
@@ -162,8 +161,8 @@ def plane(
                 f"({contours.x[column]:.3g}, {contours.y[row]:.3g})."
             )
 
-    def draw() -> Figure:
-        figure, axes = new_figure((5.4, 4.6))
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
         if contours is not None:
             _contours(figure, axes, contours)
         for track in tracks:
@@ -196,15 +195,16 @@ def plane(
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         if len(tracks) > 1:
-            figure.legend(loc="outside upper center", ncols=2)
-        return figure
+            figure.legend(loc="outside lower center", ncols=2)
 
     title = "The path in the plane of the first two directions"
-    return Drawing("path", title, " ".join(said), draw)
+    return Drawing("path", title, " ".join(said), draw, height=4.6)
 
 
-def distances(drifts: Mapping[str, Mapping[str, Sequence[float]]]) -> Drawing:
-    """Show how far each run went from its first checkpoint, and from one to the next."""
+def distances(
+    drifts: Mapping[str, Mapping[str, Sequence[float]]], of: str = "checkpoint"
+) -> Drawing:
+    """Show how far each run went from its first point, and from one to the next."""
     said = []
     for name, drift in drifts.items():
         norms, steps = drift["from_first"], drift["steps"]
@@ -214,8 +214,8 @@ def distances(drifts: Mapping[str, Mapping[str, Sequence[float]]]) -> Drawing:
             f"to {max(steps):.3g} long."
         )
 
-    def draw() -> Figure:
-        figure, axes = new_figure()
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
         for (name, drift), colour in zip(drifts.items(), RUNS, strict=False):
             norms, steps = drift["from_first"], drift["steps"]
             one = len(drifts) == 1
@@ -235,12 +235,11 @@ def distances(drifts: Mapping[str, Mapping[str, Sequence[float]]]) -> Drawing:
                 color=LIGHT["orange"] if one else colour,
                 label="from the one before" if one else f"{short(name)}: step",
             )
-        axes.set_xlabel("checkpoint")
+        axes.set_xlabel(of)
         axes.set_ylabel("distance")
         axes.set_ylim(bottom=0)
         whole_numbers(axes.xaxis)
-        figure.legend(loc="outside upper center", ncols=2)
-        return figure
+        figure.legend(loc="outside lower center", ncols=2)
 
     return Drawing("drift", "How far the weights went", " ".join(said), draw)
 
@@ -257,8 +256,8 @@ def cosines(matrix: Sequence[Sequence[float]], name: str = "cosine", run: str = 
         else "A single step."
     )
 
-    def draw() -> Figure:
-        figure, axes = new_figure((5.4, 4.6))
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
         axes.grid(False)
         image = axes.imshow(
             values,
@@ -273,10 +272,9 @@ def cosines(matrix: Sequence[Sequence[float]], name: str = "cosine", run: str = 
         whole_numbers(axes.xaxis)
         whole_numbers(axes.yaxis)
         _bar(figure, axes, image, "cosine")
-        return figure
 
     title = "Cosines between steps" + (f": {run}" if run else "")
-    return Drawing(name, title, alt, draw)
+    return Drawing(name, title, alt, draw, height=4.6)
 
 
 def layers(
@@ -284,9 +282,10 @@ def layers(
     norms: Sequence[Sequence[float]],
     name: str = "layers",
     run: str = "",
-    highest: float | None = None,
+    span: tuple[float, float] | None = None,
+    of_directions: bool = False,
 ) -> Drawing:
-    """Show the norm of the change of each layer in each step.
+    """Show the norm of the change of each layer in each step, or of its part of each direction.
 
     Parameters
     ----------
@@ -295,39 +294,78 @@ def layers(
     norms : sequence of sequence of float, L x (T - 1)
     name, run : str
         Of the file, and of the run where there are several.
-    highest : float, optional
-        The top of the colours, where several runs share them.
+    span : (float, float), optional
+        The ends of the colours, where several runs share them: see `span_of`.
+    of_directions : bool
+        The columns are directions, no steps.
     """
     values = np.array(norms, dtype=float)
     lengths = values.sum(1)
     order = np.argsort(-lengths)[:3]
     most = ", ".join(f"{names[i]} ({lengths[i]:.3g})" for i in order)
-    alt = f"{len(names)} layers, {values.shape[1]} steps. Most moved, all steps together: {most}."
+    columns = "directions" if of_directions else "steps"
+    alt = f"{len(names)} layers, {values.shape[1]} {columns}. Most moved, all together: {most}."
 
-    def draw() -> Figure:
+    def draw(figure: Figure) -> None:
         from matplotlib.colors import LogNorm
 
-        figure, axes = new_figure((5.4, max(2.6, 1.3 + 0.155 * len(names))))
+        axes = figure.add_subplot()
         axes.grid(False)
-        top = highest or float(values.max()) or 1.0
-        moved = values[values > 0]
-        low = max(float(moved.min()) if len(moved) else top / 10, top / 1e4)
+        low, top = span or span_of([norms])
         image = axes.imshow(
             np.ma.masked_less(values, low * 0.999),
             cmap=shades(MIDDLE["blue"]),
-            norm=LogNorm(min(low, top / 2), top),
+            norm=LogNorm(low, top),
             aspect="auto",
             extent=(0.5, values.shape[1] + 0.5, len(names) - 0.5, -0.5),
             interpolation="none",
         )
         axes.set_yticks(range(len(names)), [short(one, 19) for one in names], fontsize=8)
-        axes.set_xlabel("step to checkpoint")
+        axes.set_xlabel("direction" if of_directions else "step to checkpoint")
         whole_numbers(axes.xaxis)
-        _bar(figure, axes, image, "norm of the change")
-        return figure
+        _bar(figure, axes, image, "norm of its part" if of_directions else "norm of the change")
 
-    title = "Which layers move" + (f": {run}" if run else "")
-    return Drawing(name, title, alt, draw)
+    title = "Which layers the directions move" if of_directions else "Which layers move"
+    title += f": {run}" if run else ""
+    return Drawing(name, title, alt, draw, height=max(2.6, 1.3 + 0.155 * len(names)))
+
+
+def span_of(runs: Sequence[Sequence[Sequence[float]]]) -> tuple[float, float]:
+    """Return the ends of the colours of `layers` for some runs: at most four decades."""
+    values = np.concatenate([np.ravel(norms) for norms in runs])
+    top = float(values.max()) or 1.0
+    moved = values[values > 0]
+    low = max(float(moved.min()), top / 1e4) if len(moved) else top
+    return min(low, top / 2), top
+
+
+def layer_of(tensor: str) -> str:
+    """Return the layer of a tensor: what precedes the last dot of its name."""
+    return tensor.rpartition(".")[0] or tensor
+
+
+def fewer_layers(
+    names: Sequence[str], norms: Sequence[Sequence[float]]
+) -> tuple[list[str], list[list[float]]]:
+    """Join layers by what their names begin with until they fit a figure.
+
+    Where even the first words are too many, those with the least are joined.
+    """
+    squares = np.square(np.array(norms, dtype=float))
+    depth = max(name.count(".") for name in names) + 1
+    shown = list(names)
+    while len(set(shown)) > _MOST_LAYERS and depth > 1:
+        depth -= 1
+        shown = [".".join(name.split(".")[:depth]) for name in names]
+    groups = list(dict.fromkeys(shown))
+    total = np.zeros((len(groups), squares.shape[1]))
+    np.add.at(total, [groups.index(name) for name in shown], squares)
+    if len(groups) > _MOST_LAYERS:
+        kept = np.sort(np.argsort(-total.sum(1), kind="stable")[: _MOST_LAYERS - 1])
+        rest = np.delete(total, kept, axis=0)
+        total = np.concatenate([total[kept], rest.sum(0, keepdims=True)])
+        groups = [*(groups[i] for i in kept), f"{len(rest)} others"]
+    return groups, np.sqrt(total).tolist()
 
 
 def losses(runs: Mapping[str, Sequence[float]]) -> Drawing:
@@ -341,8 +379,8 @@ def losses(runs: Mapping[str, Sequence[float]]) -> Drawing:
             f"{values[best]:.4g} at checkpoint {best}."
         )
 
-    def draw() -> Figure:
-        figure, axes = new_figure()
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
         for (name, values), colour in zip(runs.items(), RUNS, strict=False):
             axes.plot(np.arange(len(values)), values, "o-", color=colour, markersize=4, label=name)
         smallest = min(min(values) for values in runs.values())
@@ -353,8 +391,7 @@ def losses(runs: Mapping[str, Sequence[float]]) -> Drawing:
         axes.set_ylabel("loss")
         whole_numbers(axes.xaxis)
         if len(runs) > 1:
-            figure.legend(loc="outside upper center", ncols=2)
-        return figure
+            figure.legend(loc="outside lower center", ncols=2)
 
     return Drawing("loss", "Loss along the path", " ".join(said), draw)
 
@@ -402,17 +439,26 @@ def _names(axes: Axes, tracks: Sequence[Track]) -> None:
     for part in ("ends", "between"):
         for track, of_track in zip(named, places, strict=True):
             last = len(track.points) - 1
-            wanted = [last, 0]
+            left = {last, 0}
             if part == "between":
-                wanted = np.linspace(0, last, min(last + 1, 40)).round().astype(int).tolist()
+                left = set(np.linspace(0, last, min(last + 1, 60)).round().astype(int).tolist())
             most = len(taken) + (2 if part == "ends" else _MOST_NAMES // len(named))
-            for t in wanted:
-                place = of_track[t]
-                apart = all(np.linalg.norm((place - other) * (0.7, 1)) > _APART for other in taken)
-                if len(taken) < most and (apart or (t == last and part == "ends")):
-                    taken.append(place)
-                    left, colour = place[0] > 0.7, track.colour if len(named) > 1 else LIGHT["ink"]
-                    _name(axes, short(track.names[t], 16), track.points[t], left, colour)
+            while left and len(taken) < most:  # the one farthest from all names so far
+                t = max(left, key=lambda t: (_nearest(of_track[t], taken), t))
+                left.remove(t)
+                if taken and _nearest(of_track[t], taken) < _APART and (t, part) != (last, "ends"):
+                    break
+                taken.append(of_track[t])
+                of_left = of_track[t][0] > 0.7
+                colour = track.colour if len(named) > 1 else LIGHT["ink"]
+                _name(axes, short(track.names[t], 16), track.points[t], of_left, colour)
+
+
+def _nearest(place: Any, others: Sequence[Any]) -> float:
+    """Return the distance of the nearest name; names are wider than high."""
+    return min(
+        (float(np.linalg.norm((place - other) * (0.7, 1))) for other in others), default=np.inf
+    )
 
 
 def _name(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collectives.consistency import digest
+from ..reporting.notebook import Shown, View
 from ..tensors.derivatives import needed, refuse_transforms
 from ..tensors.parameters import (
     check_matches,
@@ -22,13 +23,14 @@ from ..tensors.parameters import (
     numel,
     type_name,
 )
+from . import shown
 from .parametrize import SubspaceModule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class AffineSubspace(ABC):
+class AffineSubspace(Shown):
     """The weights w0 + P theta: what `Subspace`, `GroupedSubspace` and `ImplicitSubspace` share.
 
     Attributes
@@ -496,6 +498,9 @@ class AffineSubspace(ABC):
         True
         """
         return SubspaceModule(model, self)
+
+    def _view(self, at_once: bool) -> View:
+        return shown.view_of(self, at_once)
 
     @property
     def _rounded(self) -> bool:

@@ -17,6 +17,7 @@ from ..distributed.local import LocalSubspace
 from ..distributed.sharded import ShardedSubspace
 from ..pca.dimension import Request
 from ..pca.spectrum import stored_spectrum
+from ..reporting.notebook import Shown, View
 from ..subspace.dense import Subspace
 from ..subspace.grouped import GroupedSubspace
 from ..subspace.implicit import ImplicitSubspace
@@ -24,7 +25,7 @@ from ..tensors.formats import wide_dtype
 from ..tensors.matrices import Matrix
 from ..tensors.parameters import dtype_name, named_parameters, numel
 from ..tensors.watch import Watch
-from . import files, principal
+from . import files, principal, shown
 from .checks import (
     check_device,
     check_in_memory,
@@ -53,7 +54,7 @@ from .stores import (
 )
 
 
-class Trajectory:
+class Trajectory(Shown):
     """Snapshots of a list of parameters, as deltas from an anchor, with their Gram matrix.
 
     Parameters
@@ -685,6 +686,9 @@ class Trajectory:
     def _components(self, origin: Tensor, request: Request) -> principal.Decomposition:
         double = self._is_double()
         return principal.principal_components(self._store, origin, request, double=double)
+
+    def _view(self, at_once: bool) -> View:
+        return shown.view_of(self, self._kept, at_once)
 
     def _is_double(self) -> bool:
         """Whether neither the weights nor the snapshots were ever rounded to less than float64."""

@@ -12,9 +12,9 @@ from checkpoint_files import Wide, safe, states, untied, walk, write
 
 from dldr_ext.analysis.analysis import Analysis
 from dldr_ext.analysis.comparison import compare
-from dldr_ext.analysis.layers import fewer
 from dldr_ext.analysis.loss import GRID, Loss, on_plane
 from dldr_ext.checkpoints import CheckpointError, Series
+from dldr_ext.reporting.views import fewer_layers
 
 
 def nothing(*_):
@@ -53,10 +53,10 @@ def test_layers(tmp_path, monkeypatch, dtype):
 
 def test_few_layers_are_shown():
     names = [f"block.{i}.{part}" for i in range(8) for part in ("a.x", "a.y", "b.x", "b.y")]
-    groups, norms = fewer(names, [[1.0, 0.0]] * 32)
+    groups, norms = fewer_layers(names, [[1.0, 0.0]] * 32)
     assert groups == [f"block.{i}.{part}" for i in range(8) for part in "ab"]
     assert norms == [[pytest.approx(2**0.5), 0.0]] * 16
-    groups, norms = fewer([f"layer{i}" for i in range(30)], [[float(i)] for i in range(30)])
+    groups, norms = fewer_layers([f"layer{i}" for i in range(30)], [[float(i)] for i in range(30)])
     assert groups == [*(f"layer{i}" for i in range(7, 30)), "7 others"]
     assert norms[-1] == [pytest.approx(sum(i * i for i in range(7)) ** 0.5)]
 

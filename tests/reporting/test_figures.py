@@ -17,12 +17,11 @@ RATIO = [0.7, 0.2, 0.06, 0.04]
 
 
 def simple(name="one", title="A <title>", alt='Says "all" & more'):
-    def draw():
-        figure, axes = figures.new_figure()
+    def draw(figure):
+        axes = figure.add_subplot()
         axes.plot([1, 2, 3], [0.1, 0.5, 0.2], "o-", color=LIGHT["blue"], label="a <b> & c")
         axes.annotate("half", (2, 0.5), fontweight="bold")
         axes.legend()
-        return figure
 
     return Drawing(name, title, alt, draw)
 
