@@ -116,7 +116,7 @@ constexpr int64_t gram_strips(int64_t rows) { return ceil_div(rows, kGramStrip);
 // The Gram matrix of T rows keeps T * T float64 sums a chunk: fewer chunks for large T, so that
 // they stay small beside the rows; tiles of which a strip of rows stays in a private L2.
 inline Plan make_gram_plan(int64_t rows, int64_t numel) {
-  constexpr int64_t kTileBytes = 192 << 10;
+  constexpr int64_t kTileBytes = 256 << 10;
   constexpr int64_t kPartialBytes = 64 << 20;
   const int64_t strip = max_of(1, min_of(rows, kGramStrip));
   const int64_t tile = min_of(1024, kTileBytes / (4 * strip * kScaleBlock) * kScaleBlock);
