@@ -4,6 +4,15 @@
 
 #include "plan.h"
 
+// Whether the compiler knows AVX-512 BF16 and AMX.
+#if !defined(__x86_64__) || !defined(__linux__)
+#define DLDR_X86_MMA 0
+#elif defined(__clang__)
+#define DLDR_X86_MMA (__clang_major__ >= 12)
+#else
+#define DLDR_X86_MMA (__GNUC__ >= 11)
+#endif
+
 namespace dldr {
 
 // Rows of stored numbers: element i of row r is data[r * stride + i], times
@@ -136,6 +145,20 @@ struct CpuKernels {
   void (*gram_block)(const GramBlockArgs&, int64_t begin, int64_t end);
   void (*gram)(const GramArgs&, int64_t begin, int64_t end);
   void (*form_basis)(const FormBasisArgs&, int64_t begin, int64_t end);
+};
+
+// What a unit with matrix instructions does for itself; everything else is that of another unit.
+struct MmaKernels {
+  const char* name;
+  void (*gram)(const GramArgs&, int64_t begin, int64_t end);
+  void (*form_basis)(const FormBasisArgs&, int64_t begin, int64_t end);
+
+  CpuKernels over(CpuKernels base) const {
+    base.name = name;
+    base.gram = gram;
+    base.form_basis = form_basis;
+    return base;
+  }
 };
 
 // sums[k] += sum over chunks of partials[chunk * width + k], in order of the chunks.

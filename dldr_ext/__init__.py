@@ -52,12 +52,13 @@ def build_info() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``version``; ``cpu_capability``, the instruction-set path in use ("portable", "avx2" or
-        "avx512"; forced with the environment variable ``DLDR_CPU_CAPABILITY`` before the first op
-        runs); ``cpu_capabilities``, all paths that this machine can run; ``cuda`` (True if the
-        CUDA kernels are loaded); ``cuda_archs``, the architectures they were compiled for;
-        ``torch_target``, the oldest torch release whose stable ABI the libraries use; ``torch``,
-        the release that runs now; ``built_with``, the release and compiler of the build.
+        ``version``; ``cpu_capability``, the instruction-set path in use ("portable", "avx2",
+        "avx512", "avx512_bf16" or "amx"; forced with the environment variable
+        ``DLDR_CPU_CAPABILITY`` before the first op runs); ``cpu_capabilities``, all paths that
+        this machine can run, the fastest last; ``cuda`` (True if the CUDA kernels are loaded);
+        ``cuda_archs``, the architectures they were compiled for; ``torch_target``, the oldest
+        torch release whose stable ABI the libraries use; ``torch``, the release that runs now;
+        ``built_with``, the release and compiler of the build.
     """
     metadata = library.build_metadata()
     cuda = library.cuda_loaded()

@@ -109,6 +109,42 @@ def test_gram(problem, dtype, compare):
     )
 
 
+@pytest.mark.parametrize(
+    ("t", "n", "dtype"),
+    [(40, 8, torch.bfloat16), (100, 4, torch.bfloat16), (100, 4, torch.int8)],
+    ids=str,
+)
+def test_gram_of_snapshots(t, n, dtype, compare):
+    """Against the one line of torch in bfloat16, which multiplies matrices as the processor can."""
+    plain = torch.randn(t, n * 1_000_000).bfloat16()
+    rows, scale = plain, None
+    if dtype == torch.int8:
+        rows = torch.randint(-127, 128, plain.shape, dtype=dtype)
+        scale = torch.rand(t, rows.shape[1] // 256)
+    compare(
+        f"gram T={t} {str(dtype)[6:]} {n}M, bfloat16 matmul",
+        lambda: ops.gram(rows, scale=scale),
+        rows.numel() * rows.element_size(),
+        lambda: plain @ plain.T,
+        *ceiling_of(rows),
+        peer_name="bfloat16 X @ X.T",
+    )
+
+
+def test_form_basis(compare):
+    rows = torch.randn(100, 4_000_000).bfloat16()
+    coefficients = torch.randn(D, 100, dtype=torch.float64)
+    rounded = coefficients.bfloat16()
+    compare(
+        "form_basis T=100 bfloat16 4M",
+        lambda: ops.form_basis(rows, coefficients),
+        (100 + D) * rows.shape[1] * 2,
+        lambda: rounded @ rows,
+        *ceiling_of(rows),
+        peer_name="bfloat16 C @ X",
+    )
+
+
 def test_gram_arithmetic(problem, compare):
     """What limits the Gram matrix: its products against the rate of torch's square matmul."""
     size = 2048

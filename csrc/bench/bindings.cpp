@@ -21,6 +21,12 @@ void bind_cuda(py::module_& parent);  // bench/cuda_bindings.cpp
 namespace avx512_emulated {
 extern const CpuKernels kernels;
 }
+namespace avx512_bf16_emulated {
+extern const MmaKernels kernels;
+}
+namespace amx_emulated {
+extern const MmaKernels kernels;
+}
 #endif
 
 namespace {
@@ -30,7 +36,13 @@ namespace {
 std::vector<const CpuKernels*> all_paths() {
   std::vector<const CpuKernels*> paths = available_kernels();
 #if defined(DLDR_EMULATED_AVX512)
-  if (find_kernels("avx2") != nullptr) paths.push_back(&avx512_emulated::kernels);
+  if (find_kernels("avx2") != nullptr) {
+    paths.push_back(&avx512_emulated::kernels);
+    static const CpuKernels bf16 = avx512_bf16_emulated::kernels.over(avx512_emulated::kernels);
+    paths.push_back(&bf16);
+    static const CpuKernels amx = amx_emulated::kernels.over(avx512_emulated::kernels);
+    paths.push_back(&amx);
+  }
 #endif
   return paths;
 }

@@ -1,5 +1,11 @@
 #include "capability.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -17,6 +23,29 @@ namespace avx512 {
 extern const CpuKernels kernels;
 }
 #endif
+#if DLDR_X86_MMA
+namespace avx512_bf16 {
+extern const MmaKernels kernels;
+}
+namespace amx {
+extern const MmaKernels kernels;
+}
+
+namespace {
+
+// Whether this processor has AMX with bfloat16 and int8, and the system lets this process use it.
+bool may_use_amx() {
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kNeeded) != kNeeded) {
+    return false;
+  }
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of <asm/prctl.h>
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
+}  // namespace
+#endif
 
 const std::vector<const CpuKernels*>& available_kernels() {
   static const std::vector<const CpuKernels*> available = [] {
@@ -30,6 +59,15 @@ const std::vector<const CpuKernels*>& available_kernels() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       kernels.push_back(&avx512::kernels);
+#if DLDR_X86_MMA
+      if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
+        static const CpuKernels bf16 = avx512_bf16::kernels.over(avx512::kernels);
+        // Intel's vdpbf16ps takes twice as long as the two multiply-adds that it replaces.
+        kernels.insert(kernels.end() - (__builtin_cpu_is("intel") ? 1 : 0), &bf16);
+        static const CpuKernels tiles = amx::kernels.over(avx512::kernels);
+        if (may_use_amx()) kernels.push_back(&tiles);
+      }
+#endif
     }
 #endif
     return kernels;

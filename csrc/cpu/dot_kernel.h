@@ -4,7 +4,6 @@
 // Rows that are read side by side are kRowBlock, where so many are left, then kFewRows, then one:
 // enough streams and FMA chains to hide latency, few enough for the registers.
 constexpr int kFewRows = 4;
-constexpr int64_t kCacheLine = 64;
 // How far ahead of the read position rows are prefetched, into L2: its misses wait in longer queues
 // than those of L1.
 constexpr int64_t kPrefetchBytes = 2048;

@@ -7,33 +7,6 @@ using Reg = typename vec_of<A>::reg;
 // Between the rows of a panel: a power of two would put them all into the same sets of a cache.
 constexpr int64_t kPanelGap = 16;
 
-// The panel that is read next: fetched, line by line, while the arithmetic on this one runs.
-struct Ahead {
-  const char* data = nullptr;  // the next cache line
-  int64_t left = 0;            // lines left of this row
-  int64_t lines = 0;           // of each row
-  int64_t rows = 0;            // rows left behind this one
-  int64_t step = 0;            // bytes from the end of a row's lines to the next row's first
-
-  Ahead(const void* first, int64_t bytes, int64_t rows, int64_t stride)
-      : data(static_cast<const char*>(first)),
-        left(ceil_div(bytes, kCacheLine)),
-        lines(left),
-        rows(rows - 1),
-        step(stride - left * kCacheLine) {}
-
-  void fetch() {
-    if (left == 0) return;
-    __builtin_prefetch(data, 0, 2);  // no nearer than L2: the panel has the L1
-    data += kCacheLine;
-    if (--left == 0 && rows > 0) {
-      --rows;
-      data += step;
-      left = lines;
-    }
-  }
-};
-
 // Rows of a tile in the working precision, `stride` numbers apart.
 template <class A>
 struct Panel {

@@ -9,8 +9,9 @@ namespace {
 #include "formats.h"
 // formats first: the vectors load and store them
 #include DLDR_VECTORS
+#include "ahead.h"
 #include "staging.h"
-// staging first: the kernels stage their tiles
+// these first: the kernels stage their tiles and fetch the next ones
 #include "dot_kernel.h"
 // the dot kernel serves project, gram_append and gram_block
 #include "form_basis_kernel.h"

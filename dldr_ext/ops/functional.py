@@ -536,7 +536,8 @@ def form_basis(
     ----------
     snapshots : Tensor, shape (T, n)
     coefficients : Tensor, shape (d, T), float32 or float64
-        Products are accumulated in float64 and rounded once.
+        Products are accumulated in float64 and rounded once; of bfloat16 snapshots into a
+        bfloat16 basis in float32 where the processor has matrix instructions.
     scale : Tensor, shape (T, ceil(n / 256)), optional
         For int8 and float8_e4m3fn snapshots.
     dtype : torch.dtype, optional

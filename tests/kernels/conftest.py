@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from kernel_build import ROOT, build
-from kernel_paths import PATHS, Bench
+from kernel_paths import EMULATED, MMA, PATHS, Bench
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +33,26 @@ def kernels(kernels_folder):
     return Bench(module)
 
 
+def _path(name: str, kernels) -> str:
+    """Skip what this processor cannot run, or need not run on emulated instructions.
+
+    A sanitizer sees what emulated instructions read and write, the others' tiles it does not.
+    """
+    paths = kernels.paths()
+    if name not in paths:
+        pytest.skip(f"this processor cannot run {name}")
+    if name.endswith(EMULATED) and name[: -len(EMULATED)] in paths and not kernels.SANITIZERS:
+        pytest.skip("this processor runs the instructions themselves")
+    return name
+
+
 @pytest.fixture(params=PATHS)
 def path(request, kernels) -> str:
     """Every instruction-set path that this processor can run."""
-    if request.param not in kernels.paths():
-        pytest.skip(f"this processor cannot run {request.param}")
-    return request.param
+    return _path(request.param, kernels)
+
+
+@pytest.fixture(params=PATHS + MMA)
+def mma_path(request, kernels) -> str:
+    """The same, with those that have kernels of their own for matrix products."""
+    return _path(request.param, kernels)

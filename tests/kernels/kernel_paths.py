@@ -3,7 +3,10 @@ called as the CPU kernels are, so that every test has them too."""
 
 import numpy as np
 
+EMULATED = "_emulated"
 PATHS = ["portable", "avx2", "avx512", "avx512_emulated", "cuda"]
+# These differ from avx512 in gram and form_basis alone.
+MMA = ["avx512_bf16", "amx", "avx512_bf16_emulated", "amx_emulated"]
 
 
 class Bench:

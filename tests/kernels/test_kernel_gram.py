@@ -3,6 +3,7 @@
 import kernel_reference as ref
 import numpy as np
 import pytest
+from kernel_paths import EMULATED, MMA
 
 
 def stored_values(rows: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
@@ -19,16 +20,16 @@ def blocks(rows: int, numel: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ref.FORMATS)
 @pytest.mark.parametrize("numel", ref.SIZES)
-def test_gram_exactly(kernels, path, name, numel):
+def test_gram_exactly(kernels, mma_path, name, numel):
     for rows in [*ref.dims(numel), 81] if numel < ref.TILE else ref.dims(numel):
         sample = ref.Sample(rows, numel, name)
-        gram = kernels.gram(sample.array, scale=sample.scale, path=path)
+        gram = kernels.gram(sample.array, scale=sample.scale, path=mma_path)
         expected = sample.values @ sample.values.T
         np.testing.assert_array_equal(gram, expected, err_msg=f"T = {rows}")
 
 
 @pytest.mark.parametrize("name", ref.FORMATS)
-def test_gram_rounding_error_and_bits(kernels, path, name):
+def test_gram_rounding_error_and_bits(kernels, mma_path, name):
     """Sums over a tile of at most 1,024 elements, in two lanes at least: 512 rounded steps."""
     rows, numel = 10, 20_000
     rng = np.random.default_rng(0)
@@ -37,35 +38,83 @@ def test_gram_rounding_error_and_bits(kernels, path, name):
     if name in ref.QUANTIZED:
         scale = rng.uniform(1e-3, 1e-2, (rows, -(-numel // 256))).astype(np.float32)
     values = stored_values(snapshots, scale)
-    gram = kernels.gram(snapshots, scale=scale, path=path)
+    gram = kernels.gram(snapshots, scale=scale, path=mma_path)
     unit = ref.UNIT["float64" if name == "float64" else "float32"]
     bound = (512 + 8) * unit * (np.abs(values) @ np.abs(values).T)
     assert (np.abs(gram - values @ values.T) <= bound).all()
     assert ref.same_bits(gram, np.ascontiguousarray(gram.T))
     for threads in (2, 3, 64):
-        again = kernels.gram(snapshots, scale=scale, path=path, threads=threads)
+        again = kernels.gram(snapshots, scale=scale, path=mma_path, threads=threads)
         assert ref.same_bits(gram, again)
 
 
-def test_gram_of_many_rows(kernels, path):
+def test_gram_of_many_rows(kernels, mma_path):
     """Tiles become narrower, chunks fewer, and rows are cut into strips of 128."""
-    for rows in (127, 128, 129, 300):
-        sample = ref.Sample(rows, 3000, "bfloat16")
+    for rows, name in ((127, "bfloat16"), (128, "int8"), (129, "bfloat16"), (300, "int8")):
+        sample = ref.Sample(rows, 3000, name)
         expected = sample.values @ sample.values.T
         for threads in (1, 2, 7):
-            gram = kernels.gram(sample.array, path=path, threads=threads)
+            gram = kernels.gram(sample.array, scale=sample.scale, path=mma_path, threads=threads)
             np.testing.assert_array_equal(gram, expected, err_msg=f"T = {rows}")
 
 
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16", "float8_e4m3fn"])
-def test_gram_propagates_nan(kernels, path, name):
+def test_gram_propagates_nan(kernels, mma_path, name):
     sample = ref.Sample(7, 1500, name)
     sample.array[:, 1400] = ref.encode(np.zeros(7), name)
     sample.array[4, 1400] = ref.encode(np.array([np.nan]), name)[0]
-    gram = kernels.gram(sample.array, scale=sample.scale, path=path)
+    gram = kernels.gram(sample.array, scale=sample.scale, path=mma_path)
     expected = np.zeros((7, 7), dtype=bool)
     expected[4], expected[:, 4] = True, True
     np.testing.assert_array_equal(np.isnan(gram), expected)
+
+
+@pytest.mark.parametrize("bad", [np.inf, 3e38])
+def test_gram_of_numbers_that_overflow(kernels, mma_path, bad):
+    rows = ref.encode(np.array([[bad, 1.0], [bad, -1.0], [0.0, 2.0]]), "bfloat16")
+    gram = kernels.gram(rows, path=mma_path)
+    crossed = np.nan if np.isinf(bad) else 0
+    expected = [[np.inf, np.inf, 2 + crossed], [np.inf, np.inf, crossed - 2], [2 + crossed] * 3]
+    expected[2] = [2 + crossed, crossed - 2, 4]
+    np.testing.assert_array_equal(gram, expected)
+
+
+def test_gram_of_the_largest_int8(kernels, mma_path):
+    """Products of 256 numbers are summed exactly, those of -128 too."""
+    rows = np.full((18, 600), 127, np.int8)
+    rows[::2] = -128
+    scale = np.ones((18, 3), np.float32)
+    values = rows.astype(np.float64)
+    gram = kernels.gram(rows, scale=scale, path=mma_path)
+    np.testing.assert_array_equal(gram, values @ values.T)
+
+
+@pytest.mark.parametrize("name", MMA)
+def test_squares_lose_no_more_than_others(kernels, name):
+    """Long float32 sums of odd squares, which are 1 modulo 8, are rounded down more often."""
+    if name not in kernels.paths():
+        pytest.skip(f"this processor cannot run {name}")
+    rows = ref.encode(np.random.default_rng(3).uniform(0.5, 2, (3, 30_000)), "bfloat16")
+    squares = (ref.decode(rows) ** 2).sum(1)
+    gram = kernels.gram(rows, path=name)
+    np.testing.assert_allclose(gram.diagonal(), squares, rtol=2.0**-24)
+
+
+@pytest.mark.parametrize("unit", ["avx512_bf16", "amx"])
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_emulated_instructions_add_as_the_others(kernels, unit, name):
+    if unit not in kernels.paths():
+        pytest.skip(f"this processor cannot run {unit}")
+    sample, scale, rng = ref.random_sample(37, 1000, name)
+    sample.array[3, 7], sample.array[4, 7] = 1, 3  # subnormal in bfloat16
+    real, emulated = (
+        kernels.gram(sample.array, scale=scale, path=path) for path in (unit, unit + EMULATED)
+    )
+    assert ref.same_bits(real, emulated)
+    coefficients, out = rng.normal(size=(19, 37)), np.zeros((2, 19, 1000), np.uint16)
+    for to, path in zip(out, (unit, unit + EMULATED), strict=True):
+        kernels.form_basis_(to, sample.array, coefficients, scale=scale, path=path)
+    assert ref.same_bits(*out)
 
 
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16"])
