@@ -5,11 +5,13 @@
 #   TORCH   the torch to install; an installed one that satisfies it is kept
 #   ARGS    passed on to `dldr demo`, pytest, mkdocs and tools/gpu.py
 #   OUT     folder for the results of `make gpu`
+#   ARCH    architecture that `make gpu-build` builds for
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
 OUT ?= build/gpu-results
+ARCH ?= 9.0
 COMMIT ?= $(shell git describe --always --dirty 2>/dev/null)
 BIN := $(VENV)/bin
 # Idle OpenMP threads sleep: on few cores spinning ones slow the many small tests down.
@@ -18,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 SOURCES := $(shell find csrc tools -type f) setup.py pyproject.toml
 
-.PHONY: demo test test-kernels test-matrix sanitize bench gpu wheel sdist ptxas sass lint lint-release \
+.PHONY: demo test test-kernels test-matrix sanitize bench gpu gpu-build wheel sdist ptxas sass lint lint-release \
   docs format clean
 
 demo: $(VENV)/.built
@@ -46,6 +48,10 @@ bench: $(VENV)/.built
 # Everything that needs a GPU, in one run with the interpreter at hand: OUT is where results go.
 gpu:
 	DLDR_COMMIT="$(COMMIT)" $(PYTHON) tools/gpu.py "$(OUT)" $(ARGS)
+
+# What `make gpu` takes along, built on any machine with nvcc.
+gpu-build:
+	$(PYTHON) tools/gpu.py --build "$(ARCH)"
 
 # A wheel for others: torch's and CUDA's libraries stay outside, the tag says which systems it
 # needs. With CUDA kernels where nvcc is there and TORCH is a CUDA build (docs/building.md).

@@ -37,45 +37,84 @@ void check_type(bool good, const char* op, const Parts&... parts) {
   if (!good) fail("TypeError", op, parts...);
 }
 
-inline std::string name_of(ScalarType type) {
-  switch (type) {
+// What messages say of a tensor, put into words only if there is a message: good input, thousands
+// of tensors of it, pays for no text.
+struct name_of {
+  ScalarType type;
+  explicit name_of(ScalarType type_) : type(type_) {}
+};
+struct shape_of {
+  const Tensor& tensor;
+  explicit shape_of(const Tensor& tensor_) : tensor(tensor_) {}
+};
+struct device_of {
+  const Tensor& tensor;
+  explicit device_of(const Tensor& tensor_) : tensor(tensor_) {}
+};
+// Tensor number i of a list.
+struct item_of {
+  const char* list;
+  size_t i;
+};
+
+inline std::ostream& operator<<(std::ostream& text, const name_of& name) {
+  switch (name.type) {
     case ScalarType::Float:
-      return "torch.float32";
+      return text << "torch.float32";
     case ScalarType::Double:
-      return "torch.float64";
+      return text << "torch.float64";
     case ScalarType::BFloat16:
-      return "torch.bfloat16";
+      return text << "torch.bfloat16";
     case ScalarType::Half:
-      return "torch.float16";
+      return text << "torch.float16";
     case ScalarType::Char:
-      return "torch.int8";
+      return text << "torch.int8";
     case ScalarType::Float8_e4m3fn:
-      return "torch.float8_e4m3fn";
+      return text << "torch.float8_e4m3fn";
     default:
-      return std::string("dtype ") + torch::headeronly::toString(type);
+      return text << "dtype " << torch::headeronly::toString(name.type);
   }
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
+inline std::ostream& operator<<(std::ostream& text, const shape_of& shape) {
+  const Tensor& tensor = shape.tensor;
   text << "(";
   for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << (tensor.dim() == 1 ? ",)" : ")");
-  return text.str();
+  return text << (tensor.dim() == 1 ? ",)" : ")");
 }
 
-inline std::string device_of(const Tensor& tensor) {
-  if (tensor.is_cpu()) return "cpu";
-  return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
+inline std::ostream& operator<<(std::ostream& text, const device_of& device) {
+  if (device.tensor.is_cpu()) return text << "cpu";
+  return text << (device.tensor.is_cuda() ? "cuda:" : "device ")
+              << device.tensor.get_device_index();
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& tensor,
-                         const Tensor& reference) {
-  const bool same = tensor.is_cpu() == reference.is_cpu() &&
-                    tensor.is_cuda() == reference.is_cuda() &&
-                    (tensor.is_cpu() || tensor.get_device_index() == reference.get_device_index());
-  check_value(same, op, name, ": expected a tensor on ", device_of(reference), ", got one on ",
-              device_of(tensor));
+inline std::ostream& operator<<(std::ostream& text, const item_of& item) {
+  return text << item.list << "[" << item.i << "]";
+}
+
+struct Place {
+  explicit Place(const Tensor& tensor)
+      : cpu(tensor.is_cpu()),
+        cuda(!cpu && tensor.is_cuda()),
+        index(cpu ? 0 : static_cast<int32_t>(tensor.get_device_index())) {}
+  bool operator==(const Place& other) const {
+    return cpu == other.cpu && cuda == other.cuda && index == other.index;
+  }
+  bool cpu, cuda;
+  int32_t index;
+};
+
+// `reference`, which is at `place`, says where the tensor is to be.
+template <class Name>
+void check_device(const char* op, const Name& name, const Tensor& tensor, const Tensor& reference,
+                  const Place& place) {
+  check_value(Place(tensor) == place, op, name, ": expected a tensor on ", device_of(reference),
+              ", got one on ", device_of(tensor));
+}
+template <class Name>
+void check_device(const char* op, const Name& name, const Tensor& tensor, const Tensor& reference) {
+  check_device(op, name, tensor, reference, Place(reference));
 }
 
 inline std::optional<DType> dtype_of(ScalarType type) {
@@ -102,7 +141,8 @@ inline ScalarType wide_of(DType dtype) {
   return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
-inline DType float_dtype(const char* op, const std::string& name, const Tensor& tensor) {
+template <class Name>
+DType float_dtype(const char* op, const Name& name, const Tensor& tensor) {
   const auto dtype = dtype_of(tensor.scalar_type());
   check_type(dtype && !is_quantized(*dtype), op, name,
              ": expected float32, bfloat16, float16 or float64, got ",
@@ -194,7 +234,10 @@ class TensorList {
   TensorList(const char* op, const char* name, const std::vector<Tensor>& tensors, int64_t numel,
              const char* numel_source, const Tensor& reference, Access access) {
     entries_.reserve(tensors.size());
-    for (size_t i = 0; i < tensors.size(); ++i) add(op, name, i, tensors[i], reference, access);
+    const Place place(reference);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      add(op, {name, i}, tensors[i], reference, place, access);
+    }
     check_value(numel_ == numel, op, name, ": expected ", numel, " elements in all (", numel_source,
                 "), got ", numel_);
   }
@@ -205,10 +248,11 @@ class TensorList {
                                        int64_t numel, const char* numel_source,
                                        const Tensor& reference) {
     std::vector<TensorList> result(static_cast<size_t>(lists));
+    const Place place(reference);
     size_t at = 0;
     for (size_t i = 0; i < tensors.size(); ++i) {
       if (result[at].numel_ >= numel && at + 1 < result.size()) ++at;
-      result[at].add(op, name, i, tensors[i], reference, Access::read);
+      result[at].add(op, {name, i}, tensors[i], reference, place, Access::read);
     }
     for (size_t k = 0; k < result.size(); ++k) {
       check_value(result[k].numel_ == numel, op, name, ": expected ", lists, " lists of ", numel,
@@ -225,15 +269,11 @@ class TensorList {
   EntryList view() const { return {entries_.data(), static_cast<int64_t>(entries_.size())}; }
 
  private:
-  void add(const char* op, const char* name, size_t i, const Tensor& tensor,
-           const Tensor& reference, Access access) {
-    const auto label = [&] { return std::string(name) + "[" + std::to_string(i) + "]"; };
-    if (tensor.is_cpu() != reference.is_cpu() || !tensor.is_cpu()) {
-      check_device(op, label().c_str(), tensor, reference);
-    }
+  void add(const char* op, const item_of& label, const Tensor& tensor, const Tensor& reference,
+           const Place& place, Access access) {
+    check_device(op, label, tensor, reference, place);
     Entry entry;
-    const auto dtype = dtype_of(tensor.scalar_type());
-    entry.dtype = dtype && !is_quantized(*dtype) ? *dtype : float_dtype(op, label(), tensor);
+    entry.dtype = float_dtype(op, label, tensor);
     entry.numel = tensor.numel();
     if (entry.numel == 0) return;
     entry.begin = numel_;
@@ -241,12 +281,12 @@ class TensorList {
     if (tensor.is_contiguous()) {
       entry.data = tensor.data_ptr();
     } else {
-      add_strided(op, label(), tensor, access, entry);
+      add_strided(op, label, tensor, access, entry);
     }
     entries_.push_back(entry);
   }
 
-  void add_strided(const char* op, const std::string& label, const Tensor& tensor, Access access,
+  void add_strided(const char* op, const item_of& label, const Tensor& tensor, Access access,
                    Entry& entry) {
     bool constant = true, overlapping = false;
     for (int64_t k = 0; k < tensor.dim(); ++k) {

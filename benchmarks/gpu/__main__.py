@@ -51,6 +51,8 @@ def _ratios(case: Case, times: list[list[float]]) -> dict:
 def run(options: argparse.Namespace) -> list[dict]:
     device = torch.device(options.device)
     clock = Clock(device)
+    if options.ceilings and options.ceilings.is_file():
+        clock.raise_ceilings(json.loads(options.ceilings.read_text()))
     ceilings = clock.ceilings | {"multiply": clock.multiply_rate()}
     setting = Setting(options.n, options.d, device, most=options.most)
     start = time.perf_counter()
@@ -91,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=170, help="start no group after these")
     parser.add_argument("--only", nargs="+", help="groups, or step")
+    parser.add_argument("--ceilings", type=Path, help="what benchmarks/gpu/sweep.cu measured")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args(arguments)

@@ -15,7 +15,10 @@ struct Stream {
 
 // Tile of project and of the Gram products: the elements whose products one block sums up. The
 // order of every sum depends on it and on n alone.
-constexpr int64_t kDotTile = 2048;
+#if !defined(DLDR_DOT_TILE)  // benchmarks/gpu/sweep.cu tries others
+#define DLDR_DOT_TILE 2048
+#endif
+constexpr int64_t kDotTile = DLDR_DOT_TILE;
 // Right-hand sides that one read of the rows serves.
 constexpr int64_t kMaxLists = 8;
 // Rows that the op allocates start at multiples of this many bytes.

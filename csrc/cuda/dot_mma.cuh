@@ -13,8 +13,14 @@ namespace dldr::cuda {
 constexpr int kDotUnit = static_cast<int>(kDotTile) / kDotWarps;
 template <class T>
 constexpr int kDotFlush = scaled_format<T>::value ? static_cast<int>(kScaleBlock) : kDotUnit;
-// Groups of rows that a warp multiplies at a time, and where there are few rows.
+// Groups of rows that a warp multiplies at a time, and where there are few rows; packs of each that
+// are under way together.
+#if !defined(DLDR_DOT_PACKS)
+#define DLDR_DOT_PACKS 2
+#endif
 constexpr int kDotGroups = 5, kDotFewGroups = 2;
+template <int G>
+constexpr int kDotPacks = G <= kDotFewGroups ? 4 : DLDR_DOT_PACKS;
 
 // x = high + low, but for at most 2^-22 |x|. The low part of an infinity is no number, or zero:
 // sums of low parts count where they are finite.
@@ -29,7 +35,7 @@ __device__ inline void split_tf32(float x, uint32_t& high, uint32_t& low) {
 template <class T, int G, bool kWhole>
 __device__ inline void dot_groups(const Rows& rows, int64_t first, int rows_here, int lists,
                                   int64_t at, int count, const float* x, double* sums) {
-  constexpr int kPacks = G <= kDotFewGroups ? 4 : 2;
+  constexpr int kPacks = kDotPacks<G>;
   constexpr int kStep = 4 * kPacks * kPack<T>;  // elements
   constexpr int kPairs = (G + 1) / 2;
   static_assert(kDotFlush<T> % kStep == 0 && kDotUnit % kDotFlush<T> == 0, "whole steps");

@@ -14,7 +14,9 @@ constexpr int kDotRows = 8;
 // Blocks that share a multiprocessor, so that the loads of some hide the staging of others; many
 // right-hand sides need the registers, or the shared memory, and tensor cores take more registers
 // where the compiler schedules for newer architectures.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#if defined(DLDR_DOT_BLOCKS)
+constexpr int kDotBlocksOfMma = DLDR_DOT_BLOCKS;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kDotBlocksOfMma = 2;
 #else
 constexpr int kDotBlocksOfMma = 3;

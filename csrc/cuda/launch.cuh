@@ -91,10 +91,10 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, int bloc
 #if defined(__CUDACC__)
   kernel<<<grid, static_cast<unsigned>(block), static_cast<size_t>(shared),
            static_cast<cudaStream_t>(stream)>>>(static_cast<Parameters>(arguments)...);
-#else
+#elif defined(DLDR_EMULATED_CUDA)
   (void)stream;
   emulated::run(reinterpret_cast<const void*>(kernel), grid, block, shared,
-                [&] { kernel(static_cast<Parameters>(arguments)...); });
+                [kernel, arguments...] { kernel(static_cast<Parameters>(arguments)...); });
 #endif
   check(cudaGetLastError(), what);
 }

@@ -51,8 +51,9 @@ class Call {
   // leave an error behind that the next kernel launch reports as its own.
   static int32_t device_of_cuda(const Tensor& tensor) {
     if (!tensor.is_cuda()) {
-      throw std::runtime_error("ValueError: expected all tensors on one device, got one on " +
-                               device_of(tensor));
+      std::ostringstream text;
+      text << "ValueError: expected all tensors on one device, got one on " << device_of(tensor);
+      throw std::runtime_error(text.str());
     }
     return static_cast<int32_t>(tensor.get_device_index());
   }

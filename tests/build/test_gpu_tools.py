@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_a_stage_passes_fails_or_is_stopped(tmp_path):
     failed = gpu.run(stage("print('why'); raise SystemExit(3)"), 60, log)
     assert (failed.result, failed.note) == ("failed", "exit status 3: why")
     assert gpu.run(stage("print(1)"), 5, log).note == "no time was left"
-    assert gpu.run(gpu.checker("memcheck", [], None), 60, log).result == "not run"
+    assert gpu.run(gpu.checker("memcheck", tmp_path / "none", None), 60, log).result == "not run"
     assert "why" in log.read_text()
 
 
@@ -88,6 +89,59 @@ torch.float32: every op ran
 =========     at void dldr::cuda::<unnamed>::dot_tile<float, (int)1>+0x90 in dot.cuh:1
 ========= ERROR SUMMARY: 1 error
 """
+
+
+def test_reports_of_kernels_without_torch():
+    clean = "gram: good\n" * 13 + "========= ERROR SUMMARY: 0 errors\n"
+    assert gpu.cases_note(0, clean) == (True, "ERROR SUMMARY: 0 errors; 13 cases came through")
+    assert gpu.cases_note(gpu.FOUND, clean)[0] is False
+    assert gpu.cases_note(0, clean.replace("gram: good", "", 1))[0] is False
+    assert gpu.cases_note(0, "gram: good\n" * 13)[0] is False  # no summary: it did not run
+    assert gpu.planted_note(gpu.FOUND, MEMCHECK) == (True, "found")
+    assert gpu.planted_note(0, MEMCHECK)[0] is False
+    assert gpu.planted_note(gpu.FOUND, clean)[0] is False
+
+
+def test_the_stages_fit_into_seven_minutes(tmp_path):
+    """Each stage may take its whole time, and the next ones still have theirs."""
+    about = {"prebuilt": True, "compute-sanitizer": "compute-sanitizer", "ncu": "ncu"}
+    options = argparse.Namespace(device="cuda", out=tmp_path, cifar=None)
+    stages = gpu.stages(options, about)
+    assert sum(stage.limit for stage in stages) <= gpu.TOTAL == 420
+    names = [stage.name for stage in stages]
+    assert names.index("float64") < names.index("benchmarks") < names.index("tests")
+    assert names[-1] == "training"
+    options.cifar = "data"
+    assert "--folder" in gpu.stages(options, about)[-1].command
+
+
+@pytest.mark.parametrize("variant", gpu.VARIANTS)
+def test_what_a_sweep_changes_is_in_the_sources(variant):
+    text = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").iterdir())
+    for flag in gpu.VARIANTS[variant]:
+        assert flag.removeprefix("-D").partition("=")[0] in text
+
+
+def test_a_sweep_keeps_what_every_variant_gave(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "TOOLS", tmp_path)
+    for variant, script in (("as it is", "echo '{\"read\": 2}'"), ("4 packs", "exit 1")):
+        program = tmp_path / gpu.variant_name(variant)
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    assert gpu.sweep(tmp_path / "sweep.json") == 0
+    assert json.loads((tmp_path / "sweep.json").read_text()) == {"as it is": {"read": 2}}
+
+
+def test_a_rehearsal_without_a_gpu(tmp_path):
+    command = [sys.executable, ROOT / "tools" / "gpu.py", tmp_path, "--device", "cpu", "--only"]
+    command += ["libraries", "float64", "sweep", "memcheck", "planted", "profile"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    found = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    results = {stage["name"]: stage["result"] for stage in found}
+    assert results["libraries"] == results["float64"] == results["sweep"] == "passed"
+    assert results["memcheck"] == results["planted"] == results["profile"] == "not run"
+    assert len(list(tmp_path.iterdir())) <= 8
 
 
 def test_reports_of_the_memory_checkers():
@@ -127,5 +181,5 @@ def test_all_tests_for_the_gpu_are_in_the_files_that_are_run():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
     missing = ("expecttest", "hypothesis", "mlxtend", "rich", "scipy", "typer")
-    listed = [path for folder in gpu.TESTS.values() for path in gpu.test_files(folder, missing)]
+    listed = [path for folder in gpu.TESTS for path in gpu.test_files(folder, missing)]
     assert found <= {str(Path(path).relative_to(ROOT)) for path in listed}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from all_ops import AllOps, assert_same
 from published import PUBLISHED
-from samples import STORAGE, make_rows
+from samples import STORAGE, make_list, make_rows, wide
 
 from dldr_ext import PBFGS, Subspace, ops
 
@@ -70,6 +70,48 @@ def test_captured_graphs_replay_with_other_inputs(dtype, kind):
         graph.replay()
         replayed = case.results(found)
         assert_same(replayed, case.now())
+
+
+@dtypes
+def test_a_whole_step_in_one_graph(dtype):
+    """Gradients to parameters without the host, H learning on the way."""
+    n, d = 20_011, 6
+    basis, scale = make_rows(d, n, dtype)
+    origin, gradients = torch.randn(n, dtype=wide(dtype)), make_list("mixed", n)
+    params = [torch.empty_like(t) for t in make_list("cut", n)]
+    initial, c = torch.full((d,), 0.5, dtype=torch.float64), torch.randn(2, d).double()
+    theta, s = torch.zeros(2, d, dtype=torch.float64)
+    H = initial.diag()
+
+    def step():
+        c[0] = c[1]
+        c[1] = ops.project(basis, gradients, scale=scale)
+        p, _ = torch.ops.dldr_ext.quasi_newton_(
+            H, initial, c[1], s, c[1] - c[0], c[0], fresh=False, damped=True, published=False
+        )
+        s.copy_(p)
+        theta.add_(p)
+        ops.reconstruct_(params, origin, basis, theta, scale=scale)
+
+    state = [c, theta, s, H]
+    step()
+    before = [tensor.clone() for tensor in state]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    runs = []
+    for run in (step, graph.replay):
+        torch.manual_seed(0)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+        for _ in range(3):
+            for gradient in gradients:
+                gradient.normal_()
+            spoil(params)
+            run()
+        runs.append([tensor.clone() for tensor in [*state, *params]])
+    for eager, replayed in zip(*runs, strict=True):
+        assert eager.isfinite().all() and torch.equal(eager, replayed)
 
 
 def test_a_graph_keeps_no_pointer_into_host_memory():

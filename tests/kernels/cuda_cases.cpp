@@ -3,12 +3,17 @@
 //
 //   cuda_cases small [kernel]  a few blocks each
 //   cuda_cases far [kernel]    two rows of more than 2^31 elements, the blocks at both ends
+//   cuda_cases planted         reads behind the last row: for a memory checker to find
 //
-// Exits with 1 at the first wrong number. test_kernel_planted.py builds and runs it.
+// Exits with 1 at the first wrong number. test_kernel_planted.py builds and runs it. With
+// DLDR_ON_GPU it runs the kernels on a GPU (small and planted alone): tools/gpu.py builds it so,
+// for compute-sanitizer and ncu.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -18,6 +23,14 @@
 #include "cuda/cuda_kernels.h"
 #include "cuda/formats.cuh"
 #include "quasi_newton.h"
+
+#if defined(DLDR_ON_GPU)
+#include <cuda_runtime.h>
+namespace emulated {  // what the emulation has beyond a GPU
+bool many_parameters;
+int64_t sampled_blocks;
+}  // namespace emulated
+#endif
 
 namespace {
 
@@ -33,6 +46,11 @@ constexpr int64_t kGuard = int64_t{16} << 30;
 class Array {
  public:
   Array(DType dtype, int64_t size) : dtype_(dtype), bytes_(size * dtype_size(dtype)) {
+#if defined(DLDR_ON_GPU)
+    cuda::check(cudaMallocManaged(&data_, static_cast<size_t>(max_of(bytes_, 1))), "memory");
+    std::memset(data_, 0xff, static_cast<size_t>(bytes_));
+    return;
+#endif
     if (bytes_ < kSparse) {
       data_ = new char[static_cast<size_t>(bytes_)];
       std::memset(data_, 0xff, static_cast<size_t>(bytes_));
@@ -48,6 +66,10 @@ class Array {
   }
   Array(const Array&) = delete;
   ~Array() {
+#if defined(DLDR_ON_GPU)
+    cudaFree(data_);
+    return;
+#endif
     if (bytes_ < kSparse) {
       delete[] data_;
     } else {
@@ -57,6 +79,9 @@ class Array {
 
   void* at(int64_t i = 0) { return data_ + i * dtype_size(dtype_); }
   double get(int64_t i) {
+#if defined(DLDR_ON_GPU)
+    cuda::check(cudaDeviceSynchronize(), "kernel");
+#endif
     double value = 0;
     cuda::dispatch(dtype_,
                    [&](auto* type) { value = cuda::widen(*static_cast<decltype(type)>(at(i))); });
@@ -160,6 +185,9 @@ class List {
       entry.data = arrays_.emplace_back(entry.dtype, entry.numel).at();
       entries_.push_back(entry);
     }
+    fill(numel, count, row);
+  }
+  void fill(int64_t numel, int64_t count, int64_t row) {
     for (int64_t k = 0; k < count; ++k) {
       for (const int64_t i : seen(numel)) {
         const int64_t to = k * numel + i, piece = find_entry(view(), to);
@@ -375,6 +403,79 @@ void quasi_newton(const Shape& shape) {
   expect("quasi_newton learned", 0, many.get(d * d + d + 2), 1);
 }
 
+// Gradients to parameters in one captured graph, replayed with other gradients: it needs nothing of
+// the host's memory, and leaves the device's as the next replay needs it.
+#if defined(DLDR_ON_GPU)
+void step(const Shape&) {}  // tests/cuda/test_cuda_streams.py captures real graphs
+#else
+void step(const Shape&) {
+  const Shape shape{DType::f64, 9, 2101, 2112, 1};
+  const int64_t d = shape.rows;
+  Stored basis(shape);
+  Vector origin(shape.dtype, shape.numel, 20);
+  // Parameters travel in the arguments of a kernel, the many gradients in scratch memory.
+  List gradients(shape.numel, 1, 40, 230), params(shape.numel, 1, 50, 3);
+  Array c(shape.dtype, d), H(shape.dtype, d * d), p(shape.dtype, d);
+  Array info(shape.dtype, kQuasiNewtonInfo), algebra(shape.dtype, quasi_newton_scratch(d));
+  Array sums(DType::i8, cuda::project_scratch(basis.rows(), gradients.size(), 1));
+  Array rest(DType::i8, cuda::reconstruct_scratch(params.size()));
+  H.fill(d * d, [&](int64_t k) { return k / d == k % d ? 2 : 0; });
+  QuasiNewtonArgs args;
+  const auto data = [](Array& array) { return static_cast<double*>(array.at()); };
+  args.dim = d;
+  args.H = data(H);
+  args.c = data(c);
+  args.p = data(p);
+  args.info = data(info);
+  args.scratch = data(algebra);
+  const auto run = [&](const EntryList& from, const EntryList& to) {
+    cuda::project(basis.rows(), from, 1, c.at(), sums.at(), Stream{});
+    cuda::quasi_newton(args, Stream{});
+    cuda::reconstruct(basis.rows(), origin.at(), p.at(), to, rest.at(), Stream{});
+  };
+  std::vector<std::function<void()> > graph;
+  {
+    std::vector<Entry> from(gradients.view().entries, gradients.view().entries + gradients.size());
+    std::vector<Entry> to(params.view().entries, params.view().entries + params.size());
+    emulated::captured = &graph;
+    run({from.data(), gradients.size()}, {to.data(), params.size()});
+    emulated::captured = nullptr;
+    std::fill(from.begin(), from.end(), Entry());
+    std::fill(to.begin(), to.end(), Entry());
+  }
+  for (int64_t turn = 0; turn < 3; ++turn) {
+    gradients.fill(shape.numel, 1, 40 + turn);
+    for (const auto& launch : graph) launch();
+    std::vector<double> replayed;
+    for (int64_t i = 0; i < shape.numel; ++i) replayed.push_back(params.get(i));
+    params.fill(shape.numel, 1, 50);
+    run(gradients.view(), params.view());
+    for (int64_t r = 0; r < d; ++r) {
+      const double right = product(
+          shape, [&](int64_t i) { return basis.value(r, i); },
+          [&](int64_t i) { return number(40 + turn, i); });
+      expect("step", r, p.get(r), -2 * right);
+    }
+    for (int64_t i = 0; i < shape.numel; ++i) {
+      expect("replay", i, replayed[static_cast<size_t>(i)], params.get(i));
+    }
+    params.fill(shape.numel, 1, 60);
+  }
+}
+#endif
+
+void planted() {
+  const Shape shape{DType::f32, 8, 2112, 2112, 1};
+  Stored basis(shape);
+  List list(shape.numel, 1, 20, 1);
+  Rows rows = basis.rows();
+  ++rows.rows;
+  Array out(DType::f32, rows.rows);
+  Array scratch(DType::i8, cuda::project_scratch(rows, list.size(), 1));
+  cuda::project(rows, list.view(), 1, out.at(), scratch.at(), Stream{});
+  std::printf("planted: %g\n", out.get(0));
+}
+
 struct Kernel {
   const char* name;
   void (*run)(const Shape&);
@@ -393,14 +494,19 @@ constexpr Kernel kKernels[] = {
     {"form_basis", form_basis, 35, 301},  // more snapshots than are staged at a time
     {"quasi_newton", quasi_newton, 17, 0},
     {"quasi_newton", quasi_newton, 117, 0},  // in panels
+    {"step", step, 9, 0},
 };
 
 }  // namespace
 
 int main(int count, char** arguments) {
   const std::string size = count > 1 ? arguments[1] : "", only = count > 2 ? arguments[2] : "";
+  if (size == "planted") {
+    planted();
+    return 0;
+  }
   if (size != "small" && size != "far") {
-    std::fprintf(stderr, "usage: %s small|far [kernel]\n", arguments[0]);
+    std::fprintf(stderr, "usage: %s small|far|planted [kernel]\n", arguments[0]);
     return 2;
   }
   const bool far = size == "far";

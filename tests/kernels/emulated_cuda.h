@@ -99,6 +99,8 @@ inline bool many_parameters = true;
 inline std::map<const void*, int64_t> requests;
 // Of a grid with more blocks along x, only so many at either end are run; 0: all.
 inline int64_t sampled_blocks = 0;
+// A graph that is being captured: launches are kept, with the arguments that they have, not run.
+inline std::vector<std::function<void()>>* captured = nullptr;
 
 #if defined(DLDR_EMULATED_THREADS)
 
@@ -363,6 +365,10 @@ inline void* dynamic_shared() { return self->block->shared(); }
 
 inline void run(const void* kernel, dim3 grid, int block, int64_t shared,
                 const std::function<void()>& body) {
+  if (captured != nullptr) {
+    captured->push_back([=] { run(kernel, grid, block, shared, body); });
+    return;
+  }
   if (grid.x < 1 || grid.x > kMaxGridX || grid.y < 1 || grid.y > kMaxGridY || block < 1 ||
       block > kMaxThreads || shared > kMaxShared) {
     last_error = cudaErrorInvalidValue;
