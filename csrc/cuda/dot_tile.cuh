@@ -30,7 +30,7 @@ constexpr int kDotSums = 512;
 // are taken in several launches. Chunks, about a million elements, whose sums the same launch adds
 // up. Under emulation small cases go every way, and huge ones have short chunks.
 #if defined(DLDR_EMULATED_CUDA)
-constexpr int64_t kDotChunks = 6, kDotChunk = 1 << 18;
+constexpr int64_t kDotChunks = 6, kDotChunk = 1 << 15;
 constexpr int64_t kDotScratch = 4 << 10, kDotFewChunks = 4;
 #else
 constexpr int64_t kDotChunks = 8192, kDotChunk = int64_t{1} << 62;
