@@ -9,6 +9,7 @@ from typing import Any
 
 from ..reporting import views
 from ..reporting.figures import Drawing
+from ..reporting.text import printable
 
 _PLANE = {
     False: "The first two principal directions of the checkpoints, their mean at zero.",
@@ -89,8 +90,8 @@ def named_runs(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def checkpoint_names(paths: Sequence[str]) -> list[str]:
     """Return what tells the checkpoints of a run apart: names of files, or of their folders."""
-    names = [Path(path).stem for path in paths]
-    folders = [Path(path).parent.name for path in paths]
+    names = [printable(Path(path).stem) for path in paths]
+    folders = [printable(Path(path).parent.name) for path in paths]
     return names if len(set(names)) >= len(set(folders)) else folders
 
 

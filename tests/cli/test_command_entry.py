@@ -113,7 +113,8 @@ def test_help_of_a_command_needs_nothing(command, hidden):
     assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= 50
     assert f"Usage: dldr {command} [OPTIONS]" in out and f"\n  dldr {command}" in out
     assert "--json" in out and "\b" not in out
-    assert run(command, "--json", "-h", hidden=hidden, COLUMNS="50")[1] == out
+    narrow = {"COLUMNS": "50", "PYTHONIOENCODING": "ascii"}
+    assert run(command, "--json", "-h", hidden=hidden, **narrow)[1] == out
 
 
 def test_examples_in_a_help_are_whole_commands():

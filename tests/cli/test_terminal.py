@@ -323,7 +323,7 @@ def test_many_checkpoints(tmp_path, capsys, monkeypatch):
     matrices = load_file(found["matrices"])
     assert matrices["gram"].shape == (130, 130) and matrices["cosines"].shape == (129, 129)
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "and 170 more pairs" in page
+    assert page.count("data:image/png;base64,") == 4 and "and 170 more pairs" in page
     few = checkpoints(tmp_path / "few")
     found = json_of(capsys, "analyze", str(few), "-o", str(out))
     assert len(found["gram"]) == 4 and found["matrices"] is None
