@@ -29,6 +29,7 @@ class Call {
 
   // Memory for as long as this object lives.
   void* scratch(int64_t bytes) {
+    if (bytes == 0) return nullptr;
     memory_ = torch::stable::new_empty(like_, {bytes}, ScalarType::Byte);
     return memory_->data_ptr();
   }

@@ -100,7 +100,10 @@ def _diagnose(name: str, arguments: dict[str, Any]) -> None:
             devices.setdefault(value.device, argument)
     if len(devices) > 1:
         where = ", ".join(f"{argument} on {device}" for device, argument in devices.items())
-        raise ValueError(f"{name}: expected all tensors on one device, got {where}")
+        raise ValueError(
+            f"{name}: expected all tensors on one device, got {where}; move them to one with "
+            ".to(device)"
+        )
     for device, argument in devices.items():
         problem = device_problem(device)
         if problem is not None:
