@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.errors import CheckpointError
 from ..checkpoints.formats import Entry
 from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.series import Series
@@ -49,15 +51,15 @@ class Loss(NamedTuple):
                 f"{self.name}: raised {kind}: {text} ({frame.filename}:{frame.lineno}) at {where}"
             ) from error
         try:
-            return float(value)
+            return float(value.detach() if isinstance(value, Tensor) else value)
         except (TypeError, ValueError, RuntimeError):
             shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
             raise ValueError(
                 f"{self.name}: expected a number, got {type(value).__name__}{shape} at {where}"
             ) from None
 
-    def along(self, series: Series, progress: Progress) -> list[float]:
-        """Return the loss of each checkpoint.
+    def along(self, series: Series, progress: Progress) -> dict[Path, float]:
+        """Return the loss of each checkpoint; drop those that cannot be used if they may be.
 
         Raises
         ------
@@ -65,15 +67,22 @@ class Loss(NamedTuple):
             As for `at`; NaN or Inf.
         CheckpointError
         """
-        values = []
+        values, count = {}, len(series)
         with CheckpointReader() as reader:
-            for t, path in enumerate(series.paths):
-                values.append(self.at(reader.state(_readable(series, t)), str(path)))
-                if not math.isfinite(values[-1]):
-                    raise ValueError(
-                        f"{self.name}: expected a finite number, got {values[-1]} at {path}"
-                    )
-                progress(t + 1, len(series))
+            for done, path in enumerate(list(series.paths), 1):
+                t = series.paths.index(path)
+                try:
+                    values[path] = self.at(reader.state(_readable(series, t)), str(path))
+                    if not math.isfinite(values[path]):
+                        problem = f"{self.name}: expected a finite number, got {values[path]}"
+                        if not series.skip_bad:
+                            raise ValueError(f"{problem} at {path}")
+                        raise series.error(t, problem)
+                except CheckpointError as error:
+                    if not series.skip_bad:
+                        raise
+                    series.drop(series.error(t, error.problem))
+                progress(done, count)
         return values
 
 

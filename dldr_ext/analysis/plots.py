@@ -80,11 +80,11 @@ def named_runs(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     names = [
         os.path.commonpath([Path(p).absolute().parent for p in r["checkpoints"]]) for r in both
     ]
-    if names[0] == names[1]:
-        return {"first run": both[0], "second run": both[1]}
     common = Path(os.path.commonpath(names))
     short = [str(Path(name).relative_to(common)) for name in names]
     short = [Path(full).name if one == "." else one for one, full in zip(short, names, strict=True)]
+    if short[0] == short[1]:
+        short = ["first run", "second run"]
     return dict(zip(short, both, strict=True))
 
 

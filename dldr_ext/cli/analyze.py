@@ -130,7 +130,7 @@ def analyze(
         if compare:
             runs.append(open_series(compare, as_given, **options))
             runs[1].match(series)
-        along = [] if function is None else [function.along(run, count) for run in runs]
+        losses = [] if function is None else [function.along(run, count) for run in runs]
     with one_line_errors(again), bar:
         analysis = Analysis(
             series,
@@ -158,6 +158,10 @@ def analyze(
         if function is not None:
             plane = results.get("comparison", results)["path"]
             grid = on_plane(function, runs, plane["coefficients"], plane["coordinates"], count)
+            along = [
+                [of_run[path] for path in run.paths]
+                for run, of_run in zip(runs, losses, strict=True)
+            ]
             results["loss"] = {"function": loss, "along": along, "plane": grid}
         drawings = plots.drawings(results)
         save_figures(drawings, output)
@@ -194,8 +198,8 @@ def _print(results: dict[str, Any], page: Path) -> None:
     if "other" in results:
         screen.print(_shown(tables.runs(results)))
     if "loss" in results:
-        for losses in tables.loss_along(results, 20):
-            screen.print(_shown(losses))
+        for content in tables.loss_along(results, 20):
+            screen.print(_shown(content))
         for every in (1, 2, 5):
             grid = _shown(tables.loss_on_plane(results, every))
             if fits(screen, grid):

@@ -357,9 +357,10 @@ def fewer_layers(
     while len(set(shown)) > _MOST_LAYERS and depth > 1:
         depth -= 1
         shown = [".".join(name.split(".")[:depth]) for name in names]
-    groups = list(dict.fromkeys(shown))
+    places = {name: i for i, name in enumerate(dict.fromkeys(shown))}
+    groups = list(places)
     total = np.zeros((len(groups), squares.shape[1]))
-    np.add.at(total, [groups.index(name) for name in shown], squares)
+    np.add.at(total, [places[name] for name in shown], squares)
     if len(groups) > _MOST_LAYERS:
         kept = np.sort(np.argsort(-total.sum(1), kind="stable")[: _MOST_LAYERS - 1])
         rest = np.delete(total, kept, axis=0)

@@ -54,10 +54,12 @@ def _layers(space: AffineSubspace, count: int) -> Drawing:
     """Show the norm of the part of each direction that lies in each layer."""
     assert space.names is not None and space.shapes is not None
     layers = [views.layer_of(name) for name in space.names]
-    names = list(dict.fromkeys(layers))
+    places = {layer: i for i, layer in enumerate(dict.fromkeys(layers))}
     sizes = [torch.Size(shape).numel() for shape in space.shapes]
-    squares = torch.zeros(len(names), count, dtype=torch.float64, device="cpu")
+    squares = torch.zeros(len(places), count, dtype=torch.float64, device="cpu")
     for i in range(count):
         for layer, part in zip(layers, space.direction(i).split(sizes), strict=True):
-            squares[names.index(layer), i] += float(torch.dot(part, part))
-    return views.layers(*views.fewer_layers(names, squares.sqrt().tolist()), of_directions=True)
+            squares[places[layer], i] += float(torch.dot(part, part))
+    return views.layers(
+        *views.fewer_layers(list(places), squares.sqrt().tolist()), of_directions=True
+    )

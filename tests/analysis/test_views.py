@@ -35,8 +35,10 @@ def rows_of(folder, names):
     )
 
 
+@pytest.mark.parametrize("large", [1, 1 << 14])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int8])
-def test_layers(tmp_path, monkeypatch, dtype):
+def test_layers(tmp_path, monkeypatch, dtype, large):
+    monkeypatch.setattr("dldr_ext.analysis.layers._LARGE", large)
     monkeypatch.setattr("dldr_ext.pca.gram._CHUNK_BYTES", {"cpu": 1})  # several chunks
     folder, model = walk(tmp_path / "run", dtype=torch.float64)
     found = run_of(folder, tmp_path, dtype=dtype, chunk_bytes=1)["layers"]
@@ -101,7 +103,7 @@ def test_the_loss_on_the_plane(tmp_path, writer):
         return sum(state[name].mean() for name in series.names)
 
     loss = Loss(mean, "--loss my:mean")
-    along = loss.along(series, nothing)
+    along = list(loss.along(series, nothing).values())
     expected = [float(sum(state[n].mean() for n in series.names)) for state in found]
     assert along == pytest.approx(expected, abs=1e-6)
     path = run_of(folder, tmp_path, dtype=torch.float32)["path"]
@@ -139,6 +141,16 @@ def test_a_bad_loss_is_named(tmp_path, function, message):
     folder, _ = walk(tmp_path / "run", count=2)
     with pytest.raises(ValueError, match=message):
         Loss(function, "--loss m:f").along(Series(folder), nothing)
+
+
+def test_checkpoints_without_a_loss_are_left_out_if_they_may_be(tmp_path):
+    folder, _ = walk(tmp_path / "run", count=4)
+    (folder / "10.pt").write_bytes((folder / "10.pt").read_bytes()[:-9000])
+    series = Series(folder, skip_bad=True)
+    values = iter([1.0, float("nan"), 3.0, 4.0])
+    found = Loss(lambda _: next(values), "f").along(series, nothing)
+    assert len(series) == 2 and [found[path] for path in series.paths] == [1.0, 3.0]
+    assert any("f: expected a finite number, got nan" in str(e) for e in series.skipped)
 
 
 def test_holes_in_the_plane(tmp_path):
