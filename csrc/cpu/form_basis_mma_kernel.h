@@ -3,8 +3,8 @@
 
 // Each coefficient becomes the sum of so many bfloat16 numbers, off by 2^-26 of it at most.
 constexpr int64_t kFormTerms = 3;
-// Snapshots whose products are added in float32.
-constexpr int64_t kFormMost = 512;
+// Snapshots whose products are added in float32; fewer are not worth their packing.
+constexpr int64_t kFormLeast = 8, kFormMost = 512;
 // Columns that are combined at a time, and those that are fetched meanwhile.
 constexpr int64_t kFormColumns = 2 * kMmaRows, kFormAhead = 256;
 
@@ -15,19 +15,23 @@ struct FormTerms {
 
   explicit FormTerms(const FormBasisArgs& args)
       : blocks(ceil_div(args.snapshots.rows, 2 * kMmaWords)), words(panel() * panels(args)) {
-    bf16* to = reinterpret_cast<bf16*>(words.data);
-    for (int64_t k = 0; k < 2 * panel() * panels(args); ++k) to[k].bits = 0;
+    for (int64_t k = 0; k < panel() * panels(args); ++k) words.data[k] = 0;
+    constexpr int64_t kNumbers = 2 * kMmaWords;
+    const int64_t snapshots = args.snapshots.rows;
     for (int64_t r = 0; r < args.dim; ++r) {
-      for (int64_t t = 0; t < args.snapshots.rows; ++t) {
-        double rest = args.coefficients[r * args.snapshots.rows + t];
-        bf16* at = to +
-                   2 * (r / kMmaRows * panel() + r % kMmaRows * kMmaWords +
-                        t / (2 * kMmaWords) * kMmaBlock) +
-                   t % (2 * kMmaWords);
+      Word* block = words.data + r / kMmaRows * panel() + r % kMmaRows * kMmaWords;
+      for (int64_t t = 0; t < snapshots; t += kNumbers, block += kMmaBlock) {
+        double rest[kNumbers] = {};
+        __builtin_memcpy(rest, args.coefficients + r * snapshots + t,
+                         static_cast<size_t>(min_of(kNumbers, snapshots - t)) * sizeof(double));
         for (int64_t term = kFormTerms - 1; term >= 0; --term) {
-          bf16& number = at[2 * term * blocks * kMmaBlock];
-          narrow(round_to_odd(rest), number);
-          rest -= widen(number);
+          bf16 numbers[kNumbers];
+          for (int64_t k = 0; k < kNumbers; k += VecD::lanes) {
+            const VecD x = load<VecD>(rest + k);
+            store(numbers + k, x);
+            store(rest + k, sub(x, load<VecD>(numbers + k)));
+          }
+          __builtin_memcpy(block + term * blocks * kMmaBlock, numbers, sizeof(numbers));
         }
       }
     }
@@ -45,7 +49,8 @@ struct FormTerms {
       if (size != size) return false;
     }
     return args.snapshots.dtype == DType::bf16 && args.out_dtype == DType::bf16 &&
-           args.snapshots.rows <= kFormMost && largest > 0x1p-60 && largest < 0x1p60;
+           args.snapshots.rows >= kFormLeast && args.snapshots.rows <= kFormMost &&
+           largest > 0x1p-60 && largest < 0x1p60;
   }
 };
 

@@ -5,6 +5,14 @@
 template <class T>
 constexpr int64_t kMmaSpan = scaled_format<T>::value ? kScaleBlock : 256;
 
+// Fewer rows are not worth their packing, in panels of 16.
+template <class T>
+constexpr int64_t kMmaLeast = 28;
+template <>
+constexpr int64_t kMmaLeast<int8_t> = 12;
+template <>
+constexpr int64_t kMmaLeast<f8e4m3> = 48;
+
 // Rows of a span, packed.
 template <class T>
 struct MmaPanels {
@@ -189,12 +197,14 @@ void gram(const GramArgs& args, int64_t begin, int64_t end) {
   dispatch(args.snapshots.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (mma_of<T>::value) {
-      const MmaUnit unit{};
-      for (int64_t task = begin; task < end; ++task) {
-        gram_mma_strip<T>(args, task / strips, task % strips);
+      if (args.snapshots.rows >= kMmaLeast<T>) {
+        const MmaUnit unit{};
+        for (int64_t task = begin; task < end; ++task) {
+          gram_mma_strip<T>(args, task / strips, task % strips);
+        }
+        return;
       }
-    } else {
-      DLDR_BASE::kernels.gram(args, begin, end);
     }
+    DLDR_BASE::kernels.gram(args, begin, end);
   });
 }

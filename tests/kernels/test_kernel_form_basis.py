@@ -61,10 +61,10 @@ def test_one_rounding_and_bits(kernels, mma_path, name, target):
 
 @pytest.mark.parametrize("name", ["float32", "float64", "bfloat16", "float16", "float8_e4m3fn"])
 def test_a_zero_coefficient_does_not_hide_nan(kernels, mma_path, name):
-    sample = ref.Sample(4, 700, name)
+    sample = ref.Sample(9, 700, name)
     sample.array[2, 650] = ref.encode(np.array([np.nan]), name)[0]
     out = np.zeros((7, 700), np.float32)
-    kernels.form_basis_(out, sample.array, np.zeros((7, 4)), scale=sample.scale, path=mma_path)
+    kernels.form_basis_(out, sample.array, np.zeros((7, 9)), scale=sample.scale, path=mma_path)
     expected = np.zeros((7, 700), dtype=bool)
     expected[:, 650] = True
     np.testing.assert_array_equal(np.isnan(out), expected)
@@ -80,10 +80,10 @@ def test_sums_need_float64(kernels, mma_path):
 
 def test_sums_that_float32_cannot_hold(kernels, mma_path):
     """Infinite snapshots give what BLAS gives; terms past the largest float32 may cancel."""
-    rows = np.ones((4, 70))
+    rows = np.ones((8, 70))
     rows[0, 5], rows[1, 6], rows[2, 6] = np.inf, -np.inf, np.inf
     rows[:, 40:] = 3e38
-    coefficients = np.array([[0.3, 0, 0, 0.7], [3, 2, 1, -5.5]])
+    coefficients = np.array([[0.3, 0, 0, 0.7] + [0] * 4, [3, 2, 1, -5.5] + [0] * 4])
     out = np.zeros((2, 70), np.uint16)
     stored = ref.encode(rows, "bfloat16")
     kernels.form_basis_(out, stored, coefficients, path=mma_path)
@@ -96,8 +96,8 @@ def test_sums_that_float32_cannot_hold(kernels, mma_path):
 @pytest.mark.parametrize("size", [2.0**-80, 2.0**80])
 def test_coefficients_far_from_one(kernels, mma_path, size):
     rng = np.random.default_rng(4)
-    stored = ref.encode(rng.normal(size=(5, 300)) / 1024, "bfloat16")
-    coefficients = rng.normal(size=(3, 5)) * size
+    stored = ref.encode(rng.normal(size=(9, 300)) / 1024, "bfloat16")
+    coefficients = rng.normal(size=(3, 9)) * size
     out = np.zeros((3, 300), np.uint16)
     kernels.form_basis_(out, stored, coefficients, path=mma_path)
     expected = coefficients @ ref.decode(stored)
