@@ -146,10 +146,14 @@ def _without_matrices(results: dict[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 def _cards(results: dict[str, Any]) -> Iterable[Card]:
-    dimension, kept = results["effective_dimension"], results["subspace"]
-    ratio = f"{dimension['participation_ratio']:.1f}"
-    yield Card("participation", ratio, "effective dimension")
-    yield Card("for 99 % of the variance", str(dimension["0.99"]), "directions")
+    for name, run in named_runs(results).items():
+        dimension = run["effective_dimension"]
+        whose = f"{name}: " if "other" in results else ""
+        ratio = f"{dimension['participation_ratio']:.1f}"
+        yield Card(f"{whose}participation", ratio, "effective dimension")
+        count = str(dimension["0.99"])
+        yield Card(f"{whose}99 % of the variance", count, "directions")
+    kept = results["subspace"]
     if kept is not None:
         share = f"{100 * kept['explained_variance']:.2f} %"
         yield Card("kept", share, f"of the variance in {kept['dim']} directions", best=True)

@@ -109,6 +109,7 @@ def test_the_loss_and_a_second_run(tmp_path):
     assert row in text and "<td>7.25</td>" in text
     assert '<tr class="best"><th scope="row">2</th><td>1</td><td>1.5</td></tr>' in text
     assert '<th scope="row">-1</th><td>1</td><td>-</td></tr>' in text
+    assert "<span>a: participation</span><b>1.5</b>" in text
     ids = re.findall(r' id="([^"]+)"', text)
     assert len(ids) == len(set(ids))
     assert {f"{one}-title" for one in ("path", "layers", "other-layers", "loss")} <= set(ids)
