@@ -14,12 +14,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from dldr_ext import ops
 from dldr_ext.performance.roofline import Problem, resnet18_sizes
 from dldr_ext.performance.timing import Spread, seconds
-from dldr_ext.reporting.figures import LIGHT, Drawing, new_figure, save_figures
+from dldr_ext.reporting.figures import LIGHT, Drawing, save_figures
 
 from .. import RESULTS
 from ..measure import processor
@@ -131,9 +130,9 @@ def measure(sweep: str, rounds: int) -> dict[str, Any]:
     return {"values": values, "ops": found}
 
 
-def draw(sweep: str, measured: dict[str, Any]) -> Figure:
+def draw(sweep: str, measured: dict[str, Any], figure: Any) -> None:
     """Milliseconds over what is varied; plain torch is dashed."""
-    figure, axes = new_figure((6.4, 4.2))
+    axes = figure.add_subplot()
     for op, row in measured["ops"].items():
         colour = LIGHT[COLOURS[op]]
         axes.plot(measured["values"], row["ms"], "o-", color=colour, label=op, markersize=4)
@@ -149,7 +148,6 @@ def draw(sweep: str, measured: dict[str, Any]) -> Figure:
         axes.set_xticks(measured["values"], [_short(value) for value in measured["values"]])
         axes.minorticks_off()
     figure.legend(loc="outside lower left", ncols=3)
-    return figure
 
 
 def _short(value: int) -> str:
@@ -168,9 +166,8 @@ def drawings(results: dict[str, Any]) -> list[Drawing]:
         ]
         words = f"From {measured['values'][0]} to {measured['values'][-1]} {axis}: "
         draws = partial(draw, sweep, measured)
-        found.append(
-            Drawing(f"cost-{sweep}", f"Time against {axis}", words + "; ".join(said), draws)
-        )
+        title, said_all = f"Time against {axis}", words + "; ".join(said)
+        found.append(Drawing(f"cost-{sweep}", title, said_all, draws, height=4.4))
     return found
 
 
