@@ -318,8 +318,13 @@ def test_ctrl_c_while_thinning(tmp_path: Path, monkeypatch: Any, storage: str) -
         original(in_place)
 
     monkeypatch.setattr(trajectory._store, "_drop_odd_rows", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        step(optimizer)
+    # In the background of a shell Python takes no notice of the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            step(optimizer)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert torch.equal(trajectory.snapshots[:], expected)
     assert torch.equal(trajectory.gram, gram)
     assert recorder.every == 2
