@@ -354,7 +354,7 @@ class Series:
         ]
 
     def read(self, reader: CheckpointReader, t: int, begin: int, out: Tensor) -> None:
-        """Read the columns ``begin``, ``begin + 1``, ... of row ``t``.
+        """Read the columns ``begin``, ``begin + 1``, ... of row ``t``, all of them finite.
 
         Parameters
         ----------
@@ -362,13 +362,23 @@ class Series:
         t : int
         begin : int
         out : Tensor, shape (k,)
-            Filled with k numbers in its dtype; all are finite.
+            Filled with k numbers in its dtype.
 
         Raises
         ------
         CheckpointError
             The file cannot be read; a value is NaN or Inf: with the name of the tensor.
         """
+        self.fill(reader, t, begin, out)
+        if not finite(out):
+            at = begin + int(out.isfinite().logical_not().nonzero()[0])
+            name = self.names[bisect_right(self._starts, at) - 1]
+            raise self.error(
+                t, f"{name}: expected finite values, got NaN or Inf; exclude leaves a tensor out"
+            )
+
+    def fill(self, reader: CheckpointReader, t: int, begin: int, out: Tensor) -> None:
+        """As `read`, for a caller that sees by itself whether all values are finite."""
         end = begin + len(out)
         i = bisect_right(self._starts, begin) - 1
         try:
@@ -380,12 +390,6 @@ class Series:
                 i += 1
         except CheckpointError as error:
             raise self.error(t, error.problem) from error
-        if not finite(out):
-            at = begin + int(out.isfinite().logical_not().nonzero()[0])
-            name = self.names[bisect_right(self._starts, at) - 1]
-            raise self.error(
-                t, f"{name}: expected finite values, got NaN or Inf; exclude leaves a tensor out"
-            )
 
     def error(self, t: int, problem: str) -> CheckpointError:
         """Return an error that names the checkpoint of row ``t``.

@@ -91,7 +91,10 @@ def checked_options(
 
 
 class CheckpointRow:
-    """The columns of one checkpoint that a store keeps, in pieces: each valid until the next."""
+    """The columns of one checkpoint that a store keeps, in pieces: each valid until the next.
+
+    Whether their numbers are finite the store finds out, which looks at its own row anyway.
+    """
 
     def __init__(
         self, series: Series, reader: CheckpointReader, t: int, store: Store, buffer: Tensor
@@ -100,11 +103,21 @@ class CheckpointRow:
         self._store, self._buffer = store, buffer
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        return self._pieces(self._series.fill)
+
+    def check_finite(self) -> None:
+        """Read the row once more, and raise an error that names a tensor that is not finite."""
+        for _ in self._pieces(self._series.read):
+            pass
+
+    def _pieces(
+        self, read: Callable[[CheckpointReader, int, int, Tensor], None]
+    ) -> Iterator[tuple[slice, Tensor]]:
         for begin in range(0, self._store.numel, PIECE):
             end = min(begin + PIECE, self._store.numel)
             piece = self._buffer[: end - begin]
             for place, (first, _) in self._store.column_runs(begin, end):
-                self._series.read(self._reader, self._t, first, piece[place])
+                read(self._reader, self._t, first, piece[place])
             yield slice(begin, end), piece
 
 
@@ -159,6 +172,7 @@ def _record_series(
         try:
             with store.transaction("from_checkpoints", errors=_CheckpointErrors(series, t)):
                 if not store.append_pieces(row):
+                    row.check_finite()
                     problem = f"a difference from the first one overflows {store.dtype}"
                     raise series.error(t, problem)
         except CheckpointError as error:
