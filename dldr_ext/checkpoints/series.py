@@ -378,7 +378,20 @@ class Series:
             )
 
     def fill(self, reader: CheckpointReader, t: int, begin: int, out: Tensor) -> None:
-        """As `read`, for a caller that sees by itself whether all values are finite."""
+        """Read as `read` does, for a caller that sees by itself whether all values are finite.
+
+        Parameters
+        ----------
+        reader : CheckpointReader
+        t : int
+        begin : int
+        out : Tensor, shape (k,)
+
+        Raises
+        ------
+        CheckpointError
+            The file cannot be read.
+        """
         end = begin + len(out)
         i = bisect_right(self._starts, begin) - 1
         try:

@@ -73,8 +73,8 @@ class PBFGS(SubspaceOptimizer):
     subspace : Subspace or GroupedSubspace
     lr : float or Tensor of one element
         First trial step of each search, > 0 (the step itself without a search), and an upper bound
-        of it where the last step has seen the same function (see Notes); in ``param_groups``, so
-        that schedulers work.
+        of it where the last step has seen the same function (see Notes); of the very first step in
+        standard deviations of the trajectory; in ``param_groups``, so that schedulers work.
     line_search_fn : "armijo", "strong_wolfe" or None
         Backtracking; bracketing and interpolation, which also uses gradients of the trials; none.
     c1 : float
@@ -151,9 +151,11 @@ class PBFGS(SubspaceOptimizer):
     the loss that the last one ended with, it sees the same function. If the gradient at the
     accepted point is wanted anyway, the first trial is then the one that would lower a parabola by
     as much as the last step has done, and there, and as long as H has learnt nothing, "armijo"
-    searches as "strong_wolfe" does: steps get longer too. With ``max_iter`` above 1 the first trial
-    of an H that has learnt nothing is of length 1 at most in the metric. H is scaled up before its
-    first update where the curvature allows longer steps; updates use a relative curvature test.
+    searches as "strong_wolfe" does: steps get longer too. The first trial of a run in the metric of
+    the trajectory has a length of ``lr`` sqrt(d) there, the distance of its snapshots from their
+    mean, however flat the loss is. With ``max_iter`` above 1 any other first trial of an H that has
+    learnt nothing has a length of 1 at most in the metric. H is scaled up before its first update
+    where the curvature allows longer steps; updates use a relative curvature test.
     Only ``curvature="consecutive", damping=None`` follows the published rule: ``lr`` is the first
     trial always, trials only get shorter, by ``backtrack``, H is never scaled, and is updated when
     y.s > 1e-20. Together with ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20,
@@ -366,7 +368,7 @@ class PBFGS(SubspaceOptimizer):
         decrease = None if ahead else self._decrease(iteration.loss)
         result = search(
             trials, group, start, direction.slope, wanted=wanted, fresh=hessian.fresh,
-            published=self._rule().published, decrease=decrease,
+            published=self._rule().published, decrease=decrease, reach=self._reach(),
             resolution=self._evaluator.resolution(iteration.loss),
         )  # fmt: skip
         # To look at the gradient would take a wait more, or a sum: the next step has it anyway.
@@ -561,6 +563,15 @@ class PBFGS(SubspaceOptimizer):
         """
         same = math.isclose(loss, self._last_loss, rel_tol=_SAME)
         return self._last_decrease if same and self._last_decrease > 0.0 else None
+
+    def _reach(self) -> float | None:
+        """Return how far the first trial of a run goes in the metric of the trajectory.
+
+        The snapshots are sqrt(d) from their mean there, in the root of the mean square, while the
+        gradient of a start on a plateau says nothing of how far to go.
+        """
+        measured = self._spread is not None and self.param_groups[0]["metric"] is not None
+        return math.sqrt(self._subspace.dim) if measured and self._steps == 0 else None
 
     def _forget_decrease(self) -> None:
         self._last_loss = self._last_decrease = math.nan

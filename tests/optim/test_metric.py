@@ -13,6 +13,7 @@ from optim_problems import Batches, bits, flat, random_subspace
 from torch import Tensor, nn
 
 from dldr_ext import PBFGS, PSGD, GroupedSubspace, InSubspace, Subspace, Trajectory
+from dldr_ext.optim.step.line_trials import Trials
 
 MAKERS: dict[str, Any] = {
     "pbfgs": PBFGS,
@@ -94,6 +95,38 @@ def test_auto_is_the_trajectory_where_the_subspace_knows_it(how: str) -> None:
     assert results[False, "auto"] == results[False, None] == results[True, None]
 
 
+def length_to_lr(batches: Batches, subspace: Subspace, length: float) -> float:
+    """The lr whose first trial, from an H at the metric, is of this length in it."""
+    gradients = torch.autograd.grad(batches.forward(0)(), batches.params)
+    return length / float((subspace.project(list(gradients)) * subspace.spread).norm())
+
+
+@pytest.mark.parametrize("max_iter", [1, 3])
+@pytest.mark.parametrize("lr", [1.0, 0.1])
+@pytest.mark.parametrize("flatter", [1.0, 1e-6])
+def test_the_first_trial_of_a_run_goes_as_far_as_the_snapshots(
+    flatter: float, lr: float, max_iter: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is sqrt(d) standard deviations long, however flat the loss; a resumed run has had it."""
+    batches, tried = Batches(1), []
+    subspace, loss = recorded(batches), Trials.loss
+
+    def trial(self: Trials, alpha: float, graph: bool) -> float:
+        tried.append(alpha)
+        return loss(self, alpha, graph)
+
+    monkeypatch.setattr(Trials, "loss", trial)
+    optimizer = PBFGS(batches.params, subspace, lr, max_iter=max_iter)
+    expected = lr * length_to_lr(batches, subspace, 2.0) / flatter
+    optimizer.step(lambda: flatter * batches.forward(0)())
+    assert tried[0] == pytest.approx(expected, rel=1e-5)
+    resumed = PBFGS(batches.params, subspace, lr, theta0=optimizer.theta)
+    resumed.load_state_dict(optimizer.state_dict())
+    tried.clear()
+    resumed.step(lambda: flatter * batches.forward(1)())
+    assert tried[0] == lr if max_iter == 1 else tried[0] <= lr
+
+
 @pytest.mark.parametrize("how", MAKERS)
 def test_a_metric_is_a_basis_of_that_spread(how: str) -> None:
     """Steps in theta / s are those of a basis with rows s_i P_i, without a metric."""
@@ -103,6 +136,8 @@ def test_a_metric_is_a_basis_of_that_spread(how: str) -> None:
     ours = MAKERS[how](one.params, subspace)
     theirs = MAKERS[how](other.params, scaled, metric=None)
     for step in range(8):
+        if how == "pbfgs":  # the metric says how far the very first trial goes
+            theirs.param_groups[0]["lr"] = length_to_lr(one, subspace, 2.0) if step == 0 else 1.0
         ours.step(one.forward(step))
         theirs.step(other.forward(step))
         assert ours.status is theirs.status

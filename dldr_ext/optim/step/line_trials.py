@@ -115,6 +115,7 @@ def search(
     fresh: bool,
     published: bool,
     decrease: float | None,
+    reach: float | None,
     resolution: float,
 ) -> SearchResult:
     """Run the line search that the options of PBFGS ask for.
@@ -134,6 +135,8 @@ def search(
         As in the paper: "armijo" goes from ``lr`` on in steps of ``backtrack``.
     decrease : float or None
         What the step before has lowered the same objective by; None if it was another one.
+    reach : float or None
+        Length that the first trial has in the metric of H for an ``lr`` of 1; None: H says it.
     resolution : float
         Losses that differ by less are the same. The published rule does not ask.
     """
@@ -142,7 +145,9 @@ def search(
         return fixed(alpha)
     slopes = wanted and not published  # without them a step could not get longer again
     known, first = slopes and decrease is not None, slopes and fresh
-    if known or (first and group["max_iter"] > 1):
+    if first and reach is not None:
+        alpha *= reach / math.sqrt(-slope)
+    elif known or (first and group["max_iter"] > 1):
         alpha = first_trial(alpha, slope, decrease)
     options = {name: group[name] for name in ("c1", "backtrack", "max_ls")}
     if not published:
