@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import random
 import sys
 from collections import deque
@@ -14,6 +15,7 @@ from types import (
     BuiltinMethodType,
     CodeType,
     FunctionType,
+    GetSetDescriptorType,
     MemberDescriptorType,
     MethodType,
     ModuleType,
@@ -27,7 +29,10 @@ from torch import Tensor, nn
 # Things that `reachable` looks into at most, the nearest first, and entries of a list or a dict.
 _LOOKED_INTO, _ENTRIES = 1000, 64
 # What holds no generator of the user's, or far too much else.
-_LEAVES = (Tensor, np.ndarray, str, bytes, int, float, complex, torch.optim.Optimizer)
+_LEAVES = (
+    Tensor, np.ndarray, str, bytes, int, float, complex, torch.optim.Optimizer, logging.Logger,
+    GetSetDescriptorType, MemberDescriptorType,
+)  # fmt: skip
 # By id, since a metaclass may not let its classes be hashed: most values, and lists of them.
 _PLAIN = set(map(id, (Tensor, np.ndarray, bool, int, float, str, type(None), torch.dtype)))
 _LISTS = {id(list), id(tuple)}
@@ -35,7 +40,7 @@ _OF_MODULES = nn.Module().__dict__.keys()
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # Their code draws from the generators of the process, or from those that it is handed.
 _LIBRARIES = sys.stdlib_module_names - {"__main__"} | {
-    "torch", "numpy", "torchvision", "transformers", "peft", "accelerate", "lightning",
+    "dldr_ext", "torch", "numpy", "torchvision", "transformers", "peft", "accelerate", "lightning",
     "pytorch_lightning",
 }  # fmt: skip
 

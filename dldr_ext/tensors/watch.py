@@ -295,11 +295,9 @@ class Owners:
 
 
 def _live_modules() -> list[nn.Module]:
-    objects = gc.get_objects()
-    # By their ids: other people's metaclasses may compare classes, or not let them be hashed.
-    kinds = {id(kind): kind for kind in map(type, objects)}
-    modules = {key for key, kind in kinds.items() if issubclass(kind, nn.Module)}
-    return [x for x in objects if id(type(x)) in modules and x.__dict__.keys() >= _HELD]
+    # By their types: to ask an object for its class may run its code.
+    found = [x for x in gc.get_objects() if issubclass(type(x), nn.Module)]
+    return [x for x in found if x.__dict__.keys() >= _HELD]
 
 
 def _counting(module: nn.Module) -> list[nn.Parameter]:
