@@ -8,7 +8,6 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from functools import cache, partial
 from itertools import islice
 from types import (
@@ -96,7 +95,7 @@ def reachable(function: Callable[..., Any]) -> list[Any]:
     seen, waiting, count = {id(function)}, deque([function]), 0
     while waiting and count < _LOOKED_INTO:
         count += 1
-        with suppress(Exception):  # objects that cannot be looked into, as references to dead ones
+        try:
             for value in _held(waiting.popleft()):
                 if _is_plain(value) or id(value) in seen or isinstance(value, _LEAVES):
                     continue
@@ -105,6 +104,8 @@ def reachable(function: Callable[..., Any]) -> list[Any]:
                     found[id(value)] = value
                 else:
                     waiting.append(value)
+        except Exception:  # it cannot be looked into, as a reference to a dead object
+            continue
     # One of the operating system has no state.
     return [found[key] for key in found if not isinstance(found[key], random.SystemRandom)]
 
