@@ -91,8 +91,8 @@ def _meant(word: Any, choices: Iterable[Any]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-# Curvature condition of the strong Wolfe search, and while H has learnt nothing: then the length of
-# a step says little, and one near the lowest point along it is worth a trial more.
+# Curvature condition of the strong Wolfe search, and while H has learnt nothing and no metric says
+# how far to go: then one near the lowest point along the direction is worth a trial more.
 C2, C2_FIRST = 0.9, 0.5
 _CHOICES = {
     "line_search_fn": ("armijo", "strong_wolfe", None),

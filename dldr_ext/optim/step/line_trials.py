@@ -159,7 +159,7 @@ def search(
             loss,
             slope,
             alpha,
-            c2=max(C2_FIRST if first else C2, options["c1"]),
+            c2=max(C2_FIRST if first and reach is None else C2, options["c1"]),
             **options,
         )
         # Sufficient decrease is all that "armijo" asks for.
