@@ -32,6 +32,7 @@ from ..pca.random_walk import SHORTEST
 from ..pca.report import described
 from ..pca.spectrum import Spectrum, coefficients
 from ..subspace import dense
+from ..subspace.base import PER_DIRECTION
 from ..tensors.formats import block_range, blocks, empty_scale, row_bytes, wide_dtype
 from ..tensors.matrices import ScaledRows
 from ..tensors.parameters import dtype_name
@@ -215,10 +216,7 @@ class Analysis:
 
     def _basis_pass(self, reader: CheckpointReader, components: Decomposition) -> None:
         count, series, numel = components.dim, self.series, self.series.numel
-        small = {
-            "explained_variance_ratio": components.explained_variance_ratio,
-            "singular_values": components.singular_values,
-        }
+        small = {name: getattr(components, name) for name in PER_DIRECTION}
         large = {
             "basis": torch.empty((count, numel), dtype=self.dtype, device="meta"),
             "origin": torch.empty(numel, dtype=wide_dtype(self.dtype), device="meta"),

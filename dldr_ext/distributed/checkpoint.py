@@ -15,6 +15,7 @@ import torch
 
 from ..collectives.partition import Run, block_runs, cut, runs_of
 from ..files.column_checkpoint import Columns
+from ..subspace.base import PER_DIRECTION
 from ..subspace.dense import Subspace
 from ..tensors.formats import blocks
 from ..tensors.parameters import is_dtensor
@@ -109,7 +110,7 @@ class _Subspace:
             "names": subspace.names,
             "choice": subspace.choice,
         }
-        for key in ("explained_variance_ratio", "singular_values"):
+        for key in PER_DIRECTION:
             value = getattr(subspace, key)
             metadata[key] = None if value is None else value.tolist()
         basis = subspace._placeholder if local is None else local.basis

@@ -16,7 +16,7 @@ from ..collectives.partition import Layout, Run, layout_of
 from ..collectives.process_group import Ranks, resolve_group
 from ..subspace.dense import Subspace
 from ..tensors.parameters import check_names, flatten, is_dtensor, local_shard, named_parameters
-from .partitioned import PartitionedSubspace, read_partition
+from .partitioned import METADATA, PartitionedSubspace, read_partition
 
 
 class LocalSubspace(PartitionedSubspace):
@@ -62,11 +62,7 @@ class LocalSubspace(PartitionedSubspace):
         local = Subspace(basis, origin, **arguments) if basis.shape[1] else None
         ranks = Ranks("LocalSubspace", group, origin.device)
         if local is not None:  # as the Subspace has converted them
-            arguments |= {
-                "explained_variance_ratio": local.explained_variance_ratio,
-                "singular_values": local.singular_values,
-                "choice": local.choice,
-            }
+            arguments |= {name: getattr(local, name) for name in METADATA}
         super().__init__(len(basis), local, ranks, basis[:, :0], **arguments)
         self.origin = origin if local is None else local.origin
         self.shapes, self.names = arguments.get("shapes"), arguments.get("names")
@@ -104,8 +100,7 @@ class LocalSubspace(PartitionedSubspace):
             replicas=replicas,
             shapes=[tuple(p.shape) for p in local_shards(tensors)],
             names=subspace.names,
-            explained_variance_ratio=subspace.explained_variance_ratio,
-            singular_values=subspace.singular_values,
+            **{name: getattr(subspace, name) for name in METADATA},
         )
         result.layout = layout_of(tensors)
         return result

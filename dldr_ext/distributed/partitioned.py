@@ -17,11 +17,11 @@ from ..collectives.process_group import Ranks, failing_together
 from ..files.artifacts import Reader, read_columns
 from ..files.column_checkpoint import is_dcp, read_subspace, saved_shape
 from ..pca.report import report
-from ..subspace.base import AffineSubspace
+from ..subspace.base import PER_DIRECTION, AffineSubspace
 from ..subspace.dense import KIND, VERSION, Subspace
 from ..tensors.derivatives import refuse, refuse_transforms, undefined
 
-METADATA = ("explained_variance_ratio", "singular_values", "choice")
+METADATA = (*PER_DIRECTION, "choice")
 
 
 class PartitionedSubspace(AffineSubspace):
@@ -36,7 +36,8 @@ class PartitionedSubspace(AffineSubspace):
     placeholder : Tensor, shape (d, 0)
         What stands for the basis where there are no columns: of its dtype.
     **metadata
-        ``explained_variance_ratio``, ``singular_values`` and ``choice``, the same on every rank.
+        What is known of the directions (``singular_values``, ...) and ``choice``, the same on every
+        rank.
     """
 
     spans_ranks = True

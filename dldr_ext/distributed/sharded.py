@@ -20,7 +20,7 @@ from ..subspace.dense import Subspace
 from ..tensors.formats import scale_of
 from ..tensors.memory import empty_rows, free_memory
 from ..tensors.parameters import dtype_name, type_name
-from .partitioned import PartitionedSubspace, read_partition
+from .partitioned import METADATA, PartitionedSubspace, read_partition
 
 
 class ShardedSubspace(PartitionedSubspace):
@@ -73,9 +73,7 @@ class ShardedSubspace(PartitionedSubspace):
             local,
             ranks,
             placeholder,
-            explained_variance_ratio=subspace.explained_variance_ratio,
-            singular_values=subspace.singular_values,
-            choice=subspace.choice,
+            **{name: getattr(subspace, name) for name in METADATA},
         )
         self.origin = origin
         self.shapes, self.names = subspace.shapes, subspace.names

@@ -148,9 +148,9 @@ def read_subspace(
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(state, checkpoint_id=path, process_group=process_group)
     metadata = json.loads(state[key]["known"])
-    for name in ("explained_variance_ratio", "singular_values"):
-        if metadata[name] is not None:
-            metadata[name] = torch.tensor(metadata[name], dtype=torch.float64, device="cpu")
+    for name, value in metadata.items():
+        if value is not None and name not in ("shapes", "names", "choice"):  # for each direction
+            metadata[name] = torch.tensor(value, dtype=torch.float64, device="cpu")
     return {**tensors, **metadata}
 
 

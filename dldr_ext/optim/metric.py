@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+import math
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,35 @@ Metric = Literal["auto", "trajectory"] | None
 # Rows whose lengths are off by more than this part are not a basis that rounding left so: int8
 # leaves 0.01, float8 0.05.
 _ORTHONORMAL = 0.2
+
+
+class Start(NamedTuple):
+    """What the snapshots say of where to go first.
+
+    The gradient of a start on a plateau says nothing of how far to go, and little of the direction.
+
+    Attributes
+    ----------
+    spread : Tensor, shape (d,), float64
+        Their standard deviation along each direction.
+    mean : Tensor, shape (d,), float64, or None
+        Their mean, where it is known.
+    """
+
+    spread: Tensor
+    mean: Tensor | None
+
+    @property
+    def reach(self) -> float:
+        """How far they are from their mean, in standard deviations: the root mean square."""
+        return math.sqrt(len(self.spread))
+
+    def way(self, theta: Tensor) -> Tensor | None:
+        """Return the way from theta to their mean, where that is a standard deviation or more."""
+        if self.mean is None:
+            return None
+        way = self.mean.to(self.spread.device) - theta
+        return way if float(torch.linalg.vector_norm(way / self.spread)) >= 1.0 else None
 
 
 def trajectory_spread(subspace: AffineSubspace) -> tuple[Tensor | None, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -17,10 +16,10 @@ from ..tensors.parameters import flatten
 from .algebra.bfgs import Direction, InverseHessian, Pair, Rule
 from .algebra.line_search import SearchResult
 from .base import SubspaceOptimizer
-from .metric import Metric
+from .metric import Metric, Start
 from .options import check_pbfgs_options, names_options
 from .state_dict import check_point, saved_tensor
-from .status import Curvature, Status
+from .status import Curvature, Iteration, Status
 from .step import policy
 from .step.closure import Closure, Loss, LossT, check_closure, number
 from .step.curvature_pairs import CurvaturePairs
@@ -28,7 +27,7 @@ from .step.grad_scale import ScaleKeeper
 from .step.iterate import Iterate
 from .step.line_trials import Trials, read_together, search
 from .step.objective import Objective
-from .step.plateau import Agreement
+from .step.plateau import Agreement, OtherLosses
 from .step.replay import Replay
 from .step.restore_point import RestorePoint
 
@@ -36,21 +35,6 @@ from .step.restore_point import RestorePoint
 _SAME = 1e-6
 # And two evaluations at one point by more than this only where they are not of one function.
 _OTHER = 1e-2
-
-
-@dataclass
-class Iteration:
-    """What is known of an iteration so far: the entries of its `StepRecord`."""
-
-    loss: float = math.nan
-    status: Status = Status.INITIAL
-    loss_after: float = math.nan
-    trials: int = 0
-    alpha: float = 0.0
-    step_length: float = 0.0
-    gradient_norm: float = math.nan
-    condition: float = math.nan
-    curvature: Curvature = "none"
 
 
 class PBFGS(SubspaceOptimizer):
@@ -151,11 +135,13 @@ class PBFGS(SubspaceOptimizer):
     the loss that the last one ended with, it sees the same function. If the gradient at the
     accepted point is wanted anyway, the first trial is then the one that would lower a parabola by
     as much as the last step has done, and there, and as long as H has learnt nothing, "armijo"
-    searches as "strong_wolfe" does: steps get longer too. The first trial of a run in the metric of
-    the trajectory has a length of ``lr`` sqrt(d) there, the distance of its snapshots from their
-    mean, however flat the loss is. With ``max_iter`` above 1 any other first trial of an H that has
-    learnt nothing has a length of 1 at most in the metric. H is scaled up before its first update
-    where the curvature allows longer steps; updates use a relative curvature test.
+    searches as "strong_wolfe" does: steps get longer too. A run in the metric of the trajectory
+    begins with a step to the mean of its snapshots, where that is known and the loss is lower
+    there; the first trial of its first search has a length of ``lr`` sqrt(d), the distance of the
+    snapshots from their mean, however flat the loss is. With ``max_iter`` above 1 any other first
+    trial of an H that has learnt nothing has a length of 1 at most in the metric. H is scaled up
+    before its first update where the curvature allows longer steps; updates use a relative
+    curvature test.
     Only ``curvature="consecutive", damping=None`` follows the published rule: ``lr`` is the first
     trial always, trials only get shorter, by ``backtrack``, H is never scaled, and is updated when
     y.s > 1e-20. Together with ``line_search_fn="armijo", c1=0.4, backtrack=0.4, max_ls=20,
@@ -255,7 +241,7 @@ class PBFGS(SubspaceOptimizer):
         self._pairs = CurvaturePairs()
         self._restore_point = RestorePoint()
         self._learnt_early: Curvature = "none"  # since the last record
-        self._said_other_loss, self._agreement = False, Agreement()
+        self._other_losses, self._agreement = OtherLosses(), Agreement()
         self._forget_decrease()
 
     @torch.no_grad()
@@ -355,6 +341,8 @@ class PBFGS(SubspaceOptimizer):
         direction = hessian.update(c, pair, self._rule(), ahead=ahead)
         if not ahead and self._ends(iteration, number(loss), direction, pair):
             return iteration
+        if self._goes_to_mean(iteration, closure, objective, wanted):
+            return iteration
         # Pass 2: u = P p, along which all trials are.
         residual = self._aim(direction.p, c, gradient, objective)
         gradient.clear()  # the next evaluation may use its memory
@@ -366,15 +354,16 @@ class PBFGS(SubspaceOptimizer):
         # Search.
         start = objective.sign * iteration.loss
         decrease = None if ahead else self._decrease(iteration.loss)
+        begins = self._start()
         result = search(
             trials, group, start, direction.slope, wanted=wanted, fresh=hessian.fresh,
-            published=self._rule().published, decrease=decrease, reach=self._reach(),
+            published=self._rule().published, decrease=decrease, reach=begins and begins.reach,
             resolution=self._evaluator.resolution(iteration.loss),
         )  # fmt: skip
         # To look at the gradient would take a wait more, or a sum: the next step has it anyway.
         look = not ahead and self._ranks is None
         iteration.status, after, slope = self._settle(trials, result, wanted, look)
-        iteration.trials = result.evaluations
+        iteration.trials += result.evaluations
         # Accept.
         if iteration.status.moved:
             self._advance(result.alpha, direction.p, residual)
@@ -483,23 +472,13 @@ class PBFGS(SubspaceOptimizer):
             return result.status, math.nan, 0.0
         after, slope = trials.settle(result.alpha, gradient=wanted), 0.0
         if abs(after - result.loss) > _OTHER * max(abs(after), abs(result.loss)):
-            self._say_other_loss(result.loss, after)
+            self._say(self._other_losses.see(result.loss, after))
         if wanted:
             gradients, point = self._problem.gradients(), self._iterate.point
             kept = self._pairs.keep(gradients, point, self._scale.value)
             # NaN and infinity reach the slope whatever they are multiplied with.
             slope = float(torch.dot(kept, self._iterate.direction)) if look else 0.0
         return policy.after_search(after, slope) or result.status, after, slope
-
-    def _say_other_loss(self, first: float, second: float) -> None:
-        """Say once that the closure is not one function of the weights."""
-        if not self._said_other_loss:
-            self._said_other_loss = True
-            self._say(
-                f"the closure gave {first:.6g} and then {second:.6g} at the same weights: it draws "
-                "random numbers that are not replayed, or its loss depends on grad mode; its "
-                "losses do not compare"
-            )
 
     def _stay(self, status: Status) -> Status:
         """End an iteration that did not move."""
@@ -564,14 +543,35 @@ class PBFGS(SubspaceOptimizer):
         same = math.isclose(loss, self._last_loss, rel_tol=_SAME)
         return self._last_decrease if same and self._last_decrease > 0.0 else None
 
-    def _reach(self) -> float | None:
-        """Return how far the first trial of a run goes in the metric of the trajectory.
-
-        The snapshots are sqrt(d) from their mean there, in the root of the mean square, while the
-        gradient of a start on a plateau says nothing of how far to go.
-        """
+    def _start(self) -> Start | None:
+        """Return what the trajectory says of where to go first, until a run has begun."""
+        begins = self._steps <= 1  # a step to the mean may come before the first search
         measured = self._spread is not None and self.param_groups[0]["metric"] is not None
-        return math.sqrt(self._subspace.dim) if measured and self._steps == 0 else None
+        return Start(self._units(), self._subspace.mean) if begins and measured else None
+
+    def _goes_to_mean(
+        self, iteration: Iteration, closure: Closure, objective: Objective, wanted: bool
+    ) -> bool:
+        """Go to the mean of the snapshots as a run begins, if the loss is lower there."""
+        group, start = self.param_groups[0], None if self._steps else self._start()
+        searches = group["line_search_fn"] is not None and float(group["lr"]) != 0.0
+        way = None if start is None or not searches else start.way(self._theta)
+        if way is None or self._rule().published or group["residual_lr"] != 0.0:
+            return False
+        self._iterate.aim(self._to_basis(way))
+        trials = Trials(closure, self._problem, self._replay, self._iterate, objective)
+        after, iteration.trials, look = trials.loss(1.0, graph=wanted), 1, self._ranks is None
+        if not after < objective.sign * iteration.loss:
+            return False
+        found = SearchResult(Status.ACCEPTED, 1.0, after, math.nan, 1, 1.0)
+        status, after, _ = self._settle(trials, found, wanted, look)
+        if not status.moved:
+            return False
+        self._advance(1.0, way, None)
+        self._restore_point.see(self._theta, loss=math.isfinite(after), gradient=wanted and look)
+        iteration.status, iteration.loss_after, iteration.alpha = status, trials.raw_loss, 1.0
+        iteration.step_length = float(torch.linalg.vector_norm(way))
+        return True
 
     def _forget_decrease(self) -> None:
         self._last_loss = self._last_decrease = math.nan

@@ -79,6 +79,21 @@ class Status(str, enum.Enum):
 Curvature = Literal["none", "updated", "damped", "skipped", "reset"]
 
 
+@dataclass
+class Iteration:
+    """What is known of an iteration so far: the entries of its `StepRecord`."""
+
+    loss: float = math.nan
+    status: Status = Status.INITIAL
+    loss_after: float = math.nan
+    trials: int = 0
+    alpha: float = 0.0
+    step_length: float = 0.0
+    gradient_norm: float = math.nan
+    condition: float = math.nan
+    curvature: Curvature = "none"
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """An entry of ``optimizer.history``; its ``str`` is a line for a progress bar.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .dimension import Request, number_of_components
@@ -23,6 +24,8 @@ class Decomposition(NamedTuple):
     coefficients : Tensor, shape (d, T), float64 on the CPU
         C: the basis is C X.
     explained_variance_ratio, singular_values : Tensor, shape (d,), float64 on the CPU
+    mean : Tensor, shape (d,), float64 on the CPU
+        Coordinates of the mean of the snapshots, from the first one or that of `seen_from` on.
     choice : dict
         How the number of components was chosen: see `dldr_ext.Subspace`.
     warning : str or None
@@ -34,6 +37,7 @@ class Decomposition(NamedTuple):
     coefficients: Tensor
     explained_variance_ratio: Tensor
     singular_values: Tensor
+    mean: Tensor
     choice: dict[str, Any]
     warning: str | None
     spectrum: Spectrum
@@ -43,11 +47,23 @@ class Decomposition(NamedTuple):
         """The number of components, d."""
         return len(self.coefficients)
 
+    def seen_from(self, start: str | int) -> Decomposition:
+        """Return the same with the mean as it is seen from a snapshot: "first", "last", an index.
+
+        Snapshot t is at sigma_i^2 C_it, since C K = Sigma^2 C (about the mean, where centred).
+        """
+        if start == "mean":
+            return self._replace(mean=torch.zeros_like(self.mean))
+        index = {"first": 0, "last": -1}[start] if isinstance(start, str) else start
+        c = self.coefficients
+        return self._replace(mean=self.singular_values.square() * (c.mean(1) - c[:, index]))
+
     def metadata(self) -> dict[str, Any]:
         """Return what a subspace keeps of it, as keyword arguments."""
         return {
             "explained_variance_ratio": self.explained_variance_ratio,
             "singular_values": self.singular_values,
+            "mean": self.mean,
             "choice": self.choice,
         }
 
@@ -96,11 +112,13 @@ def decompose(
             "direction to keep"
         )
     dim, choice, warning = number_of_components(spectrum, len(gram), request)
+    values = spectrum.values[:dim].sqrt()
     return Decomposition(
         coefficients(spectrum, dim, center=request.center),
         spectrum.explained(dim),
-        spectrum.values[:dim].sqrt(),
+        values,
+        torch.zeros_like(values),
         choice,
         warning,
         spectrum,
-    )
+    ).seen_from("first")

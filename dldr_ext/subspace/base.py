@@ -26,6 +26,9 @@ from ..tensors.parameters import (
 from . import shown
 from .parametrize import SubspaceModule
 
+#: What a subspace may know of each of its directions, by the names of its attributes.
+PER_DIRECTION = ("explained_variance_ratio", "singular_values", "mean")
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -39,6 +42,8 @@ class AffineSubspace(Shown):
         w0, float32 (float64 with a float64 basis).
     explained_variance_ratio, singular_values : Tensor, shape (d,), or None
         What is known of the directions; float64 on the CPU.
+    mean : Tensor, shape (d,), or None
+        Coordinates of the mean of the snapshots, where known.
     choice : dict or None
         How the directions were chosen, where known: what `Subspace.report` says.
     shapes, names : list or None
@@ -48,6 +53,7 @@ class AffineSubspace(Shown):
     origin: Tensor
     explained_variance_ratio: Tensor | None
     singular_values: Tensor | None
+    mean: Tensor | None
     choice: dict[str, Any] | None
     shapes: list[tuple[int, ...]] | None
     names: list[str] | None
@@ -414,7 +420,9 @@ class AffineSubspace(Shown):
         """
         weights = self._weights(params)
         refuse_transforms("with_origin", params=weights)
-        return self._moved_to(flatten(weights, self.origin.dtype))
+        moved = self._moved_to(flatten(weights, self.origin.dtype))
+        moved.mean = None  # to tell it from there would take a pass over the basis
+        return moved
 
     @abstractmethod
     def quantize(self, format: str) -> AffineSubspace:

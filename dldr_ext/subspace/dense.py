@@ -21,6 +21,7 @@ from ..tensors.formats import wide_dtype
 from ..tensors.memory import empty_rows
 from ..tensors.parameters import DTYPES, dtype_name, dtype_names, flatten, named_parameters, numel
 from . import basis as basis_module
+from .base import PER_DIRECTION
 from .exact import ReadableSubspace
 from .from_snapshots import subspace_arguments
 
@@ -52,6 +53,8 @@ class Subspace(ReadableSubspace):
         Element i of row r stands for ``basis[r, i] * scale[r, i // 256]``.
     explained_variance_ratio, singular_values : Tensor, shape (d,), optional
         What is known of the directions; kept as float64 on the CPU.
+    mean : Tensor, shape (d,), optional
+        Coordinates of the mean of the snapshots; kept as float64 on the CPU.
     shapes : sequence of shapes, optional
         Of the parameters, in order: lists of tensors are then checked against it.
     names : sequence of str, optional
@@ -62,7 +65,7 @@ class Subspace(ReadableSubspace):
 
     Attributes
     ----------
-    basis, origin, scale, explained_variance_ratio, singular_values, shapes, names, choice
+    basis, origin, scale, explained_variance_ratio, singular_values, mean, shapes, names, choice
         As given.
 
     Raises
@@ -110,6 +113,7 @@ class Subspace(ReadableSubspace):
         scale: Tensor | None = None,
         explained_variance_ratio: Tensor | None = None,
         singular_values: Tensor | None = None,
+        mean: Tensor | None = None,
         shapes: Iterable[Sequence[int]] | None = None,
         names: Iterable[str] | None = None,
         choice: Mapping[str, Any] | None = None,
@@ -122,6 +126,7 @@ class Subspace(ReadableSubspace):
             "explained_variance_ratio", explained_variance_ratio
         )
         self.singular_values = self._per_direction("singular_values", singular_values)
+        self.mean = self._per_direction("mean", mean)
         self.shapes = None if shapes is None else [tuple(map(int, shape)) for shape in shapes]
         self.names = None if names is None else [str(name) for name in names]
         if self.shapes is not None and sum(map(math.prod, self.shapes)) != self.numel:
@@ -426,7 +431,7 @@ class Subspace(ReadableSubspace):
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return the tensors of a file, by the names of the constructor's arguments."""
-        names = ("basis", "origin", "scale", "explained_variance_ratio", "singular_values")
+        names = ("basis", "origin", "scale", *PER_DIRECTION)
         tensors = {name: getattr(self, name) for name in names}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
@@ -435,8 +440,7 @@ class Subspace(ReadableSubspace):
             basis,
             origin,
             scale=scale,
-            explained_variance_ratio=self.explained_variance_ratio,
-            singular_values=self.singular_values,
+            **{name: getattr(self, name) for name in PER_DIRECTION},
             shapes=self.shapes,
             names=self.names,
             choice=self.choice,

@@ -37,7 +37,7 @@ class GroupedSubspace(AffineSubspace):
     Attributes
     ----------
     subspaces : list of Subspace
-    explained_variance_ratio, singular_values : Tensor, shape (d,), or None
+    explained_variance_ratio, singular_values, mean : Tensor, shape (d,), or None
         Those of the groups, one after the other: the ratios sum to at most 1 in each group.
 
     Raises
@@ -91,6 +91,8 @@ class GroupedSubspace(AffineSubspace):
         self.explained_variance_ratio = None if ratios is None else torch.cat(ratios)
         values = _if_all_known([space.singular_values for space in listed])
         self.singular_values = None if values is None else torch.cat(values)
+        means = _if_all_known([space.mean for space in listed])
+        self.mean = None if means is None else torch.cat(means)
         self.choice = None  # each group has its own
         shapes = _if_all_known([space.shapes for space in listed])
         self.shapes = None if shapes is None else list(chain(*shapes))

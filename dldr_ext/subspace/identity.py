@@ -61,7 +61,7 @@ class IdentitySubspace(AffineSubspace):
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in listed) else torch.float32
         self.origin = flatten(listed, dtype)
         self.shapes = [tuple(p.shape) for p in listed]
-        self.explained_variance_ratio = self.singular_values = self.choice = None
+        self.explained_variance_ratio = self.singular_values = self.mean = self.choice = None
 
     @property
     def dim(self) -> int:

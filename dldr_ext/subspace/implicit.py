@@ -15,6 +15,7 @@ from ..files import artifacts
 from ..tensors.formats import scale_of, wide_dtype
 from ..tensors.memory import readable_rows
 from ..tensors.parameters import dtype_name
+from .base import PER_DIRECTION
 from .dense import KIND, VERSION, Subspace
 from .exact import ReadableSubspace
 
@@ -42,7 +43,7 @@ class ImplicitSubspace(ReadableSubspace):
         w0, float32 (float64 with float64 snapshots).
     scale : Tensor, shape (T, ceil(n / 256)), optional
         For int8 and float8_e4m3fn snapshots.
-    explained_variance_ratio, singular_values, shapes, names, choice
+    explained_variance_ratio, singular_values, mean, shapes, names, choice
         As in `Subspace`.
 
     See Also
@@ -75,6 +76,7 @@ class ImplicitSubspace(ReadableSubspace):
         scale: Tensor | None = None,
         explained_variance_ratio: Tensor | None = None,
         singular_values: Tensor | None = None,
+        mean: Tensor | None = None,
         shapes: list[tuple[int, ...]] | None = None,
         names: list[str] | None = None,
         choice: dict[str, Any] | None = None,
@@ -82,7 +84,7 @@ class ImplicitSubspace(ReadableSubspace):
         self.snapshots, self.coefficients, self.scale = snapshots, coefficients, scale
         self.origin = origin
         self.explained_variance_ratio = explained_variance_ratio
-        self.singular_values = singular_values
+        self.singular_values, self.mean = singular_values, mean
         self.shapes, self.names, self.choice = shapes, names, choice
 
     @property
@@ -232,7 +234,4 @@ class ImplicitSubspace(ReadableSubspace):
         return self.dtype if self.scale is None else torch.float32
 
     def _spectrum(self) -> dict[str, Any]:
-        return {
-            "explained_variance_ratio": self.explained_variance_ratio,
-            "singular_values": self.singular_values,
-        }
+        return {name: getattr(self, name) for name in PER_DIRECTION}

@@ -136,6 +136,7 @@ def grouped_subspace(
     snapshots: Matrix,
     groups: Sequence[int],
     origin: Tensor,
+    start: str | int,
     request: Request,
     dtype: torch.dtype,
     shapes: Shapes,
@@ -156,7 +157,8 @@ def grouped_subspace(
         if components.warning is not None:
             warnings.append(components.warning)
         of_group = shapes[group], None if names is None else names[group]
-        subspaces.append(dense_subspace(rows, components, point, dtype, *of_group))
+        seen = components.seen_from(start)
+        subspaces.append(dense_subspace(rows, seen, point, dtype, *of_group))
     return GroupedSubspace(subspaces), warnings
 
 

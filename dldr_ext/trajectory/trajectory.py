@@ -403,7 +403,7 @@ class Trajectory(Shown):
         options = {"dim": dim, "explained": explained, "start": start, "center": center}
         facts = {name: str(value) for name, value in options.items()}
         store.check_consistent({**facts, "dtype": dtype_name(dtype)}, "subspace")
-        components = self._components(origin, request)
+        components = self._components(origin, request).seen_from(start)
         if components.warning is not None:
             warnings.warn(components.warning, UserWarning, stacklevel=2)
         described = self.shapes, self.names
@@ -457,7 +457,7 @@ class Trajectory(Shown):
             )
         request = Request(dim, explained, center)
         _, origin = self._checked(request, start, dtype)
-        components = self._components(origin, request)
+        components = self._components(origin, request).seen_from(start)
         if components.warning is not None:
             warnings.warn(components.warning, UserWarning, stacklevel=2)
 
@@ -506,7 +506,7 @@ class Trajectory(Shown):
         request = Request(dim, explained, center)
         dtype, origin = self._checked(request, start, dtype)
         result, notes = principal.grouped_subspace(
-            self.snapshots, groups, origin, request, dtype, self.shapes, self.names,
+            self.snapshots, groups, origin, start, request, dtype, self.shapes, self.names,
             double=self._is_double(),
         )  # fmt: skip
         for note in notes if dim == "auto" else ():

@@ -88,7 +88,8 @@ def start(path: Path, dtype: torch.dtype = torch.float64) -> Subspace:
     subspace = Subspace.random(model.named_parameters(), D, dtype=dtype)
     subspace = Subspace(
         subspace.basis, subspace.origin, shapes=subspace.shapes, names=subspace.names,
-        singular_values=torch.arange(D, 0, -1), explained_variance_ratio=torch.full((D,), 1 / 7),
+        singular_values=torch.arange(D, 0, -1), mean=torch.arange(D) / 3,
+        explained_variance_ratio=torch.full((D,), 1 / 7),
         choice={"snapshots": 9, "rank": 8, "asked": "dim = 5", "why": "as asked for", "walk": None},
     )  # fmt: skip
     subspace.save(path)
@@ -138,6 +139,7 @@ def held(mode: str, path: Path) -> dict[str, Any]:
         "columns": columns,
         "read": read[0],
         "values": subspace.singular_values,
+        "mean": subspace.mean,
         "ratio": subspace.explained_variance_ratio,
         "names": subspace.names,
         "report": subspace.report(),
@@ -175,6 +177,7 @@ def test_a_file_of_one_process_is_read_by_columns(ranks: Any, mode: str, tmp_pat
         expected = whole.origin if mode == "columns" else whole.origin[one["columns"]]
         assert torch.equal(one["origin"], expected)
         assert torch.equal(one["values"], whole.singular_values)
+        assert torch.equal(one["mean"], whole.mean)
         assert torch.equal(one["ratio"], whole.explained_variance_ratio)
         assert one["dim"] == D and one["names"] == whole.names and one["report"] == whole.report()
     n = whole.numel * (2 if mode == "hybrid" else 1)

@@ -63,6 +63,7 @@ def analysed(mode: str, tier: str, path: Any, small: bool) -> dict[str, Any]:
         "ratio": trajectory.explained_variance_ratio(),
         "basis": whole_basis(subspace, trajectory.params),
         "values": subspace.singular_values,
+        "mean": subspace.mean,
         "held": held[1],
         "report": subspace.report(),
     }
@@ -87,6 +88,7 @@ def test_as_one_process(ranks: RankGroup, mode: str, tier: str, small: bool, tmp
     torch.testing.assert_close(found[0]["ratio"], expected.explained_variance_ratio(), **close)
     torch.testing.assert_close(found[0]["basis"], subspace.basis, **close)
     torch.testing.assert_close(found[0]["values"], subspace.singular_values, **close)
+    torch.testing.assert_close(found[0]["mean"], subspace.mean, **close)
 
 
 def in_eight_bits(mode: str, tier: str, path: Any) -> list[torch.Tensor]:

@@ -61,7 +61,7 @@ MAKE: dict[str, Any] = {
     "psgd": lambda p, s, g: PSGD(p, s, lr=0.01, process_group=g),
     "psgd decay": lambda p, s, g: PSGD(p, s, lr=0.01, weight_decay=0.01, process_group=g),
     "consecutive": lambda p, s, g: PBFGS(p, s, curvature="consecutive", process_group=g, **SHORT),
-    "default": lambda p, s, g: PBFGS(p, s, process_group=g, **SHORT),
+    "default": lambda p, s, g: PBFGS(p, s, process_group=g, lr=0.01, max_ls=1),
 }
 
 

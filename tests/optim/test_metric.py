@@ -38,6 +38,11 @@ def recorded(batches: Batches, dim: int = 4, count: int = 9) -> Subspace:
     return trajectory.subspace(dim)
 
 
+def without_mean(subspace: Subspace) -> Subspace:
+    """The same, where nobody knows where the mean of the snapshots is."""
+    return subspace.with_origin(subspace.origin)
+
+
 def plain(subspace: Subspace, scale: Tensor | None = None) -> Subspace:
     """The same directions with nothing known of them, of length ``scale`` each."""
     rows = subspace.basis if scale is None else subspace.basis * scale[:, None]
@@ -110,7 +115,7 @@ def test_the_first_trial_of_a_run_goes_as_far_as_the_snapshots(
 ) -> None:
     """It is sqrt(d) standard deviations long, however flat the loss; a resumed run has had it."""
     batches, tried = Batches(1), []
-    subspace, loss = recorded(batches), Trials.loss
+    subspace, loss = without_mean(recorded(batches)), Trials.loss
 
     def trial(self: Trials, alpha: float, graph: bool) -> float:
         tried.append(alpha)
@@ -128,6 +133,101 @@ def test_the_first_trial_of_a_run_goes_as_far_as_the_snapshots(
     assert tried[0] == lr if max_iter == 1 else tried[0] <= lr
 
 
+def away(batches: Batches) -> Subspace:
+    """Recorded directions, seen from a point with a higher loss than the mean of the snapshots."""
+    subspace = recorded(batches)
+    theta = 4.0 * subspace.spread * torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    start = subspace.with_origin(subspace.reconstruct(theta))
+    start.mean = subspace.mean - theta
+    losses = []
+    with torch.no_grad():
+        for place in (start.mean, torch.zeros(4, dtype=torch.float64)):
+            start.reconstruct_(batches.params, place)
+            losses.append(float(batches.forward(0)()))
+    assert losses[0] < losses[1]
+    return start
+
+
+def test_a_run_begins_at_the_mean_of_the_snapshots_where_the_loss_is_lower() -> None:
+    one, other = Batches(1), Batches(1)
+    subspace = away(one)
+    optimizer = PBFGS(one.params, subspace)
+    before = float(one.forward(0)().detach())
+    assert float(optimizer.step(one.forward(0))) == pytest.approx(before)
+    torch.testing.assert_close(optimizer.theta, subspace.mean)
+    first = optimizer.history[0]
+    assert (first.status.name, first.trials, first.alpha) == ("ACCEPTED", 1, 1.0)
+    assert first.loss_after < first.loss and optimizer.closure_calls == 2
+    assert first.step_length == pytest.approx(float(subspace.mean.norm()))
+    # It has taught H nothing: the next step is the first of a run from there.
+    there = PBFGS(other.params, without_mean(subspace), theta0=subspace.mean)
+    for step in (1, 2):
+        optimizer.step(one.forward(step))
+        there.step(other.forward(step))
+        torch.testing.assert_close(optimizer.theta, there.theta, rtol=1e-6, atol=1e-9)
+
+
+def test_a_step_to_the_mean_is_an_iteration_among_others_and_can_be_resumed_at() -> None:
+    batches = Batches(1)
+    subspace = away(batches)
+    many = PBFGS(batches.params, subspace, max_iter=3)
+    many.step(batches.forward(0))
+    assert many.history[0].step_length == pytest.approx(float(subspace.mean.norm()))
+    assert [record.curvature for record in many.history] == ["none", "none", "updated"]
+    ends = []
+    for resumes in (False, True):
+        optimizer = PBFGS(batches.params, subspace)
+        optimizer.step(batches.forward(0))
+        if resumes:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = PBFGS(batches.params, subspace)
+            optimizer.load_state_dict(state)
+        for step in (1, 2, 3):
+            optimizer.step(batches.forward(step))
+        ends.append(bits(batches.params))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"metric": None},
+        {"line_search_fn": None, "lr": 0.1},
+        {"lr": 0.0},
+        {"residual_lr": 0.1},
+        {"curvature": "consecutive", "damping": None},
+        {"theta0": "mean"},
+    ],
+)
+def test_it_does_not_where_it_is_not_asked_to(options: dict[str, Any]) -> None:
+    batches, options = Batches(1), dict(options)
+    subspace = away(batches)
+    if options.get("theta0") == "mean":  # less than a standard deviation from it
+        options = {"theta0": subspace.mean + 0.4 * subspace.spread}
+    ended = options.pop("lr") if options.get("lr") == 0.0 else None  # as a schedule may end
+    optimizer = PBFGS(batches.params, subspace, **options)
+    if ended is not None:
+        optimizer.param_groups[0]["lr"] = ended
+    optimizer.step(batches.forward(0))
+    assert not torch.allclose(optimizer.theta, subspace.mean, rtol=1e-3)
+
+
+def test_a_mean_of_a_higher_loss_costs_one_trial() -> None:
+    one, other = Batches(1), Batches(1)
+    subspace = away(one)
+    # Seen from the mean, the start away from it has the higher loss.
+    low = subspace.with_origin(subspace.reconstruct(subspace.mean))
+    low.mean = -subspace.mean
+    ours = PBFGS(one.params, low)
+    theirs = PBFGS(other.params, without_mean(low))
+    for step in range(3):
+        ours.step(one.forward(step))
+        theirs.step(other.forward(step))
+    assert torch.equal(ours.theta, theirs.theta) and bits(one.params) == bits(other.params)
+    trials = [[r.trials for r in o.history] for o in (ours, theirs)]
+    assert trials[0] == [trials[1][0] + 1, *trials[1][1:]]
+
+
 @pytest.mark.parametrize("how", MAKERS)
 def test_a_metric_is_a_basis_of_that_spread(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps in theta / s are those of a basis with rows s_i P_i, without a metric.
@@ -136,7 +236,7 @@ def test_a_metric_is_a_basis_of_that_spread(how: str, monkeypatch: pytest.Monkey
     """
     monkeypatch.setattr(line_trials, "C2_FIRST", line_trials.C2)
     one, other = Batches(1), Batches(1)
-    subspace = recorded(one)
+    subspace = without_mean(recorded(one))
     scaled = plain(subspace, subspace.spread)
     ours = MAKERS[how](one.params, subspace)
     theirs = MAKERS[how](other.params, scaled, metric=None)

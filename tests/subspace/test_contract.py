@@ -26,6 +26,7 @@ from torch import distributed as dist
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from dldr_ext import GroupedSubspace, ImplicitSubspace, Subspace
+from dldr_ext.subspace.base import PER_DIRECTION
 
 
 @pytest.fixture
@@ -364,7 +365,7 @@ class TestSubspace:
         assert torch.equal(moved.origin, flat(params).to(space.origin.dtype))
         assert torch.equal(moved.project(params), space.project(params))
         assert not moved.coordinates(params).any()
-        assert (moved.shapes, moved.names) == (SHAPES, NAMES)
+        assert (moved.shapes, moved.names) == (SHAPES, NAMES) and moved.mean is None
         assert torch.equal(space.with_origin(flat(params)).origin, moved.origin)
         assert moved.digest() == space.digest()
 
@@ -374,7 +375,7 @@ class TestSubspace:
         assert (quantized.shapes, quantized.names) == (SHAPES, NAMES)
         rows = values(space)
         assert (values(quantized) - rows).abs().max() < 0.1 * rows.abs().max()
-        for known in ("singular_values", "explained_variance_ratio"):
+        for known in PER_DIRECTION:
             before, after = getattr(space, known), getattr(quantized, known)
             assert (before is None and after is None) or torch.equal(before, after)
         with pytest.raises(ValueError, match=r"format: expected one of .*'int8'\], got 'int4'"):
@@ -415,7 +416,7 @@ class TestSubspace:
         if not isinstance(space, type(loaded)):  # a file of ranks tells less
             return
         assert (loaded.shapes, loaded.names) == (SHAPES, NAMES)
-        for known in ("singular_values", "explained_variance_ratio"):
+        for known in PER_DIRECTION:
             before, after = getattr(space, known), getattr(loaded, known)
             assert (before is None and after is None) or torch.equal(before, after)
 

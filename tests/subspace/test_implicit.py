@@ -13,6 +13,7 @@ from samples import FLOATS, STORAGE, wide
 from torch import nn
 
 from dldr_ext import PBFGS, PSGD, GroupedSubspace, ImplicitSubspace, Subspace, Trajectory
+from dldr_ext.subspace.base import PER_DIRECTION
 
 OPTIONS = [
     {"dim": 5},
@@ -62,7 +63,7 @@ def pair(dtype=torch.float32, **options):
 def test_it_is_the_subspace_that_would_be_formed(options):
     implicit, formed, params = pair(**options)
     assert isinstance(implicit, ImplicitSubspace) and implicit.dim == formed.dim
-    for name in ("origin", "explained_variance_ratio", "singular_values"):
+    for name in ("origin", *PER_DIRECTION):
         assert torch.equal(getattr(implicit, name), getattr(formed, name))
     assert (implicit.shapes, implicit.names) == (formed.shapes, formed.names)
     assert torch.equal(implicit.to_dense().basis, formed.basis)

@@ -188,12 +188,14 @@ def test_to_keeps_what_is_known():
 def test_round_trip_of_what_is_known(tmp_path):
     space = dense(
         singular_values=torch.rand(6),
+        mean=torch.randn(6),
         explained_variance_ratio=torch.rand(6, dtype=torch.float64),
         names=["a", "b.c", "ä", "d", "e"],
     )
     space.save(tmp_path / "file")
     loaded = Subspace.load(tmp_path / "file", device="cpu")
     assert torch.equal(loaded.singular_values, space.singular_values)
+    assert torch.equal(loaded.mean, space.mean)
     assert torch.equal(loaded.explained_variance_ratio, space.explained_variance_ratio)
     assert loaded.names == space.names
     theta = torch.randn(6)

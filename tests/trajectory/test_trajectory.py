@@ -179,6 +179,28 @@ def test_dimension_from_the_explained_share(share):
     assert dim == 1 or sums[dim - 2] < share
 
 
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("start", ["first", "last", "mean", 4, -2])
+def test_the_mean_of_the_snapshots_as_seen_from_the_start(start, center):
+    trajectory, params, points = recorded(dtype=torch.float64)
+    options = {"start": start, "center": center}
+
+    def told(space, exact=False):
+        expected = space.project(points.mean(0) - space.origin, exact=exact)
+        loose = {"rtol": 0.02, "atol": 0.01} if exact else {"rtol": 1e-7, "atol": 1e-9}
+        torch.testing.assert_close(space.mean, expected.double(), **loose)
+
+    space = trajectory.subspace(3, **options)
+    told(space)
+    told(space.quantize("int8"), exact=True)
+    told(trajectory.subspace(3, materialize=False, **options))
+    told(trajectory.grouped_subspace([2, 2], 3, **options))
+    if start == "first" and center:
+        told(Subspace.from_snapshots(points, 3))
+    told(trajectory.into_subspace(3, **options))
+    assert space.with_origin(params).mean is None
+
+
 @pytest.mark.parametrize("start", ["first", "last", "mean", 0, 4, -1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_start(start, dtype):

@@ -16,6 +16,24 @@ _LEAST, _MOST = 0.4, 2.5
 _VISIBLE = 1e-2
 
 
+class OtherLosses:
+    """Losses of one closure at the same weights, which are not the same."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def see(self, first: float, second: float) -> str | None:
+        """Return what to say, once, of a closure that is not one function of the weights."""
+        if self._said:
+            return None
+        self._said = True
+        return (
+            f"the closure gave {first:.6g} and then {second:.6g} at the same weights: it draws "
+            "random numbers that are not replayed, or its loss depends on grad mode; its "
+            "losses do not compare"
+        )
+
+
 class Agreement:
     """The changes of the loss along steps, and what the gradients at both ends say they are.
 
