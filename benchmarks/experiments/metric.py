@@ -4,7 +4,8 @@
 constant rate are recorded; then 30 variables are trained from the initial weights: `PBFGS` with
 default options for eight passes, `PSGD` and Adam for one, each with and without the metric of the
 trajectory. A run sticks if it ends more than two points of test accuracy below the recorded one.
-A run that is in the file already is not made again; the table is printed.
+A run that is in the file already is not made again; the table is printed. With ``--defaults``
+`PBFGS` with its default options alone, to count stuck runs among many seeds.
 """
 
 from __future__ import annotations
@@ -138,18 +139,34 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def counts(found: list[dict[str, Any]]) -> str:
+    """How many runs of `PBFGS` with its defaults are stuck, of each network."""
+    lines = ["| network | seeds | runs | stuck | seeds that are |", "|---|---|---|---|---|"]
+    for network in PROBLEMS:
+        runs = [r for r in found if r["network"] == network and r["metric"] is not None]
+        runs = [r for r in runs if r["method"].startswith("PBFGS")]
+        low = [r["seed"] for r in runs if r["sgd"]["accuracy"] - r["accuracy"] > STUCK]
+        seeds = len({r["seed"] for r in runs})
+        stuck = ", ".join(map(str, sorted(set(low)))) or "none"
+        lines.append(f"| {network} | {seeds} | {len(runs)} | {len(low)} | {stuck} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Make what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--networks", nargs="*", default=[*PROBLEMS], choices=[*PROBLEMS])
     parser.add_argument("--seeds", type=int, default=14, metavar="N", help="0 to N - 1")
     parser.add_argument("--output", type=Path, required=True, help="JSON, kept and added to")
+    parser.add_argument("--defaults", action="store_true", help="PBFGS with its defaults alone")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the same bits on any machine with these instructions
     found = json.loads(options.output.read_text()) if options.output.exists() else []
     keys = ("network", "seed", "method", "metric")
     known = {tuple(run[key] for key in keys) for run in found}
     pairs = [(method, metric) for method in METHODS for metric in (None, "trajectory")]
+    if options.defaults:
+        pairs = [(method, metric) for method, metric in pairs if metric and "PBFGS" in method]
     for network in options.networks:
         for seed in range(options.seeds):
             missing = [pair for pair in pairs if (network, seed, *pair) not in known]
@@ -157,7 +174,7 @@ def main() -> None:
                 found += runs(network, seed, missing)
                 options.output.write_text(json.dumps(found, indent=1) + "\n")
                 print(f"{network} {seed}", flush=True)
-    print(table(found))
+    print(counts(found) if options.defaults else table(found))
 
 
 if __name__ == "__main__":
