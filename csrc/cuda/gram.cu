@@ -1,7 +1,7 @@
-// The Gram matrix of all rows at once: on tensor cores for formats of one and two bytes
-// (gram_mma.cuh). For the others a warp owns the products of two groups of rows: its lanes take
-// every 32nd element and keep all products of the pair in registers. Sums are float32 over
-// kGramTile elements and float64 beyond.
+// The Gram matrix of all rows at once: on tensor cores (gram_mma.cuh), but for float64, and for
+// float32 where sums are not finite there. There a warp owns the products of two groups of rows:
+// its lanes take every 32nd element and keep all products of the pair in registers. Sums are
+// float32 over kGramTile elements and float64 beyond.
 #include "cuda_kernels.h"
 #include "gram_mma.cuh"
 
@@ -13,7 +13,7 @@ constexpr int kGramThreads = 512;
 // in at most two packs of each thread.
 template <class T>
 constexpr int kGramColumns = 64;
-constexpr int64_t kGramTile = 4096;
+constexpr int64_t kGramTile = kMmaTile;
 // Groups of a quarter of the matrix; two quarters are staged.
 constexpr int kGramGroups = 4;
 constexpr int kGramSlots = 2 * kGramGroups;
@@ -24,19 +24,21 @@ constexpr int kGramSingle = 5;
 template <class A>
 constexpr int kGroup = sizeof(A) == 8 ? 4 : 8;
 
-// Bytes of the sums of all chunks, which are as few as it takes, and elements of a chunk that need
-// not fit. Under emulation small cases have chunks of several tiles, and huge ones short chunks.
+// Bytes of the sums of all chunks, which are as few as it takes, elements of a chunk that need not
+// fit, and most chunks. Under emulation small cases have chunks of several tiles, and huge ones
+// short chunks.
 #if defined(DLDR_EMULATED_CUDA)
-constexpr int64_t kGramScratch = 16 << 10, kGramChunk = 1 << 18;
+constexpr int64_t kGramScratch = 16 << 10, kGramChunk = 1 << 14, kGramChunks = 1 << 17;
 #else
-constexpr int64_t kGramScratch = 32 << 20, kGramChunk = int64_t{1} << 62;
+constexpr int64_t kGramScratch = 32 << 20, kGramChunk = int64_t{1} << 62, kGramChunks = 4096;
 #endif
-constexpr int64_t kGramChunks = 4096;
+template <class T>
+constexpr bool kGramOnTensorCores = !std::is_same_v<T, double>;
 
-Plan gram_plan(const Rows& rows, int64_t tile) {
+Plan gram_plan(const Rows& rows) {
   const int64_t most =
       max_of(kGramScratch / (8 * triangle_size(rows.rows)), rows.numel / kGramChunk);
-  return make_plan(rows.numel, tile, max_of(1, min_of(most, kGramChunks)));
+  return make_plan(rows.numel, kGramTile, max_of(1, min_of(most, kGramChunks)));
 }
 
 // Which groups a block stages, and which two of them a warp multiplies.
@@ -73,7 +75,9 @@ struct Pairing {
   }
 };
 
-// Sums of the chunk with number blockIdx.x / sets, a triangle of j <= i.
+// Sums of the chunk with number blockIdx.x / sets, a triangle of j <= i. Where tensor cores have
+// made them, only a block with a sum that is not finite makes its own anew: there an infinity
+// became NaN.
 template <class T>
 __global__ void __launch_bounds__(kGramThreads)
     gram_chunk(const Rows rows, int64_t groups, int64_t sets, int64_t tiles_per_chunk, bool aligned,
@@ -92,6 +96,23 @@ __global__ void __launch_bounds__(kGramThreads)
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t begin = chunk * tiles_per_chunk * kGramTile;
   const int64_t end = min_of(rows.numel, begin + tiles_per_chunk * kGramTile);
+  // use(k, where it goes) for the sums that this thread has in the end.
+  const auto each_mine = [&](auto&& use) {
+    if (!pairing.active) return;
+    if (M * M < kWarp && lane() % (kWarp / (M * M < kWarp ? M * M : 1)) != 0) return;
+    DLDR_UNROLL
+    for (int k = 0; k < kMySums; ++k) {
+      const int p = first_sum<M * M>(lane()) + k;
+      const int64_t i = pairing.group(pairing.a) * M + p / M,
+                    j = pairing.group(pairing.b) * M + p % M;
+      if (i < rows.rows && j <= i) use(k, chunks.at(chunk, i, j));
+    }
+  };
+  if constexpr (kGramOnTensorCores<T>) {
+    int lost = 0;
+    each_mine([&](int, double sum) { lost |= sum - sum != 0; });
+    if (__syncthreads_count(lost) == 0) return;
+  }
 
   Pack packs[kMyPacks];
   // Pack u of this thread: its row among the staged ones, and its first element.
@@ -176,15 +197,7 @@ __global__ void __launch_bounds__(kGramThreads)
     __syncthreads();
   }
 
-  if (!pairing.active) return;
-  if (M * M < kWarp && lane() % (kWarp / (M * M < kWarp ? M * M : 1)) != 0) return;
-  DLDR_UNROLL
-  for (int k = 0; k < kMySums; ++k) {
-    const int p = first_sum<M * M>(lane()) + k;
-    const int64_t i = pairing.group(pairing.a) * M + p / M,
-                  j = pairing.group(pairing.b) * M + p % M;
-    if (i < rows.rows && j <= i) chunks.at(chunk, i, j) = sums[k];
-  }
+  each_mine([&](int k, double& sum) { sum = sums[k]; });
 }
 
 constexpr int kSumGramThreads = 256;
@@ -202,9 +215,6 @@ __global__ void sum_gram(const GramSums chunks, int64_t count, double* out) {
 }
 
 template <class T>
-constexpr int64_t kGramPlanTile = sizeof(T) <= 2 ? kMmaTile : kGramTile;
-
-template <class T>
 void launch_chunks(const Rows& rows, const Plan& plan, const GramSums& chunks,
                    const Stream& stream) {
   const bool aligned = rows_aligned(rows);
@@ -213,7 +223,7 @@ void launch_chunks(const Rows& rows, const Plan& plan, const GramSums& chunks,
     launch("gram", kernel, make_grid(blocks), threads, shared, stream.handle, rows, arguments...,
            plan.tiles_per_chunk, aligned, chunks);
   };
-  if constexpr (sizeof(T) <= 2) {
+  if constexpr (kGramOnTensorCores<T>) {
     constexpr int64_t kBytes = kMmaWarps * static_cast<int64_t>(sizeof(double));
     const int64_t groups = ceil_div(rows.rows, kMmaGroup);
     if (groups <= 5) {
@@ -226,7 +236,8 @@ void launch_chunks(const Rows& rows, const Plan& plan, const GramSums& chunks,
       queue(gram_many<T>, ceil_div(plan.chunks * sides * sides, kMmaWarps), kMmaThreads,
             kBytes * MmaTiles<kMmaSide, kMmaSide, true>::kSums, sides, plan.chunks);
     }
-  } else {
+  }
+  if constexpr (sizeof(T) >= 4) {
     using A = typename wide_of<T>::type;
     const int64_t groups = ceil_div(rows.rows, kGroup<A>);
     const int64_t quarters = ceil_div(groups, kGramGroups);
@@ -240,24 +251,20 @@ void launch_chunks(const Rows& rows, const Plan& plan, const GramSums& chunks,
 }  // namespace
 
 int64_t gram_scratch(const Rows& snapshots) {
-  int64_t chunks = 0;
-  dispatch(snapshots.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    chunks = gram_plan(snapshots, kGramPlanTile<T>).chunks;
-  });
+  const int64_t chunks = gram_plan(snapshots).chunks;
   return chunks <= 1 ? 0 : 8 * chunks * triangle_size(snapshots.rows);
 }
 
 void gram(const Rows& snapshots, double* out, void* scratch, const Stream& stream) {
+  const Plan plan = gram_plan(snapshots);
+  const bool square = plan.chunks <= 1;
+  const GramSums chunks{square ? out : static_cast<double*>(scratch), snapshots.rows, square};
   dispatch(snapshots.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Plan plan = gram_plan(snapshots, kGramPlanTile<T>);
-    const bool square = plan.chunks <= 1;
-    const GramSums chunks{square ? out : static_cast<double*>(scratch), snapshots.rows, square};
     if (plan.chunks > 0) launch_chunks<T>(snapshots, plan, chunks, stream);
-    launch("gram", sum_gram, make_grid(ceil_div(triangle_size(snapshots.rows), kSumGramThreads)),
-           kSumGramThreads, 0, stream.handle, chunks, plan.chunks, out);
   });
+  launch("gram", sum_gram, make_grid(ceil_div(triangle_size(snapshots.rows), kSumGramThreads)),
+         kSumGramThreads, 0, stream.handle, chunks, plan.chunks, out);
 }
 
 }  // namespace dldr::cuda

@@ -1,9 +1,8 @@
-// The Gram matrix on tensor cores, for the formats of one and two bytes. Rows go straight from
-// memory into the registers that the instruction multiplies: 16 bytes of a row are two or four
-// steps of it, for A and B alike (mma.cuh), so that nothing is staged. A warp owns the products of
-// some groups of eight rows; the warps of a block whose rows are the same read them at about the
-// same time, from L1. Sums are float32 (int32 for int8, hence exact) over kGramFlush elements and
-// float64 beyond.
+// The Gram matrix on tensor cores, for all formats but float64. Rows go straight from memory into
+// the registers that the instruction multiplies: 16 bytes of a row are one to four steps of it, for
+// A and B alike (mma.cuh), so that nothing is staged. A warp owns the products of some groups of
+// eight rows; the warps of a block whose rows are the same read them at about the same time, from
+// L1. Sums are float32 (int32 for int8, hence exact) over kGramFlush elements and float64 beyond.
 #pragma once
 
 #include "mma.cuh"
@@ -70,50 +69,61 @@ __device__ inline void gram_tiles(const Rows& rows, int64_t upper, int64_t left,
   static_assert(kGramFlush<T> % kStep == 0, "whole steps between promotions");
   const int quad = lane() % 4, mine = lane() / 4;
   const T* const data = static_cast<const T*>(rows.data) + quad * kPack<T>;
-  const auto row_of = [&](int group) {
-    return (group < M ? upper : left - M * kMmaGroup) + group * kMmaGroup + mine;
-  };
+  // Rows from this lane's in the first group on.
+  const int rows_here =
+      static_cast<int>(min_of(rows.rows - upper - mine, static_cast<int64_t>(M) * kMmaGroup));
   const auto load = [&](int64_t at, Pack(&packs)[Tiles::kRows][kPacks], auto whole) {
+    const T* from = data + (upper + mine) * rows.stride + at;
     DLDR_UNROLL
-    for (int g = 0; g < Tiles::kRows; ++g) {
-      const int64_t row = row_of(g);
+    for (int g = 0; g < Tiles::kRows; ++g, from += kMmaGroup * rows.stride) {
+      if (!kDiagonal && g == M) from = data + (left + mine) * rows.stride + at;
       // The lower side of a pair is whole.
-      const bool there = (!kDiagonal && g >= M) || row < rows.rows;
+      const bool there = (!kDiagonal && g >= M) || g * kMmaGroup < rows_here;
       DLDR_UNROLL
       for (int p = 0; p < kPacks; ++p) {
         packs[g][p] = {};
-        const int64_t i = at + p * 4 * kPack<T>;
+        constexpr int kApart = 4 * kPack<T>;
         if constexpr (decltype(whole)::value) {
-          if (there) packs[g][p] = load_pack(data + row * rows.stride + i);
+          if (there) packs[g][p] = load_pack(from + p * kApart);
         } else {
-          const int64_t room = end - i - quad * kPack<T>;
+          const int64_t room = end - at - p * kApart - quad * kPack<T>;
           if (there && room > 0) {
-            packs[g][p] = load_pack_guarded(data + row * rows.stride + i,
-                                            static_cast<int>(min_of(room, kPack<T>)));
+            packs[g][p] =
+                load_pack_guarded(from + p * kApart, static_cast<int>(min_of(room, kPack<T>)));
           }
         }
       }
     }
   };
   Sum acc[Tiles::kCount][4] = {};
-  const auto multiply = [&](const Pack(&packs)[Tiles::kRows][kPacks]) {
+  const auto multiply = [&](int64_t at, const Pack(&packs)[Tiles::kRows][kPacks]) {
     DLDR_UNROLL
     for (int p = 0; p < kPacks; ++p) {
+      // Nothing is behind the end. The branch keeps the compiler from cutting all packs into terms
+      // at once, for which the registers do not suffice.
+      if (kMmaTerms<T> > 1 && at + p * 4 * kPack<T> >= end) break;
       DLDR_UNROLL
       for (int step = 0; step < mma_format<T>::kSteps; ++step) {
-        uint32_t words[Tiles::kRows][2];
+        uint32_t words[Tiles::kRows][kMmaTerms<T>][2];
         DLDR_UNROLL
         for (int g = 0; g < Tiles::kRows; ++g) mma_words<T>(packs[g][p], step, words[g]);
         DLDR_UNROLL
         for (int pair = 0; pair < Tiles::kPairs; ++pair) {
           const bool both = 2 * pair + 1 < M;
           const int second = both ? 2 * pair + 1 : 0;
-          const uint32_t a[4] = {words[2 * pair][0], both ? words[second][0] : 0,
-                                 words[2 * pair][1], both ? words[second][1] : 0};
+          uint32_t a[kMmaTerms<T>][4];
+          DLDR_UNROLL
+          for (int term = 0; term < kMmaTerms<T>; ++term) {
+            DLDR_UNROLL
+            for (int e = 0; e < 2; ++e) {
+              a[term][2 * e] = mma_apart<T>(words[2 * pair][term][e]);
+              a[term][2 * e + 1] = mma_apart<T>(both ? words[second][term][e] : 0);
+            }
+          }
           DLDR_UNROLL
           for (int n = 0; n < N; ++n) {
             if (Tiles::has(pair, n)) {
-              mma<T>(acc[Tiles::number(pair, n)], a, words[kDiagonal ? n : M + n]);
+              mma_terms<T>(acc[Tiles::number(pair, n)], a, words[kDiagonal ? n : M + n]);
             }
           }
         }
@@ -158,8 +168,8 @@ __device__ inline void gram_tiles(const Rows& rows, int64_t upper, int64_t left,
       load(at, packs, std::false_type());
     }
   };
-  // Beside the sums of a whole side and the scales there are no registers for a second step.
-  constexpr bool kTwice = !scaled_format<T>::value || M <= 5;
+  // Beside the sums of a whole side and scales or terms there are no registers for a second step.
+  constexpr bool kTwice = (!scaled_format<T>::value && kMmaTerms<T> == 1) || M <= 5;
   Pack now[Tiles::kRows][kPacks], next[Tiles::kRows][kPacks];
   if constexpr (kTwice) fill(begin, now);
   for (int64_t at = begin; at < end; at += kStep) {
@@ -169,16 +179,16 @@ __device__ inline void gram_tiles(const Rows& rows, int64_t upper, int64_t left,
     } else {
       fill(at, now);
     }
-    if constexpr (kDiagonal && kShared && !scaled_format<T>::value) {
-      // One lane for each row: the warps that share them find them in the second level cache.
-      // Beside scales there are no registers for it.
+    if constexpr (kDiagonal && (kShared || !kTwice) && !scaled_format<T>::value) {
+      // One lane for each row: the warps that share them, or this one without a second step, find
+      // them in the second level cache. Beside scales there are no registers for it.
       DLDR_NO_UNROLL
       for (int g = lane(); g < M * kMmaGroup && at + kMmaAhead < end; g += kWarp) {
         const int64_t row = min_of(upper + g, rows.rows - 1);
         ask_ahead(static_cast<const T*>(rows.data) + row * rows.stride + at + kMmaAhead);
       }
     }
-    multiply(now);
+    multiply(at, now);
     // Chunks begin at multiples of what is promoted together.
     if ((at + kStep) % kGramFlush<T> == 0 || at + kStep >= end) flush(at);
     if constexpr (kTwice) {
@@ -211,7 +221,8 @@ __device__ inline void each_sum(const Rows& rows, int64_t upper, int64_t left, P
 // At most 8 G rows: the warps of a block share its chunk, a part each, and their sums are added up
 // in order.
 template <class T, int G>
-__global__ void __launch_bounds__(kMmaThreads, G <= 5 && !scaled_format<T>::value ? 3 : 2)
+__global__ void __launch_bounds__(kMmaThreads,
+                                  G <= 5 && !scaled_format<T>::value && kMmaTerms<T> == 1 ? 3 : 2)
     gram_few(const Rows rows, int64_t tiles_per_chunk, bool aligned, const GramSums chunks) {
   constexpr int kSums = MmaTiles<G, G, true>::kSums;
   DLDR_DYNAMIC_SHARED(double, sums);  // [kMmaWarps][kSums]

@@ -47,11 +47,36 @@ struct mma_format<f8e4m3> {
   using element = f16;
   static constexpr int kSteps = 4;
 };
-
-// The two words of a pack that step `step` multiplies.
+// Cut into terms.
+template <>
+struct mma_format<float> {
+  using sum = float;
+  using element = bf16;
+  static constexpr int kSteps = 1;
+};
+// Terms of a number.
 template <class T>
-__device__ inline void mma_words(const Pack& pack, int step, uint32_t (&words)[2]) {
-  if constexpr (mma_format<T>::kSteps == 2) {
+constexpr int kMmaTerms = std::is_same_v<T, float> ? 3 : 1;
+
+// The two words of a pack that step `step` multiplies, in each term. A float32 is the sum of its
+// terms but for what lies below 2^-133: each is the upper half of what those before it leave, cut
+// toward zero so that no finite number gets an infinite one. Infinities have terms that are NaN.
+template <class T>
+__device__ inline void mma_words(const Pack& pack, int step, uint32_t (&terms)[kMmaTerms<T>][2]) {
+  uint32_t (&words)[2] = terms[0];
+  if constexpr (kMmaTerms<T> == 3) {
+    constexpr uint32_t kUpper = 0xffff0000u;
+    DLDR_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      uint32_t low = pack.words[2 * e], high = pack.words[2 * e + 1];
+      DLDR_UNROLL
+      for (auto& term : terms) {
+        term[e] = (high & kUpper) | low >> 16;
+        low = bits_of(float_of(low) - float_of(low & kUpper));
+        high = bits_of(float_of(high) - float_of(high & kUpper));
+      }
+    }
+  } else if constexpr (mma_format<T>::kSteps == 2) {
     words[0] = pack.words[2 * step];
     words[1] = pack.words[2 * step + 1];
   } else {
@@ -70,6 +95,18 @@ __device__ inline void mma_words(const Pack& pack, int step, uint32_t (&words)[2
 #endif
     }
   }
+}
+
+// The same word for A where B has it too. Terms are made by an instruction of their own, which the
+// compiler does not see through: it would gather the four registers of A anew for every product.
+template <class T>
+__device__ inline uint32_t mma_apart(uint32_t word) {
+#if defined(__CUDACC__)
+  if constexpr (kMmaTerms<T> > 1) {
+    asm("prmt.b32 %0, %0, %0, 0x7610;" : "+r"(word));
+  }
+#endif
+  return word;
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -140,5 +177,25 @@ inline void mma(S (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 }
 
 #endif
+
+// acc += A B', of numbers in terms: without the products of terms that are at most 2^-21 of the
+// whole, on average 2^-24. The others are summed up, small ones first, before they are added: the
+// instruction cuts off what does not fit beside acc, and would do so six times.
+template <class T, class S>
+__device__ inline void mma_terms(S (&acc)[4], const uint32_t (&a)[kMmaTerms<T>][4],
+                                 const uint32_t (&b)[kMmaTerms<T>][2]) {
+  if constexpr (kMmaTerms<T> == 1) {
+    mma<T>(acc, a[0], b[0]);
+  } else {
+    S sum[4] = {};
+    DLDR_UNROLL
+    for (int order = kMmaTerms<T> - 1; order >= 0; --order) {
+      DLDR_UNROLL
+      for (int term = 0; term <= order; ++term) mma<T>(sum, a[term], b[order - term]);
+    }
+    DLDR_UNROLL
+    for (int c = 0; c < 4; ++c) acc[c] += sum[c];
+  }
+}
 
 }  // namespace dldr::cuda

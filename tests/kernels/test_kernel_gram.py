@@ -69,9 +69,43 @@ def test_gram_propagates_nan(kernels, mma_path, name):
     np.testing.assert_array_equal(np.isnan(gram), expected)
 
 
+@pytest.mark.parametrize("rows", [9, 50, 81])
+def test_gram_keeps_infinity(kernels, mma_path, rows):
+    """In one of several chunks, and with an infinity or a zero of another row at the same place."""
+    sample = ref.Sample(rows, 5000, "float32")
+    for row, number in ((4, np.inf), (7, -np.inf), (5, 0), (rows - 1, 1)):
+        sample.array[row, 2500] = sample.values[row, 2500] = number
+    with np.errstate(invalid="ignore"):
+        expected = sample.values @ sample.values.T
+    assert np.isnan(expected[4, 5])
+    assert expected[4, 7] == -np.inf
+    gram = kernels.gram(sample.array, path=mma_path)
+    np.testing.assert_array_equal(gram, expected)
+
+
+def test_gram_of_float32_of_any_size(kernels, mma_path):
+    """Few numbers: errors of single products show, not those of long sums."""
+    numel = 24
+    rng = np.random.default_rng(2)
+    values = rng.normal(size=(50, numel)) * 2.0 ** np.linspace(-148, 60, 50)[:, None]
+    values[7] = 1 + 2.0**-7 - 2.0**-23  # all bits but those of the first eight places
+    values[20] = np.ldexp(rng.normal(size=numel), rng.integers(-60, 60, numel))
+    values[30, 12:] = -values[30, :12]
+    values[31, 12:] = values[31, :12]
+    rows = ref.encode(values, "float32")
+    values = ref.decode(rows)
+    gram = kernels.gram(rows, path=mma_path)
+    size = np.abs(values)
+    # Below 2^-133 numbers have fewer terms, below 2^-149 sums have no bits.
+    tiny = 2.0**-133 * (size.sum(1)[:, None] + size.sum(1)) + numel * 2.0**-149
+    bound = (numel + 8) * ref.UNIT["float32"] * (size @ size.T) + tiny
+    assert (np.abs(gram - values @ values.T) <= bound).all()
+
+
 @pytest.mark.parametrize("bad", [np.inf, 3e38])
-def test_gram_of_numbers_that_overflow(kernels, mma_path, bad):
-    rows = ref.encode(np.array([[bad, 1.0], [bad, -1.0], [0.0, 2.0]] * 12), "bfloat16")
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_gram_of_numbers_that_overflow(kernels, mma_path, name, bad):
+    rows = ref.encode(np.array([[bad, 1.0], [bad, -1.0], [0.0, 2.0]] * 12), name)
     gram = kernels.gram(rows, path=mma_path)
     crossed = np.nan if np.isinf(bad) else 0
     expected = [[np.inf, np.inf, 2 + crossed], [np.inf, np.inf, crossed - 2], [2 + crossed] * 3]

@@ -90,8 +90,8 @@ INT32 = [
     Bug("store_snapshot.cu", f"{AT}kStoreTile;", f"{INT_AT}(kStoreTile);", WRAPPED, "far"),
     Bug("gram.cu", "+ row * rows.stride + i;", "+ static_cast<int>(row * rows.stride) + i;",
         WRAPPED, "far"),
-    Bug("gram_mma.cuh", "load_pack(data + row * rows.stride + i);",
-        "load_pack(data + static_cast<int>(row * rows.stride) + i);", WRAPPED, "far"),
+    Bug("gram_mma.cuh", "T* from = data + (upper + mine) * rows.stride + at;",
+        "T* from = data + static_cast<int>((upper + mine) * rows.stride) + at;", WRAPPED, "far"),
     Bug("form_basis.cu", "to[(first + r) * out_stride + at + i]",
         "to[static_cast<int>((first + r) * out_stride + at + i)]", WRAPPED, "far"),
 ]  # fmt: skip
