@@ -36,6 +36,7 @@ def test_the_subspace_is_that_of_the_trajectory_to_the_bit(tmp_path, small_chunk
         assert found.shapes == expected.shapes and found.names == expected.names
         ratio = torch.tensor(result["explained_variance_ratio"][:3], dtype=torch.float64)
         assert torch.allclose(ratio, expected.explained_variance_ratio, rtol=1e-12)
+        torch.testing.assert_close(found.mean, expected.mean, rtol=1e-9, atol=1e-12)
         return
     assert written.read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
     assert [p.name for p in (tmp_path / "out").iterdir()] == [written.name]
