@@ -224,7 +224,10 @@ class LocalSubspace(PartitionedSubspace):
         return self.local.combine_residual(theta, coordinates, tensors)
 
     def _moved_to(self, origin: Tensor) -> LocalSubspace:
-        return self._with_columns(None if self.local is None else self.local.with_origin(origin))
+        local = None if self.local is None else self.local.with_origin(origin)
+        result = self._with_columns(local)
+        result.mean = None
+        return result
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:
         if self.local is not None:

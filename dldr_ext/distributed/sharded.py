@@ -199,7 +199,7 @@ class ShardedSubspace(PartitionedSubspace):
 
     def _moved_to(self, origin: Tensor) -> ShardedSubspace:
         result = self._with_columns(self.local)
-        result.origin = origin
+        result.origin, result.mean = origin, None
         return result
 
     def _write(self, tensors: Sequence[Tensor], theta: Tensor, origin: Tensor | None) -> None:

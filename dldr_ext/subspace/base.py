@@ -420,9 +420,7 @@ class AffineSubspace(Shown):
         """
         weights = self._weights(params)
         refuse_transforms("with_origin", params=weights)
-        moved = self._moved_to(flatten(weights, self.origin.dtype))
-        moved.mean = None  # to tell it from there would take a pass over the basis
-        return moved
+        return self._moved_to(flatten(weights, self.origin.dtype))
 
     @abstractmethod
     def quantize(self, format: str) -> AffineSubspace:
@@ -525,7 +523,10 @@ class AffineSubspace(Shown):
 
     @abstractmethod
     def _moved_to(self, origin: Tensor) -> Self:
-        """Return the same directions through another origin, which is kept, not copied."""
+        """Return the same directions through another origin, which is kept, not copied.
+
+        Where the mean is from there would take a pass over the basis: it is None.
+        """
 
     @abstractmethod
     def _project(self, tensors: Sequence[Any]) -> Tensor:

@@ -421,7 +421,9 @@ class Subspace(ReadableSubspace):
         return self.scale is not None
 
     def _moved_to(self, origin: Tensor) -> Subspace:
-        return self._with(self.basis, origin, self.scale)
+        result = self._with(self.basis, origin, self.scale)
+        result.mean = None
+        return result
 
     def _values(self, begin: int, step: int) -> Tensor:
         return basis_module.values(self.basis, self.scale, begin, step, torch.float64)

@@ -86,6 +86,8 @@ class GroupedSubspace(AffineSubspace):
         self.subspaces = [
             space._moved_to(origin) for space, origin in zip(listed, origins, strict=True)
         ]
+        for space, moved in zip(listed, self.subspaces, strict=True):
+            moved.mean = space.mean  # the same place, in another memory
         self._dims = [space.dim for space in listed]
         ratios = _if_all_known([space.explained_variance_ratio for space in listed])
         self.explained_variance_ratio = None if ratios is None else torch.cat(ratios)

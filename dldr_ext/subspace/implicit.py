@@ -198,7 +198,7 @@ class ImplicitSubspace(ReadableSubspace):
 
     def _moved_to(self, origin: Tensor) -> ImplicitSubspace:
         result = copy.copy(self)
-        result.origin = origin
+        result.origin, result.mean = origin, None
         return result
 
     def _project(self, tensors: Sequence[Any]) -> Tensor:

@@ -365,7 +365,8 @@ class TestSubspace:
         assert torch.equal(moved.origin, flat(params).to(space.origin.dtype))
         assert torch.equal(moved.project(params), space.project(params))
         assert not moved.coordinates(params).any()
-        assert (moved.shapes, moved.names) == (SHAPES, NAMES) and moved.mean is None
+        assert (moved.shapes, moved.names) == (SHAPES, NAMES)
+        assert moved.mean is None and moved.to(dtype=torch.float64).mean is None
         assert torch.equal(space.with_origin(flat(params)).origin, moved.origin)
         assert moved.digest() == space.digest()
 

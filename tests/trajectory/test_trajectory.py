@@ -194,11 +194,15 @@ def test_the_mean_of_the_snapshots_as_seen_from_the_start(start, center):
     told(space)
     told(space.quantize("int8"), exact=True)
     told(trajectory.subspace(3, materialize=False, **options))
-    told(trajectory.grouped_subspace([2, 2], 3, **options))
+    groups = trajectory.grouped_subspace([2, 2], 3, **options)
+    told(groups)
     if start == "first" and center:
         told(Subspace.from_snapshots(points, 3))
     told(trajectory.into_subspace(3, **options))
-    assert space.with_origin(params).mean is None
+    for made in (space, groups):
+        assert torch.equal(made.to(dtype=torch.float32).mean, made.mean)
+        moved = made.with_origin(params)
+        assert moved.mean is None and moved.to(dtype=torch.float32).mean is None
 
 
 @pytest.mark.parametrize("start", ["first", "last", "mean", 0, 4, -1])
