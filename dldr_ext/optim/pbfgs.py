@@ -57,8 +57,9 @@ class PBFGS(SubspaceOptimizer):
     subspace : Subspace or GroupedSubspace
     lr : float or Tensor of one element
         First trial step of each search, > 0 (the step itself without a search), and an upper bound
-        of it where the last step has seen the same function (see Notes); of the very first step in
-        standard deviations of the trajectory; in ``param_groups``, so that schedulers work.
+        of it where the last step has seen the same function (see Notes); the first search of a run
+        in the metric starts ``lr`` sqrt(d) standard deviations away; in ``param_groups``, so that
+        schedulers work.
     line_search_fn : "armijo", "strong_wolfe" or None
         Backtracking; bracketing and interpolation, which also uses gradients of the trials; none.
     c1 : float
