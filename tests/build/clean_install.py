@@ -28,6 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--wheel", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "clean-install")
+    parser.add_argument(
+        "--torch", help="release that is there beforehand; without it pip takes the newest, 6 GB"
+    )
     options = parser.parse_args()
     work = options.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
@@ -52,6 +55,8 @@ def main() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     typed = re.findall(r"^\$ ([^#\n]*[^#\s])", readme, re.MULTILINE)
     (install,) = [line for line in typed if "dist/*.whl" in line]
+    if options.torch:
+        run(f"pip install --quiet torch=={options.torch}")
     run(install)
     version = options.wheel.name.split("-")[1].partition("+")[0]
     found = run("dldr --version")

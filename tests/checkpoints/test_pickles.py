@@ -294,6 +294,9 @@ def _audit(event, args):
 
 
 sys.addaudithook(_audit)
+# Imported by the first file with names or texts in them, in whichever test that is.
+for _name in ("cp437", "raw_unicode_escape", "ascii", "latin-1"):
+    codecs.lookup(_name)
 
 
 def read_watched(path):
@@ -362,7 +365,6 @@ def test_nothing_in_a_damaged_file_is_run(tmp_path_factory, data):
         saved = {"model": {"w": torch.ones(2), "s": torch.eye(2).to_sparse()}, "extra": extra}
         save_legacy(saved, source)
         read_contents(source)  # what reading itself imports
-        codecs.lookup("raw_unicode_escape")
     whole = bytearray(source.read_bytes())
     codes = st.sampled_from(sorted(ord(op.code) for op in pickletools.opcodes))
     for _ in range(data.draw(st.integers(1, 5))):
