@@ -6,7 +6,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,7 @@ from .metric import check_metric
 from .state_dict import give_out, take_in, wrong
 from .status import Status, StepRecord
 from .step.closure import Evaluator
-from .step.objective import Problem
+from .step.objective import Objective, Problem
 from .step.plateau import Plateau
 from .step.write_guard import WriteGuard
 
@@ -62,27 +61,27 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._decay_is_given = given.decay_is_given
         self._params = [local_shard(p) for p in self._leaves]
         self._ranks = ranks
-        self._check_subspace(name, subspace)
+        self._check_subspace(subspace)
         own = {"weight_decay": 0.0} if given.decay_is_given else {}
         super().__init__(given.groups, own | defaults)
         self._status = Status.INITIAL
         self._evaluator = Evaluator(name, self._leaves)
-        if ranks is None:
-            self._evaluator.leaving_weights = self._leaving_weights
-        else:
-            self._evaluator.inside = ranks.evaluation
         self._enter(subspace, check_metric(name, defaults["metric"], subspace))
         self._history: deque[StepRecord] = deque(maxlen=_HISTORY)
         self._steps = 0
         self._plateau = Plateau()
         names = self._names or subspace.names
         self._watch = Watch(given.given, self._leaves, names, "optimizer", f"{name}: ")
-        self._guard = WriteGuard(self._params, self._watch.named)
+        self._guard = WriteGuard(name, self._params, self._watch.named, self._expected_weights)
+        if ranks is None:
+            self._evaluator.leaving_weights = self._guard.left_alone
+        else:
+            self._evaluator.inside = ranks.evaluation
         self._incoming: dict[str, Any] | None = None  # a state that is being loaded
         if ranks is not None:
             ranks.check_consistent(self._facts(theta0))
-        self._theta = self._first_theta(name, theta0)
-        self._place(name, "origin + P theta0" if theta0 is not None else None, logging.INFO)
+        self._theta = self._first_theta(theta0)
+        self._place(None if theta0 is None else "origin + P theta0", logging.INFO)
 
     @property
     def subspace(self) -> AffineSubspace:
@@ -206,11 +205,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         (with a warning in the logger ``dldr_ext`` if that is further than rounding); what has been
         learnt stays.
         """
-        name = type(self).__name__
         self._check_parameters()
-        self._set_theta(self._first_theta(name, "current"))
+        self._set_theta(self._first_theta("current"))
         self._compare("resync")
-        self._place(name, "their projection on the subspace")
+        self._place("their projection on the subspace")
 
     @torch.no_grad()
     def change_subspace(self, subspace: AffineSubspace) -> None:
@@ -238,11 +236,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         --------
         Subspace.with_origin : the same directions through other weights.
         """
-        name = type(self).__name__
         with failing_together(self._ranks):
             self._check_parameters()
-            self._check_subspace(name, subspace)
-            spread = check_metric(name, self.param_groups[0]["metric"], subspace)
+            self._check_subspace(subspace)
+            metric = self.param_groups[0]["metric"]
+            spread = check_metric(type(self).__name__, metric, subspace)
             if self._ranks is not None:
                 self._ranks.check_consistent(_facts_of(subspace), "change_subspace")
         self._learn_early()
@@ -252,7 +250,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._theta = theta.to(device=self._vector_device, dtype=torch.float64)
         self._compare("change_subspace")
         self._transfer(m)
-        self._place(name, "their projection on the new subspace")
+        self._place("their projection on the new subspace")
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only the groups; a copy without theta would be none. Hooks stay behind, as
@@ -313,6 +311,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Return the weight decay of each parameter, as the groups now have it."""
         return Decay.of(self.param_groups, self._group_of, self._params)
 
+    def _objective(self) -> Objective:
+        sign = -1.0 if self.param_groups[0].get("maximize") else 1.0
+        return Objective(sign, self._decay())
+
     def _set_theta(self, theta: Tensor) -> None:
         with torch.no_grad():
             self._theta.copy_(theta)
@@ -347,14 +349,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 self._compare(f"step {self._steps}")
         self._check_parameters()
         check_same_options(type(self).__name__, self.param_groups)
-        self._guard.check(type(self).__name__, self._expected_weights)
+        self._guard.check()
 
     def _check_parameters(self) -> None:
         """Refuse parameters that are no longer those of the model."""
         self._watch.check(owners_may_go=True)  # the gradients tell
-
-    def _leaving_weights(self) -> AbstractContextManager[Any]:
-        return self._guard.left_alone(type(self).__name__, self._expected_weights)
 
     def _check_mode(self) -> None:
         if torch.is_inference_mode_enabled():
@@ -396,11 +395,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         theta = theta0 if isinstance(theta0, Tensor) else None
         if not self._subspace.spans_ranks:
             facts["samples"] = samples(self._params)
-            theta = self._first_theta(facts["optimizer"], theta0)
+            theta = self._first_theta(theta0)
         return facts | {"theta": digest(theta)}
 
-    def _check_subspace(self, name: str, subspace: AffineSubspace) -> None:
-        params = self._params
+    def _check_subspace(self, subspace: AffineSubspace) -> None:
+        name, params = type(self).__name__, self._params
         _check_is_subspace(name, subspace)
         if subspace.spans_ranks and self._ranks is None:
             raise ValueError(
@@ -420,8 +419,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 f"got {subspace.device}; see Subspace.to"
             )
 
-    def _first_theta(self, name: str, theta0: Tensor | str | None) -> Tensor:
-        dim = self._subspace.dim
+    def _first_theta(self, theta0: Tensor | str | None) -> Tensor:
+        name, dim = type(self).__name__, self._subspace.dim
         if theta0 is None:
             return torch.zeros(dim, dtype=torch.float64, device=self._vector_device)
         if isinstance(theta0, str) and theta0 == "current":
@@ -442,7 +441,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             raise ValueError(f"{name}: theta0: expected finite numbers, got NaN or infinity")
         return theta.to(device=self._vector_device, dtype=torch.float64, copy=True)
 
-    def _place(self, name: str, where: str | None, level: int = logging.WARNING) -> None:
+    def _place(self, where: str | None, level: int = logging.WARNING) -> None:
         """Put the model at origin + P theta, and say so if it was elsewhere."""
         with torch.no_grad():
             point = self._subspace.reconstruct(self._to_basis(self._theta))
@@ -458,7 +457,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             _log.log(
                 level,
                 "%s: the weights were moved to %s, a distance of %.3g (their norm was %.3g)%s",
-                name,
+                type(self).__name__,
                 where or "the origin of the subspace",
                 distance,
                 norm,

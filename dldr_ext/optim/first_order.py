@@ -79,6 +79,9 @@ class FirstOrder(SubspaceOptimizer):
         c, loss = self._problem.project(loss, self._problem.gradients())
         return c[0], loss
 
+    def _write_weights(self) -> None:
+        self._subspace.write_(self._params, self._to_basis(self._theta))
+
     @abstractmethod
     def _move(self, closure: Closure | None, loss: Loss | None, c: Tensor) -> dict[str, Any]:
         """Move theta and the weights, and return further entries of the `StepRecord`.

@@ -17,7 +17,6 @@ from ..tensors.parameters import flatten
 from .first_order import FirstOrder
 from .metric import Metric
 from .step.closure import Closure, Loss
-from .step.objective import Objective
 from .step.replay import Replay
 
 
@@ -165,9 +164,6 @@ class InSubspace(FirstOrder):
         )
         return rows[0].mul_(objective.sign), loss  # the optimizer maximises by itself
 
-    def _objective(self) -> Objective:
-        return Objective(-1.0 if self.param_groups[0].get("maximize") else 1.0, self._decay())
-
     def _value(self, loss: Any) -> Any:
         """Return the objective, which a search compares, from what the closure returned."""
         if not (self._decay_is_given and self._replay is not None):
@@ -203,9 +199,6 @@ class InSubspace(FirstOrder):
         self._theta.copy_(self._variable.detach() * self._units())
         self._write_weights()
 
-    def _write_weights(self) -> None:
-        self._subspace.write_(self._params, self._to_basis(self._theta))
-
     def _renew(self) -> None:
         """Make a new optimizer for theta / s, which each step computes from theta."""
         self._variable = torch.zeros_like(self._theta).requires_grad_()
@@ -231,8 +224,7 @@ class InSubspace(FirstOrder):
 
     def _adopt(self, state: dict[str, Any]) -> None:
         self._load_inner(state["state"])
-        with torch.no_grad():
-            self._write_weights()
+        self._write_weights()
 
     def _transfer(self, m: Tensor) -> None:
         self._renew()  # what its state means is the optimizer's business

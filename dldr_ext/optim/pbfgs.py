@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -578,9 +579,7 @@ class PBFGS(SubspaceOptimizer):
         self._last_loss = self._last_decrease = math.nan
 
     def _objective(self) -> Objective:
-        group = self.param_groups[0]
-        sign = -1.0 if group["maximize"] else 1.0
-        return Objective(sign, self._decay(), self._scale.value)
+        return replace(super()._objective(), scale=self._scale.value)
 
     def _aim(
         self, p: Tensor, c: Tensor, gradient: list[Tensor], objective: Objective
@@ -622,7 +621,7 @@ class PBFGS(SubspaceOptimizer):
             super().resync()
         else:
             self._check_parameters()
-            self._set_theta(self._first_theta("PBFGS", "current"))
+            self._set_theta(self._first_theta("current"))
             weights = flatten(self._params, self._iterate.point.dtype)
             self._iterate.stay_outside(self._to_basis(self._theta), weights)
             self._remember()

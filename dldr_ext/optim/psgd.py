@@ -15,7 +15,6 @@ from .metric import Metric
 from .options import check_flag, check_lr, check_number, names_options
 from .state_dict import saved_tensor
 from .step.closure import Closure, Loss
-from .step.objective import Objective
 
 
 class PSGD(FirstOrder):
@@ -109,8 +108,7 @@ class PSGD(FirstOrder):
         self._momentum = torch.zeros_like(self._theta)
 
     def _gradient(self, loss: Loss | None) -> tuple[Tensor, Loss | None]:
-        objective = Objective(-1.0 if self.param_groups[0]["maximize"] else 1.0, self._decay())
-        gradients = [self._problem.gradients()]
+        objective, gradients = self._objective(), [self._problem.gradients()]
         rows, loss = objective.coordinates(
             self._problem, loss, gradients, [objective.factor], self._params
         )
@@ -122,7 +120,7 @@ class PSGD(FirstOrder):
         self._momentum.mul_(group["momentum"]).add_(c)
         step = self._units().square() * self._momentum
         self._theta.add_(step, alpha=-lr)
-        self._subspace.write_(self._params, self._to_basis(self._theta))
+        self._write_weights()
         return {"alpha": lr, "step_length": lr * float(torch.linalg.vector_norm(step))}
 
     def _method_state(self) -> dict[str, Any]:
@@ -136,4 +134,4 @@ class PSGD(FirstOrder):
 
     def _adopt(self, state: dict[str, Any]) -> None:
         self._momentum = state["momentum"]
-        self._subspace.write_(self._params, self._to_basis(self._theta))
+        self._write_weights()

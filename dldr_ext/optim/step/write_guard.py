@@ -29,12 +29,27 @@ class WriteGuard:
 
     It looks at autograd's version counters, addresses and strides, which costs nothing. Writes that
     none of them shows, ``p.data.add_()`` for one, go unnoticed.
+
+    Parameters
+    ----------
+    owner : str
+        What to call the optimizer in messages.
+    params : sequence of Tensor
+    named : callable
+        Gives what to add to the index of a parameter in messages: its name.
+    expected : callable
+        Makes the flat weights as they should be; called only after a write, which may have written
+        the same values, as loading a checkpoint does.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], named: Callable[[int], str] = lambda _: ""
+        self,
+        owner: str,
+        params: Sequence[Tensor],
+        named: Callable[[int], str],
+        expected: Callable[[], Tensor],
     ) -> None:
-        self._params, self._named = params, named
+        self._owner, self._params, self._named, self._expected = owner, params, named, expected
         self._seen: list[int] = []
         self._strides: list[tuple[int, ...]] = []
 
@@ -46,15 +61,8 @@ class WriteGuard:
         if not self._same_strides():
             self._strides = list(map(Tensor.stride, self._params))
 
-    def check(self, owner: str, expected: Callable[[], Tensor]) -> None:
+    def check(self) -> None:
         """Refuse weights that are no longer those of the last `remember`.
-
-        Parameters
-        ----------
-        owner : str
-        expected : callable
-            Makes the flat weights as they should be; called only after a write, which may have
-            written the same values, as loading a checkpoint does.
 
         Raises
         ------
@@ -64,25 +72,20 @@ class WriteGuard:
         now = self._now()
         if now == self._seen and self._same_strides():
             return
-        i = self._first_other(expected())
+        i = self._first_other()
         if i is not None:
             raise ValueError(
-                f"{owner}: params[{i}]: expected the weights that the last step left, got others"
-                f"{self._named(i)}: something else wrote to them, and the optimizer would undo "
-                f"that; call {owner}.resync() to go on from there. If it was the model itself, in "
-                "its forward pass (nn.Embedding(max_norm=), weights clamped there): "
+                f"{self._owner}: params[{i}]: expected the weights that the last step left, got "
+                f"others{self._named(i)}: something else wrote to them, and the optimizer would "
+                f"undo that; call {self._owner}.resync() to go on from there. If it was the model "
+                "itself, in its forward pass (nn.Embedding(max_norm=), weights clamped there): "
                 f"{_REWRITING}"
             )
         self._seen, self._strides = now, list(map(Tensor.stride, self._params))
 
     @contextmanager
-    def left_alone(self, owner: str, expected: Callable[[], Tensor]) -> Iterator[None]:
+    def left_alone(self) -> Iterator[None]:
         """Refuse an evaluation that writes the weights.
-
-        Parameters
-        ----------
-        owner, expected
-            As in `check`, of the weights that are evaluated.
 
         Raises
         ------
@@ -92,18 +95,18 @@ class WriteGuard:
         before = [p._version for p in self._params]
         yield
         if [p._version for p in self._params] != before:
-            i = self._first_other(expected())
+            i = self._first_other()
             if i is not None:
                 raise ValueError(
-                    f"{owner}: closure: expected an evaluation that leaves the weights as they "
-                    f"are, got one that writes params[{i}]{self._named(i)}, as "
+                    f"{self._owner}: closure: expected an evaluation that leaves the weights as "
+                    f"they are, got one that writes params[{i}]{self._named(i)}, as "
                     "nn.Embedding(max_norm=) does in its forward pass, or a model that clamps its "
                     f"weights: theta would no longer describe them; {_REWRITING}"
                 )
 
-    def _first_other(self, flat: Tensor) -> int | None:
-        """Return the first parameter that differs from a flat vector."""
-        start = 0
+    def _first_other(self) -> int | None:
+        """Return the first parameter that is not as expected."""
+        flat, start = self._expected(), 0
         for i, p in enumerate(self._params):
             values = flat[start : start + p.numel()]
             start += p.numel()
