@@ -57,6 +57,14 @@ def test_many_iterations_that_soon_converge_say_nothing(caplog: pytest.LogCaptur
     assert len(optimizer.history) > 40 and not said(caplog)
 
 
+def test_small_batches_that_come_down_in_ten_steps_say_nothing() -> None:
+    """One pass of Adam in batches of 32, as on the page that a newcomer reads."""
+    first = [0.63, 0.68, 0.64, 0.58, 0.41, 0.44, 0.4, 0.41, 0.28, 0.16, 0.19, 0.35]
+    rest = [0.24, 0.28, 0.17, 0.22, 0.37, 0.42, 0.72] * 4  # one is above the first
+    plateau = Plateau()
+    assert not any(plateau.see(loss, False) for loss in first + rest)
+
+
 def test_what_is_maximised_should_go_up() -> None:
     up, down = Plateau(), Plateau()
     told = [(up.see(float(i), True), down.see(float(-i), True)) for i in range(50)]
