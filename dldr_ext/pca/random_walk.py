@@ -4,7 +4,7 @@ A random walk of many weights has no directions of its own, and yet most of its 
 few: 61 % in the first, 95 % in twelve, however long it is (Antognini, Sohl-Dickstein, "PCA of high
 dimensional random walks with comparison to neural network training", NeurIPS 2018,
 arXiv:1806.08805). The share of the variance alone, then, does not tell the directions of a training
-from those of its noise. docs/trajectories.md says what the rule was tested on.
+from those of its noise. docs/dimension.md says what the rule was tested on.
 """
 
 from __future__ import annotations

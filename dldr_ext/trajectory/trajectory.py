@@ -361,7 +361,7 @@ class Trajectory(Shown):
         dim : int or "auto", optional
             Number of directions, at most T - 1 (T if not centred). Default: 40, or as many as
             there are. "auto": as many as the spectrum speaks for beside that of a random walk of
-            T snapshots, 8 or more: see docs/trajectories.md.
+            T snapshots, 8 or more: see docs/dimension.md.
         explained : float in (0, 1], optional
             Instead of ``dim``: as many directions as explain this share of the variance.
         start : "first", "last", "mean" or int

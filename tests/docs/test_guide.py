@@ -1,4 +1,4 @@
-"""The programs of docs/guide.md, docs/checkpoints.md and docs/pinn.md run as written."""
+"""The programs of the pages start, guide, checkpoints and pinn run as written."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from optim_problems import one_thread  # noqa: F401  (a fixture)
+
+from dldr_ext.batch_norm import reestimated
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "guide.md").read_text()
@@ -36,6 +38,23 @@ def test_every_program_runs_and_trains() -> None:
                 rows = torch.stack([state[name] for state in names["checkpoints"]])
                 average = torch.tensordot(names["learned"], rows, 1)
                 torch.testing.assert_close(average, parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = (ROOT / "docs" / "start.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for program in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(program, names)
+    assert "Trajectory(65 of 81 snapshots, numel=1602" in str(names["trajectory"])
+    assert len(names["optimizer"].history) == 0  # resumed: records are not part of a state
+    assert names["schedule"].last_epoch == 64
+    with reestimated(names["model"], [names["inputs"]]), torch.no_grad():
+        right = names["model"](names["inputs"]).argmax(1) == names["labels"]
+    assert right.float().mean() > 0.9
+    assert not caplog.records  # no warning that a newcomer would stumble over
 
 
 def test_checkpoints() -> None:
