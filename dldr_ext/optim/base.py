@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from ..tensors.watch import Watch
 from .algebra.transfer import overlap
 from .groups import Decay, check_same_options, taken
 from .metric import check_metric
-from .state_dict import give_out, take_in, wrong
+from .state_dict import check_reader, give_out, take_in, wrong
 from .status import Status, StepRecord
 from .step.closure import Evaluator
 from .step.objective import Objective, Problem
@@ -151,7 +152,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         -------
         dict
             For ``torch.save``; ``torch.load(..., weights_only=True)`` reads it.
+
+        Raises
+        ------
+        ValueError
+            ``get_state_dict`` of torch.distributed.checkpoint or ``FSDP.optim_state_dict`` is what
+            asks for it: they would drop the key ``subspace``.
         """
+        check_reader(self, sys._getframe(1).f_globals.get("__name__"))
         handle = self.register_state_dict_post_hook(give_out, prepend=True)
         try:  # hooks see the whole
             return super().state_dict()
@@ -254,8 +262,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only the groups; a copy without theta would be none. Hooks stay behind, as
-        # torch has it, since they may hold anything.
-        return {k: v for k, v in self.__dict__.items() if not k.endswith("_hooks")}
+        # torch has it, since they may hold anything, and so do methods that were wrapped, which
+        # are those of this one: a schedule puts its own `step` here.
+        methods = {k for k in self.__dict__ if callable(getattr(type(self), k, None))}
+        return {
+            k: v for k, v in self.__dict__.items() if not k.endswith("_hooks") and k not in methods
+        }
 
     # What subclasses add.
 

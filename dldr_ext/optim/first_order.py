@@ -24,6 +24,7 @@ class FirstOrder(SubspaceOptimizer):
     @overload
     def step(self, closure: Callable[[], LossT]) -> LossT: ...
 
+    @torch._disable_dynamo  # in a loop that is compiled too: a step runs as it stands
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Loss | None:
         """Take one step.

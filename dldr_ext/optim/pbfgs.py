@@ -246,6 +246,7 @@ class PBFGS(SubspaceOptimizer):
         self._other_losses, self._agreement = OtherLosses(), Agreement()
         self._forget_decrease()
 
+    @torch._disable_dynamo  # in a loop that is compiled too: a step runs as it stands
     @torch.no_grad()
     def step(self, closure: Callable[[], LossT]) -> LossT:  # type: ignore[override]
         """Take one step.

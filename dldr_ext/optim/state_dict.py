@@ -13,6 +13,16 @@ from .status import Status
 _FOREIGN = 1e-2
 
 
+def check_reader(optimizer: torch.optim.Optimizer, module: str | None) -> None:
+    """Refuse the modules of torch that keep nothing but the state of single parameters."""
+    if str(module).startswith(("torch.distributed.checkpoint.", "torch.distributed.fsdp.")):
+        raise ValueError(
+            f"{type(optimizer).__name__}: state_dict: expected to be saved as a whole, got asked "
+            f"by {module}, which keeps the state of single parameters and drops theta and all "
+            "that was learnt: save dldr_ext.dcp.stateful(optimizer) beside the model's state dict"
+        )
+
+
 def give_out(optimizer: Any, state_dict: dict[str, Any]) -> None:
     """Add the optimizer's entries to what torch saves."""
     optimizer._learn_early()

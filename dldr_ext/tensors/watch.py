@@ -20,8 +20,8 @@ from .parameters import (
 )
 
 _ANEW = "make a new one for the parameters as they are now"
-# What modules have that are no modules of torch.jit, and not in the making.
-_HELD = {"_parameters", "_modules"}
+# What modules have that are not in the making; those of torch.jit have another kind of dict.
+_HELD = "_parameters", "_modules"
 
 
 class Watch:
@@ -260,14 +260,14 @@ class Owners:
         return [
             (weakref.ref(module), key, wanted[id(p)])
             for module in modules
-            for key, p in module._parameters.items()
+            for key, p in list(module._parameters.items())  # other threads may make some
             if id(p) in wanted
         ]
 
     def _root_of(self, modules: Sequence[nn.Module]) -> nn.Module | None:
         parents: dict[int, list[nn.Module]] = {}
         for module in modules:
-            for child in module._modules.values():
+            for child in list(module._modules.values()):
                 parents.setdefault(id(child), []).append(module)
         around: dict[int, nn.Module] | None = None
         for holder in {id(m): m for ref, _, _ in self.places if (m := ref()) is not None}.values():
@@ -297,7 +297,7 @@ class Owners:
 def _live_modules() -> list[nn.Module]:
     # By their types: to ask an object for its class may run its code.
     found = [x for x in gc.get_objects() if issubclass(type(x), nn.Module)]
-    return [x for x in found if x.__dict__.keys() >= _HELD]
+    return [x for x in found if all(isinstance(x.__dict__.get(key), dict) for key in _HELD)]
 
 
 def _counting(module: nn.Module) -> list[nn.Parameter]:

@@ -84,6 +84,13 @@ class Recorder:
             raise TypeError(
                 f"attach: optimizer: expected a torch optimizer, got {type_name(optimizer)}"
             )
+        if not getattr(type(optimizer).step, "hooked", False):  # by the constructor of torch's
+            raise ValueError(
+                "attach: optimizer: expected one whose steps run hooks, got "
+                f"{type(optimizer).__name__}, which wraps another optimizer without torch's "
+                "constructor: call trajectory.record() after its steps, or attach the one inside "
+                "if nothing writes the weights after that"
+            )
         if self._every < 1:
             raise ValueError(f"attach: every: expected at least 1 step, got {self._every}")
         if self._on_full not in _ON_FULL:
@@ -172,11 +179,20 @@ def _unwrapped(optimizer: Any) -> Any:
     """Return the optimizer whose step does the work, without what accelerate or Lightning add.
 
     That a wrapper has the same groups tells it from an optimizer that has one inside for other
-    numbers.
+    numbers. Wrappers that are optimizers themselves may go on after that step, as Lookahead does.
     """
-    for name in ("optimizer", "_optimizer"):
+    names: tuple[str, ...] = "optimizer", "_optimizer"
+    if hasattr(optimizer, "second_step"):  # SAM: a loop may call its two halves, but no step
+        names = ("base_optimizer",)
+    elif isinstance(optimizer, torch.optim.Optimizer) and not _is_of_accelerate(optimizer):
+        names = ()
+    for name in names:
         inner = getattr(optimizer, name, None)
         groups = getattr(inner, "param_groups", None)
         if inner is not optimizer and groups and groups is optimizer.param_groups:
             return _unwrapped(inner)
     return optimizer
+
+
+def _is_of_accelerate(optimizer: Any) -> bool:
+    return type(optimizer).__module__.partition(".")[0] == "accelerate"

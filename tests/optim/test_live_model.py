@@ -379,3 +379,24 @@ def test_norms_that_are_computed_from_weights_train() -> None:
         assert optimizer.status.moved
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     torch.testing.assert_close(flat, subspace.reconstruct(optimizer.theta))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("how", ["scripted", "traced", "in part"])
+@pytest.mark.parametrize("make", MAKERS, ids=lambda m: m.__name__)
+def test_scripted_and_traced_modules_train(make: Any, how: str) -> None:
+    """Their lists of parameters are no dicts; a traced copy has those of the model."""
+    plain, model, x = _model(), _model(), torch.ones(3, 5)
+    if how == "in part":
+        model[2] = torch.jit.script(model[2])
+    else:
+        model = torch.jit.script(model) if how == "scripted" else torch.jit.trace(model, x)
+    losses = []
+    for one in (plain, model):
+        params = [p for p in one.parameters() if p.requires_grad]
+        flat = torch.cat([p.detach().reshape(-1) for p in params])
+        optimizer = make(params, Subspace(torch.eye(3, len(flat)), flat))
+        for _ in range(3):
+            optimizer.step(lambda one=one: one(x).square().mean())
+        losses.append(one(x).square().mean())
+    assert torch.equal(*losses)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from optim_problems import Batches, bits, flat, random_subspace
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -17,6 +21,7 @@ from torch.optim.optimizer import (
 )
 
 from dldr_ext import PBFGS, PSGD, Status, Subspace
+from dldr_ext.optim.step.write_guard import GradientWatch
 
 MAKERS = [PBFGS, PSGD]
 SCHEDULES = {
@@ -184,6 +189,68 @@ def test_hooks_and_history_of_copies(make: Any) -> None:
         other.register_state_dict_post_hook(lambda *_: None)
         other.load_state_dict(optimizer.state_dict())
     assert type(pickle.loads(pickle.dumps(optimizer.history[0]))) is type(optimizer.history[0])
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_copies_under_a_schedule_step_themselves(make: Any) -> None:
+    """A schedule wraps `step` in the optimizer itself: of a copy it would be that one's."""
+    batches, optimizer = made(make)
+    schedule = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.step(batches.forward(0))
+    schedule.step()
+    copies = copy.deepcopy((batches, optimizer)), pickle.loads(pickle.dumps((batches, optimizer)))
+    before = bits(batches.params)
+    for other_batches, other in copies:
+        other.step(other_batches.forward(1))
+        assert len(other.history) == 2 and bits(batches.params) == before
+    optimizer.step(batches.forward(1))
+    assert bits(batches.params) == bits(copies[0][0].params) == bits(copies[1][0].params)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_compiled_loop_steps_as_it_stands(make: Any) -> None:
+    (batches, optimizer), (others, other) = made(make), made(make)
+
+    @torch.compile(backend="eager")
+    def loop() -> None:
+        optimizer.step(batches.forward(0))
+
+    for _ in range(2):
+        loop()
+        other.step(others.forward(0))
+    assert bits(batches.params) == bits(others.params)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_what_would_drop_theta_may_not_save(make: Any) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = make(model.parameters(), Subspace.random(model.parameters(), 2))
+    optimizer.step(lambda: model(torch.ones(4, 3)).square().sum())
+    before = optimizer.state_dict()
+    for save in (get_optimizer_state_dict, FSDP.optim_state_dict):
+        with pytest.raises(ValueError, match=r"state_dict: .* drops theta .* dldr_ext.dcp.statef"):
+            save(model, optimizer)
+    assert torch.equal(optimizer.theta, before["subspace"]["theta"].float())
+    optimizer.zero_grad()
+    if make is PBFGS:  # it is asked for a step without gradients
+        with pytest.raises(TypeError, match=r"get_optimizer_state_dict dldr_ext.dcp.stateful"):
+            get_optimizer_state_dict(model, optimizer)
+
+
+def test_threads_train_models_of_their_own() -> None:
+    """An optimizer that one of them makes is in the way of no backward pass of another."""
+    params, interval = [nn.Parameter(torch.ones(1))], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as other:
+            made = other.submit(lambda: [GradientWatch(params) for _ in range(2000)])
+            watch = GradientWatch(params)
+            while not made.done():
+                with watch.own_backward():
+                    pass
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(made.result()) == 2000
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -216,6 +216,60 @@ def test_wrapped_optimizers(name: str) -> None:
         trajectory.attach(optimizer)
 
 
+class Lookahead(torch.optim.Optimizer):
+    """As timm's: steps on after the one inside, and has not called torch's constructor."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    def step(self) -> None:  # type: ignore[override]
+        self.optimizer.step()
+
+
+class Sam(torch.optim.Optimizer):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+        self.base_optimizer = sgd(self.param_groups)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def second_step(self) -> None:
+        self.base_optimizer.step()
+
+
+class Centred(torch.optim.SGD):
+    """A step of its own, after that of an optimizer inside."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.1)
+        self.optimizer = sgd(self.param_groups)
+        self.optimizer.param_groups = self.param_groups
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        self.optimizer.step()
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.mean())
+
+
+def test_optimizers_around_others() -> None:
+    """Lookahead would be recorded before its own step or not at all; SAM's halves are no step."""
+    params = parameters()
+    trajectory = Trajectory(params, 20, torch.float32)
+    with pytest.raises(ValueError, match=r"got Lookahead, which wraps .*: call trajectory.record"):
+        trajectory.attach(Lookahead(sgd(params)))
+    sam, centred = Sam(params), Centred(params)
+    for optimizer, call in ((sam, sam.second_step), (centred, centred.step)):
+        recorder = trajectory.attach(optimizer)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        call()
+        recorder.remove()
+    assert len(trajectory) == 2
+    assert trajectory.anchor is not None
+    last = trajectory.anchor + trajectory.snapshots[1]
+    torch.testing.assert_close(last, torch.cat([p.detach() for p in params]))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_steps_that_a_scaler_skips_do_not_count(fused: bool) -> None:
     params = parameters()

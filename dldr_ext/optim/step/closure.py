@@ -26,7 +26,8 @@ def check_closure(owner: str, closure: object) -> None:
     if not callable(closure):
         raise TypeError(
             f"{owner}: step: closure: expected a callable, got {closure!r}; in place of "
-            "transformers' Trainer use dldr_ext.integrations.transformers.SubspaceTrainer"
+            "transformers' Trainer use dldr_ext.integrations.transformers.SubspaceTrainer, of "
+            "torch's get_state_dict and get_optimizer_state_dict dldr_ext.dcp.stateful(optimizer)"
         )
 
 

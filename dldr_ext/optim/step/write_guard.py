@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -146,7 +147,8 @@ class GradientWatch:
         self.factor: float | None = None
         self._ran = False
         self._sample = _sample(params)
-        _WATCHES.add(self)
+        with _LOCK:
+            _WATCHES.add(self)
         self.rounding = max((8 * torch.finfo(p.dtype).eps for p in self._sample), default=0.0)
         self.remember()
 
@@ -177,7 +179,9 @@ class GradientWatch:
 
         So two networks that are trained against each other need no zeroing.
         """
-        others = [watch for watch in _WATCHES if watch is not self and watch.foreign() is None]
+        with _LOCK:
+            known = list(_WATCHES)
+        others = [watch for watch in known if watch is not self and watch.foreign() is None]
         yield
         for watch in others:
             watch.remember()
@@ -272,13 +276,15 @@ class GradientWatch:
 
     def _same(self, known: _Seen) -> list[bool]:
         """Return which parameters have a gradient as they had it then."""
+        gradients = [p.grad for p in self._params]
         return [
-            p.grad is not None and _is(p.grad, before) and p.grad._version == version
-            for p, before, version in zip(self._params, *known, strict=True)
+            g is not None and _is(g, before) and g._version == version
+            for g, before, version in zip(gradients, *known, strict=True)
         ]
 
 
 _WATCHES: weakref.WeakSet[GradientWatch] = weakref.WeakSet()
+_LOCK = Lock()  # threads may each train a model of their own
 # References and version counters: no pairs, which the garbage collector would all look at.
 _Seen = tuple[list["weakref.ref[Tensor] | None"], list[int]]
 
