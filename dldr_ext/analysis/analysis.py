@@ -190,6 +190,7 @@ class Analysis:
             self._done = self._multiplied(reader, begin)
             self._report("Gram matrix", 0, self._done.column)
             self._save_now_and_then()
+        self.series.check_unchanged()
 
     # A chunk is local to a function of its own: the next one may be in its memory.
 
@@ -241,6 +242,7 @@ class Analysis:
                     self._save_now_and_then(file)
             finally:
                 file.sync()
+            series.check_unchanged()
             for name, tensor in small.items():
                 file.write(name, 0, tensor)
             file.finish()
@@ -296,6 +298,7 @@ class Analysis:
         return {
             "files": self.series.identity(),
             "names": self.series.names,
+            "key": self.series.key,
             "dtype": dtype_name(self.dtype),
             "dim": self.dim,
             "explained": self.explained,

@@ -70,7 +70,7 @@ def compare(
             joint, square, squares = _joint_gram(first, second, double, chunk_bytes, progress)
             break
         except CheckpointError as error:
-            if not skip_bad or error.index not in second.indices:
+            if not skip_bad or error.path not in second.paths:
                 raise
             second.drop(error)
     split = len(first)
@@ -128,6 +128,8 @@ def _joint_gram(
             square += float(torch.linalg.vector_norm(a, dtype=torch.float64)) ** 2
             if progress is not None:
                 progress("both runs", size * (begin + len(a)) // first.numel, size)
+    for run in (first, second):
+        run.check_unchanged()
     return gram, square, squares
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoints.discovery import KIND_RECORD, METADATA
 from ..checkpoints.formats import Contents
 from ..files.artifacts import sync_folder
-from ..files.partial import PartialFile
+from ..files.partial import PartialFile, alone_in
 from ..files.torch_file import TorchFile
 
 _SHARD = 5_000_000_000  # bytes of a file in a folder, as transformers has it
@@ -52,8 +52,9 @@ class _Folder(ExitStack):
         super().__init__()
         self.path, self.temporary = path, path.with_name(f".{path.name}.part")
         self._like = like
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir()
+        self.enter_context(alone_in(self.temporary, path))
+        for left in self.temporary.iterdir():  # by a process that was killed
+            left.unlink()
 
     def finish(self) -> None:
         """Put the folder in its place."""
@@ -145,6 +146,7 @@ class DistributedFolder(_Folder):
         self._names = {name: like.entries[name].name for name in tensors}
         self._kind, self._version, self._written = kind, version, dict[str, Path]()
         self._file: TorchFile | None = None
+        self._opened = self.enter_context(ExitStack())
         facts = {"dldr_ext.kind": kind, "version": version, "metadata": metadata}
         (self.temporary / KIND_RECORD).write_text(json.dumps(facts))
 
@@ -174,12 +176,12 @@ class DistributedFolder(_Folder):
         self._written[name] = self.temporary / f"__0_{len(self._written)}.distcp"
         one = {name: self._saved[name]}
         file = TorchFile(self._written[name], self._kind, self._version, one, {}, bare=True)
-        self._file = self.enter_context(file)
+        self._file = self._opened.enter_context(file)
 
     def _close(self) -> None:
         if self._file is not None:
             self._file.finish()
-            self.close()
+            self._opened.close()
             self._file = None
 
     def _metadata(self) -> bytes:

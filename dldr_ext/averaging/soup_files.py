@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.formats import Entry, abridged
+from ..checkpoints.layouts import STATISTICS
 from ..checkpoints.reader import CheckpointReader
-from ..checkpoints.series import STATISTICS, Series, finite
+from ..checkpoints.series import Series, finite
 from ..tensors.parameters import dtype_name
 from .folders import is_distributed, is_of_model
 from .kinds import COMPLEX, FLOAT, INTEGER, OTHER, accumulator, kind_of_dtype
@@ -99,6 +100,7 @@ def write_mean(
                 done += sum(size * entry.dtype.itemsize for entry in entries)
                 if progress is not None:
                     progress(done, total)
+        series.check_unchanged()
     return [*soup_notes(series, output), *mean.notes()]
 
 
@@ -132,6 +134,7 @@ def write_greedy_soup(
         for name, value in soup.state_dict.items():
             if value.numel():
                 file.write(name, 0, value)
+        series.check_unchanged()
     return soup
 
 

@@ -92,6 +92,7 @@ class Contents(NamedTuple):
     kind: str | None = None  # of artefact of this package
     # Of torch.distributed.checkpoint: the keys in nested dicts of each name in the file.
     keys: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
+    statuses: Sequence[tuple[int, int]] = ()  # of the files, when they were opened
 
 
 def read_contents(path: Path, key: str | None = None, fits: Fits | None = None) -> Contents:
@@ -115,12 +116,23 @@ def read_contents(path: Path, key: str | None = None, fits: Fits | None = None) 
         Missing, empty, truncated, corrupt, or something else.
     """
     try:
+        if path.exists() and not path.is_file():  # which would wait for who writes to it
+            raise CheckpointError(path, "expected a file or a folder, found a device or a pipe")
         if path.name.endswith(INDEX_SUFFIXES):
             return _read_index(path, key)
         contents = _read_file(path, key, fits)
     except OSError as error:
         raise CheckpointError(error.filename or path, reason(error)) from error
     return contents._replace(entries=by_plain_name(path, contents.entries))
+
+
+def status_of(file: Path) -> tuple[int, int]:
+    """Return what changes when a file is written: its size, and the time of its last change."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise CheckpointError(file, reason(error)) from error
+    return status.st_size, status.st_mtime_ns
 
 
 def _under(path: Path, entries: dict[str, Entry], key: str | None) -> dict[str, Entry]:

@@ -6,38 +6,35 @@ import json
 import math
 import os
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..tensors.names import plain_names
-from ..tensors.parameters import DTYPES, dtype_name, dtype_names, named_parameters
 from . import foreign, state_dicts
 from .discovery import Found, discover
 from .distributed import read_folder
 from .errors import CheckpointError
-from .formats import Contents, Entry, abridged, read_contents
+from .formats import Contents, Entry, abridged, read_contents, status_of
+from .layouts import (
+    TIED,
+    Layout,
+    check_no_more,
+    copy_notes,
+    fits_model,
+    layout_of_file,
+    layout_of_model,
+    placed_in,
+    row_of,
+    selected,
+)
 from .order import in_order, natural_key
 from .reader import CheckpointReader
 from .state_dicts import is_logged
-
-_TIED = "tied to another tensor, which counts"
-STATISTICS = ("running_mean", "running_var")
-
-
-class Layout(NamedTuple):
-    """The tensors that make up a row, in order, and all names that a file may use for each."""
-
-    names: list[str]
-    shapes: list[tuple[int, ...]]
-    aliases: list[list[str]]
 
 
 class Series:
@@ -76,7 +73,7 @@ class Series:
         For each place in that list the place of the path, file or folder, that it came from.
     repeats : dict of int to int
         Places in that list of the same files once more, which do not count, and of the first.
-    include, exclude : list of str
+    include, exclude, key
         As given.
     folders : set of Path
         Those that the checkpoints lie in.
@@ -133,7 +130,7 @@ class Series:
     ) -> None:
         include = [include] if isinstance(include, str) else list(include)
         exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-        self.include, self.exclude = include, exclude
+        self.include, self.exclude, self.key = include, exclude, key
         self.skip_bad = skip_bad
         self.notes: list[str] = []
         self.skipped: list[CheckpointError] = []
@@ -145,12 +142,12 @@ class Series:
         self.folders = {folder for one in found for folder in (one.path.parent, one.entry.parent)}
         self.arguments = [one.argument for one in found]
         self.repeats = {i: one.same for i, one in enumerate(found) if one.same is not None}
-        layout = None if model is None else _layout_of_model(model, include, exclude)
+        layout = None if model is None else layout_of_model(model, include, exclude)
         if not rows:
             layout = Layout([], [], [])
         copies = False  # what the first checkpoint has
         first_left_out: dict[str, list[str]] = {}
-        fits = None if model is None or layout is None else partial(_fits, layout=layout)
+        fits = None if model is None or layout is None else partial(fits_model, layout=layout)
         for index, one in enumerate(found):
             if one.same is not None:
                 continue
@@ -160,6 +157,8 @@ class Series:
                     raise CheckpointError(path, problem)
                 read = read_folder if path.is_dir() else read_contents
                 contents = read(path, key, fits)
+                statuses = [status_of(file) for file in contents.files]
+                contents = contents._replace(statuses=statuses)
                 if model is None:
                     contents = _without_logged(contents)
                 if contents.kind == "soup":
@@ -169,18 +168,18 @@ class Series:
                         path, f"expected a checkpoint, found a {contents.kind} saved by dldr_ext"
                     )
                 if model is None and rows:
-                    in_file, left_out = _layout_of_file(path, contents, include, exclude)
+                    in_file, left_out = layout_of_file(path, contents, include, exclude)
                     if layout is None:
                         layout, first_left_out = in_file, left_out
                     layout = self._untied(layout, in_file, first_left_out)
-                    _check_no_more(path, in_file, layout)
+                    check_no_more(path, in_file, layout)
                 assert layout is not None
                 placed, prefix, is_copy = layout, "", contents.is_copy
                 if model is not None:
-                    placed, prefix, notes = _placed(path, contents.entries, layout)
+                    placed, prefix, notes = placed_in(path, contents.entries, layout)
                     self.decisions += notes
                     is_copy = is_copy or state_dicts.is_copy(prefix)
-                row = _row(path, contents, placed, prefix, model is not None)
+                row = row_of(path, contents, placed, prefix, model is not None)
                 if self.paths and is_copy != copies:
                     one_kind, other = ("a copy (EMA, teacher, ...)", "weights in training")
                     raise CheckpointError(
@@ -204,7 +203,7 @@ class Series:
             raise ValueError(f"checkpoints: none can be used; the first: {self.skipped[0]}")
         self.notes = [
             *(f"left out ({why}): {abridged(names)}" for why, names in first_left_out.items()),
-            *(_copy_notes(layout.names) if model is None else ()),
+            *(copy_notes(layout.names) if model is None else ()),
             *self.notes,
         ]
         self._put_in_order(found, as_given)
@@ -217,7 +216,7 @@ class Series:
 
     def _untied(self, layout: Layout, other: Layout, left_out: dict[str, list[str]]) -> Layout:
         """Return the layout with what is tied in all checkpoints so far, and not in another."""
-        tied = left_out.get(_TIED, [])
+        tied = left_out.get(TIED, [])
         apart = set(other.names) & set(tied)
         if not apart or not self.contents:
             return layout
@@ -227,10 +226,10 @@ class Series:
         kept = [name for name in entries if name in apart or name in layout.names]
         layout = Layout(kept, [entries[name].shape for name in kept], [[name] for name in kept])
         rows = zip(self.paths, self.contents, strict=True)
-        self._rows = [_row(path, contents, layout, "", False) for path, contents in rows]
-        left_out[_TIED] = [name for name in tied if name not in apart]
-        if not left_out[_TIED]:
-            del left_out[_TIED]
+        self._rows = [row_of(path, contents, layout, "", False) for path, contents in rows]
+        left_out[TIED] = [name for name in tied if name not in apart]
+        if not left_out[TIED]:
+            del left_out[TIED]
         return layout
 
     def _put_in_order(self, found: list[Found], as_given: bool) -> None:
@@ -339,19 +338,46 @@ class Series:
         return sum(entry.nbytes() for entry in self._rows[t])
 
     def identity(self) -> list[list[Any]]:
-        """Return what tells whether a file was touched.
+        """Return what tells whether a file was touched since another series was opened.
 
         Returns
         -------
         list of [str, int, int]
-            Path, size and time of change of every file.
+            Path, size and time of change of every file, as they were when it was opened.
         """
-        files = [file for contents in self.contents for file in contents.files]
-        statuses = [file.stat() for file in files]
         return [
-            [str(file.absolute()), status.st_size, status.st_mtime_ns]
-            for file, status in zip(files, statuses, strict=True)
+            [str(file.absolute()), *status]
+            for contents in self.contents
+            for file, status in zip(contents.files, contents.statuses, strict=True)
         ]
+
+    def check_unchanged(self, rows: Iterable[int] | None = None) -> None:
+        """Check that no file was touched since it was opened: after what was read of it.
+
+        Parameters
+        ----------
+        rows : iterable of int, optional
+            Whose files to look at; by default all.
+
+        Raises
+        ------
+        CheckpointError
+            One was, or is gone.
+        """
+        for t in range(len(self)) if rows is None else rows:
+            contents = self.contents[t]
+            for file, status in zip(contents.files, contents.statuses, strict=True):
+                try:
+                    same = status_of(file) == status
+                except CheckpointError as error:
+                    raise self.error(t, error.problem) from error
+                if not same:
+                    name = "it" if file == self.paths[t] else file.name
+                    raise self.error(
+                        t,
+                        f"expected {name} to stay as it was when it was opened, found it changed "
+                        "while it was read: is a run still writing there?",
+                    )
 
     def read(self, reader: CheckpointReader, t: int, begin: int, out: Tensor) -> None:
         """Read the columns ``begin``, ``begin + 1``, ... of row ``t``, all of them finite.
@@ -486,213 +512,3 @@ def finite(values: Tensor) -> bool:
     """Tell whether all values are finite."""
     # Their sum is finite only if they are, and takes less time.
     return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
-
-
-def selected(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    """Tell whether the patterns let a name through."""
-    return (not include or any(fnmatchcase(name, pattern) for pattern in include)) and not any(
-        fnmatchcase(name, pattern) for pattern in exclude
-    )
-
-
-def model_parameters(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> dict[str, Tensor]:
-    """Return the trainable parameters that the patterns let through, by plain name.
-
-    Raises
-    ------
-    TypeError
-        Not a module.
-    ValueError
-        No parameter is let through.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    tensors, names = named_parameters(model.named_parameters(), "model")
-    assert names is not None
-    pairs = zip(plain_names(names), tensors, strict=True)
-    parameters = {name: tensor for name, tensor in pairs if selected(name, include, exclude)}
-    if not parameters:
-        raise ValueError(
-            f"include, exclude: expected patterns that let a parameter through, got {include} and "
-            f"{exclude} for {abridged(names)}"
-        )
-    return parameters
-
-
-def _layout_of_model(model: nn.Module, include: list[str], exclude: list[str]) -> Layout:
-    parameters = model_parameters(model, include, exclude)
-    every = list(model.named_parameters(remove_duplicate=False))
-    aliases: dict[int, list[str]] = {}
-    for name, (_, tensor) in zip(plain_names([name for name, _ in every]), every, strict=True):
-        aliases.setdefault(id(tensor), []).append(name)
-    saved = Counter(other for name in parameters for other in state_dicts.saved_names(name))
-    for name, parameter in parameters.items():  # a name that two adapters may have is of neither
-        own = [other for other in state_dicts.saved_names(name) if saved[other] == 1]
-        aliases[id(parameter)] += own
-    return Layout(
-        list(parameters),
-        [tuple(tensor.shape) for tensor in parameters.values()],
-        [aliases[id(tensor)] for tensor in parameters.values()],
-    )
-
-
-def _layout_of_file(
-    path: Path, contents: Contents, include: list[str], exclude: list[str]
-) -> tuple[Layout, dict[str, list[str]]]:
-    """Return the layout of all weights in a checkpoint, and the names left out for each reason."""
-    kept: dict[str, Entry] = {}
-    seen: dict[Any, str] = {}
-    left_out: dict[str, list[str]] = {}
-    for name, entry in contents.entries.items():
-        if not selected(name, include, exclude):
-            left_out.setdefault("by the patterns", []).append(name)
-        elif entry.problem is not None:
-            left_out.setdefault(entry.problem, []).append(name)
-        elif not entry.dtype.is_floating_point:
-            left_out.setdefault("not floating-point", []).append(name)
-        elif entry.dtype not in DTYPES:
-            left_out.setdefault(f"of dtype {dtype_name(entry.dtype)}", []).append(name)
-        elif name.rpartition(".")[2] in STATISTICS:
-            left_out.setdefault("statistics of batch norm, not weights", []).append(name)
-        elif entry.place() in seen and entry.nbytes():
-            left_out.setdefault(_TIED, []).append(name)
-        else:
-            seen[entry.place()] = name
-            kept[name] = entry
-    if not any(entry.nbytes() for entry in kept.values()):
-        what = f"; left out: {abridged(list(contents.entries))}" if contents.entries else ""
-        raise CheckpointError(path, f"expected floating-point tensors, found none{what}")
-    shapes = [entry.shape for entry in kept.values()]
-    return Layout(list(kept), shapes, [[name] for name in kept]), left_out
-
-
-def _copy_notes(names: Iterable[str]) -> list[str]:
-    """Say which of the names are of a copy (EMA, teacher) of tensors that are there as well."""
-    inside: dict[str, set[str]] = {}
-    for name in names:
-        parts = name.split(".")
-        for i in (1, 2):
-            inside.setdefault(".".join(parts[:i]), set()).add(".".join(parts[i:]))
-    copies = [prefix for prefix in inside if state_dicts.is_copy(prefix)]
-    return [
-        f"{copy}.* looks like a copy of {other}.*: exclude '{copy}.*' leaves it out"
-        for copy in copies
-        for other in inside
-        if other not in copies and len(inside[copy]) > 1 and inside[other] == inside[copy]
-    ]
-
-
-def _check_no_more(path: Path, in_file: Layout, layout: Layout) -> None:
-    more = sorted(set(in_file.names) - set(layout.names))
-    if more:
-        raise CheckpointError(
-            path, f"expected the tensors of the first checkpoint, found {abridged(more)} as well"
-        )
-
-
-def _row(
-    path: Path, contents: Contents, layout: Layout, prefix: str, of_model: bool
-) -> list[Entry]:
-    """Return the tensors of a checkpoint that make up its row."""
-    entries = contents.entries
-    whose = "model" if of_model else "first checkpoint"
-    row = []
-    for names, shape in zip(layout.aliases, layout.shapes, strict=True):
-        entry = next((entries[prefix + name] for name in names if prefix + name in entries), None)
-        if entry is None:
-            raise CheckpointError(
-                path,
-                f"expected the tensor {names[0]} of the {whose}, which is not among "
-                f"{abridged(list(entries))}",
-            )
-        if entry.problem is not None:
-            raise CheckpointError(
-                path, f"{names[0]}: expected a tensor of numbers, found {entry.problem}"
-            )
-        if entry.shape != shape:
-            raise CheckpointError(
-                path,
-                f"{names[0]}: expected shape {shape}, as in the {whose}, got {entry.shape}",
-            )
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(
-                path, f"{names[0]}: expected {dtype_names(DTYPES)}, got {dtype_name(entry.dtype)}"
-            )
-        row.append(entry)
-    return row
-
-
-def _fits(tensors: Mapping[str, Tensor], layout: Layout) -> bool:
-    """Tell whether the tensors of a file are those of a model, whatever precedes their names."""
-    try:
-        names = plain_names(list(tensors))
-    except ValueError:
-        return False
-    shapes = {
-        name: tuple(tensor.shape) for name, tensor in zip(names, tensors.values(), strict=True)
-    }
-    return bool(_whole(shapes, layout)) or _inner(shapes, layout) is not None
-
-
-def _whole(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> list[str]:
-    """Return what precedes all names of the model in a file: once, or several times."""
-    return [prefix for prefix in _prefixes(shapes, layout) if _matches(shapes, layout, prefix)]
-
-
-def _inner(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> Layout | None:
-    """Return the layout of what a model wraps, if the file is of that alone."""
-    inner = layout
-    while all("." in name for names in inner.aliases for name in names):
-        parts = [[name.partition(".") for name in names] for names in inner.aliases]
-        if len({first for names in parts for first, _, _ in names}) > 1:
-            return None
-        inner = inner._replace(aliases=[[rest for _, _, rest in names] for names in parts])
-        if _matches(shapes, inner, ""):
-            return inner
-    return None
-
-
-def _prefixes(names: Iterable[str], layout: Layout) -> list[str]:
-    """Return what may precede every name of the model in a file (Lightning: "model.")."""
-    ends = tuple(layout.aliases[0])
-    before = [name.removesuffix(end) for name in names for end in ends if name.endswith(end)]
-    return ["", *dict.fromkeys(prefix for prefix in before if prefix.endswith("."))]
-
-
-def _matches(shapes: Mapping[str, tuple[int, ...]], layout: Layout, prefix: str) -> bool:
-    return all(
-        any(shapes.get(prefix + name) == shape for name in names)
-        for names, shape in zip(layout.aliases, layout.shapes, strict=True)
-    )
-
-
-def _placed(path: Path, entries: dict[str, Entry], layout: Layout) -> tuple[Layout, str, list[str]]:
-    """Return the layout of the model in a file, what precedes its names, notes on other choices."""
-    shapes = {name: entry.shape for name, entry in entries.items()}
-    whole = _whole(shapes, layout)
-    if "" in whole or len(whole) == 1:
-        return layout, ("" if "" in whole else whole[0]), []
-    if not whole:
-        inner = _inner(shapes, layout)
-        if inner is not None:
-            return inner, "", []
-        # The one with most of the names: for an error that says what is missing.
-        prefixes = _prefixes(entries, layout)
-        found = {p: sum(any(p + n in shapes for n in names) for names in layout.aliases)
-                 for p in prefixes}  # fmt: skip
-        return layout, max(prefixes, key=lambda prefix: found[prefix]), []
-    listed = ", ".join(repr(prefix.removesuffix(".")) for prefix in whole)
-    originals = [prefix for prefix in whole if not state_dicts.is_copy(prefix)]
-    if len(originals) != 1:
-        raise CheckpointError(
-            path,
-            f"expected the model's tensors once, found them under each of {listed}: name one as "
-            'the key (in Python key="...", for the commands --key)',
-        )
-    return (
-        layout,
-        originals[0],
-        [f"weights taken from {originals[0]}* among {listed}; the key names another"],
-    )

@@ -15,6 +15,7 @@ from .. import build_info
 from ..analysis import comparison, plots, report, tables
 from ..analysis.analysis import Analysis
 from ..analysis.loss import Loss, on_plane
+from ..files.partial import alone_in
 from ..reporting import html
 from ..reporting.figures import save_figures
 from ..reporting.text import printable
@@ -131,7 +132,7 @@ def analyze(
             runs.append(open_series(compare, as_given, **options))
             runs[1].match(series)
         losses = [] if function is None else [function.along(run, count) for run in runs]
-    with one_line_errors(again), bar:
+    with one_line_errors(again), alone_in(output), bar:
         analysis = Analysis(
             series,
             output,
@@ -154,7 +155,7 @@ def analyze(
                 skip_bad=skip_bad,
                 progress=bar,
             )
-    with one_line_errors(again), Counter(quiet or as_json) as count:
+    with one_line_errors(again), alone_in(output), Counter(quiet or as_json) as count:
         if function is not None:
             plane = results.get("comparison", results)["path"]
             grid = on_plane(function, runs, plane["coefficients"], plane["coordinates"], count)

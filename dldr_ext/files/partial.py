@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +40,8 @@ class PartialFile:
     Raises
     ------
     OSError
-        No space for the whole file, among others: it is taken at the start.
+        No space for the whole file, among others: it is taken at the start. Another process writes
+        to the same path.
     """
 
     def __init__(
@@ -57,10 +61,11 @@ class PartialFile:
         for name, tensor in tensors.items():
             self._begins[name] = size
             size += tensor.numel() * tensor.itemsize
+        self._file = locked(self.temporary, path)
         self.resumed = resume and self._holds(start, size)
         if not self.resumed:
-            self._create(start, size)
-        self._file = open(self.temporary, "r+b", buffering=0)  # noqa: SIM115  (see __exit__)
+            reserve(self._file, self.temporary, size, path)
+            self._file.write(start)
 
     def __enter__(self) -> PartialFile:
         return self
@@ -102,32 +107,82 @@ class PartialFile:
         self.temporary.unlink(missing_ok=True)
 
     def _holds(self, start: bytes, size: int) -> bool:
-        try:
-            with open(self.temporary, "rb") as file:
-                return os.fstat(file.fileno()).st_size == size and file.read(len(start)) == start
-        except FileNotFoundError:
-            return False
-
-    def _create(self, start: bytes, size: int) -> None:
-        with reserved(self.temporary, size, self.path) as file:
-            file.write(start)
+        handle = self._file.fileno()
+        return os.fstat(handle).st_size == size and os.pread(handle, len(start), 0) == start
 
 
-def reserved(temporary: Path, size: int, path: Path) -> BinaryIO:
-    """Open a new file of ``size`` bytes, which becomes ``path``: all of its space is taken.
+def locked(temporary: Path, path: Path) -> FileIO:
+    """Open the file that becomes ``path``, new or as it was left: no other process has it open.
 
     Raises
     ------
     OSError
-        There is not as much space, or no permission.
+        Another one writes to it; no permission.
     """
-    file = open(temporary, "w+b")  # noqa: SIM115  (it is returned)
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    while True:
+        file = FileIO(temporary, "r+", opener=lambda name, _: os.open(name, flags, 0o666))
+        try:
+            _lock(file.fileno(), path)
+            if os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
+                return file
+        except FileNotFoundError:  # it has become the file of another process meanwhile
+            pass
+        except BaseException:
+            file.close()
+            raise
         file.close()
+
+
+def reserve(file: FileIO, temporary: Path, size: int, path: Path) -> None:
+    """Make a file that `locked` opened an empty one of ``size`` bytes: all of its space is taken.
+
+    Raises
+    ------
+    OSError
+        There is not as much space; the file is then closed and gone.
+    """
+    try:
+        file.truncate(0)
+        os.posix_fallocate(file.fileno(), 0, size)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"{error.strerror}; the file needs {size:,} bytes", str(path)
-        ) from error
-    return file
+        file.close()
+        if isinstance(error, OSError):
+            what = f"{error.strerror}; the file needs {size:,} bytes"
+            raise OSError(error.errno, what, str(path)) from error
+        raise
+
+
+@contextmanager
+def alone_in(folder: Path, path: Path | None = None) -> Iterator[None]:
+    """Let no other process that calls this for the same folder write to it.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if it is missing, with those around it.
+    path : Path, optional
+        What is named in the error; by default the folder.
+
+    Raises
+    ------
+    OSError
+        Another one writes to it; no permission.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, path or folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OSError(error.errno, "another process is writing there", str(path)) from None
+    except OSError:
+        pass  # a file system that has no locks

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checkpoints.discovery import KIND_RECORD
 from ..checkpoints.pickles import STORAGES
 from .artifacts import sync_folder
-from .partial import reserved
+from .partial import locked, reserve
 
 _ROOT = "archive/"
 _ALIGNMENT = 64  # bytes, as torch.save has it: such a file can be mapped
@@ -66,7 +66,9 @@ class TorchFile:
         saved = next(iter(tensors.values())) if bare else OrderedDict(tensors)
         pickled = _pickled(saved, of_tensor)
         size = sum(tensors[name].nbytes + _HEADER for name in self._keys) + len(pickled) + _HEADER
-        self._file = reserved(self.temporary, size, path)
+        file = locked(self.temporary, path)
+        reserve(file, self.temporary, size, path)
+        self._file = io.BufferedRandom(file)
         self._zip = zipfile.ZipFile(self._file, "w")
         self._record: Any = None
         facts = {"dldr_ext.kind": kind, "version": version, "metadata": metadata}

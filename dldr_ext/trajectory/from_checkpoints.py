@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..checkpoints.errors import CheckpointError
+from ..checkpoints.layouts import model_parameters
 from ..checkpoints.reader import CheckpointReader
-from ..checkpoints.series import Series, model_parameters
+from ..checkpoints.series import Series
 from ..collectives.process_group import Ranks, resolve_group
 from ..collectives.transaction import RankErrors
 from ..tensors.formats import empty_scale, wide_dtype
@@ -119,6 +120,7 @@ class CheckpointRow:
             for place, (first, _) in self._store.column_runs(begin, end):
                 read(self._reader, self._t, first, piece[place])
             yield slice(begin, end), piece
+        self._series.check_unchanged([self._t])
 
 
 class _CheckpointErrors(RankErrors):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dldr_ext.averaging import folders, soup_files
 from dldr_ext.averaging.outputs import parse_output
-from dldr_ext.averaging.soup_files import write_greedy_soup, write_mean
+from dldr_ext.averaging.soup_files import verify_mean, write_greedy_soup, write_mean
 from dldr_ext.checkpoints import CheckpointError, Series
 
 
@@ -195,6 +195,38 @@ def test_an_interrupted_average_leaves_nothing(run, tmp_path, name):
 
     with pytest.raises(KeyboardInterrupt):
         write_mean(series(run), f"{tmp_path}/{name}", progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "folder/"])
+def test_two_at_once(run, tmp_path, name):
+    """The second one is refused, and harms the first as little as what a killed one left does."""
+    left = tmp_path / f".{name.rstrip('/')}.part"
+    (left / "old").parent.mkdir() if name == "folder/" else left.write_bytes(b"old" * 9999)
+    refused = []
+
+    def again(done, total):
+        with pytest.raises(OSError, match="another process is writing there"):
+            write_mean(series(run), f"{tmp_path}/{name}", [1, 0, 0])
+        refused.append(done)
+
+    write_mean(series(run), f"{tmp_path}/{name}", progress=again)
+    assert (
+        len(refused) == 2 and verify_mean(series(run), tmp_path / name, range(3), [1 / 3] * 3) < 1
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"run", name.rstrip("/")}
+
+
+@pytest.mark.parametrize("spoil", [Path.touch, Path.unlink])
+def test_a_checkpoint_that_changes_meanwhile(run, tmp_path, spoil):
+    """A run that goes on overwrites its files: half of one and half of another is no checkpoint."""
+
+    def change(done, total):
+        if done < total:
+            spoil(run / "1.pt")
+
+    with pytest.raises(CheckpointError, match=r"\[1\].*1.pt: (.*it changed while|not found)"):
+        write_mean(series(run), tmp_path / "x.pt", progress=change)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

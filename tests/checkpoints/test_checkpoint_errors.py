@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -180,6 +181,25 @@ def test_a_file_that_shrinks_while_it_is_read(run):
         CheckpointReader() as reader,
     ):
         series.read(reader, 3, 0, torch.empty(series.numel))
+
+
+def test_a_file_that_is_written_anew_while_others_are_read(run, tmp_path):
+    model, paths = run
+    times = itertools.count()
+
+    def written(*_):
+        os.utime(paths[3], ns=(1, next(times)))
+
+    message = r"\[3\].*expected it to stay as it was .* found it changed while it was read"
+    with pytest.raises(CheckpointError, match=message):
+        Trajectory.from_checkpoints(paths, model, progress=written)
+    with pytest.warns(UserWarning, match=message):
+        kept = Trajectory.from_checkpoints(paths, model, progress=written, skip_bad=True)
+    assert len(kept) == len(paths) - 1
+    with pytest.raises(CheckpointError, match=message):
+        Analysis(Series(paths), tmp_path / "out", progress=written).run()
+    result = Analysis(Series(paths), tmp_path / "out", progress=written, skip_bad=True).run()
+    assert len(result["checkpoints"]) == len(paths) - 1
 
 
 def test_truncated_and_corrupt_safetensors(run, tmp_path):

@@ -17,8 +17,10 @@ from command import call, needs, words
 from safetensors.torch import load_file
 
 from dldr_ext import Subspace, Trajectory, greedy_soup, uniform_soup
+from dldr_ext.analysis.analysis import Analysis
 from dldr_ext.averaging import soup_files
 from dldr_ext.checkpoints import CheckpointError, Series
+from dldr_ext.files.partial import alone_in
 
 FILES = {"report.html", "analysis.json", "subspace.safetensors"}
 PLOTS = {f"{name}.png" for name in ("path", "spectrum", "drift", "layers", "cosine")}
@@ -255,6 +257,30 @@ def test_interrupted_and_called_again(run, tmp_path, capsys, monkeypatch):
     code, _, _ = call(capsys, "analyze", str(folder), "-o", str(out))
     assert code == 0
     assert {path.name for path in out.iterdir()} == FILES | PLOTS
+
+
+def test_interrupted_and_called_again_for_other_weights_of_the_same_files(tmp_path, monkeypatch):
+    for i in range(4):
+        both = {"model": {"w": torch.ones(9000) * i}, "ema": {"w": torch.ones(9000) * i**2}}
+        torch.save(both, tmp_path / f"{i}.pt")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def analysis(key, name, **options):
+        series = Series(tmp_path, key=key)
+        return Analysis(series, tmp_path / name, chunk_bytes=1 << 12, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        analysis("model", "out", progress=stop).run()
+    assert analysis("ema", "out").run()["drift"] == analysis("ema", "other").run()["drift"]
+
+
+def test_two_at_once(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    with alone_in(out):
+        code, _, err = call(capsys, "analyze", str(run[0]), "-o", str(out))
+    assert code == 1 and "another process is writing there" in err and list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize("where", ["posix_fallocate", "pwrite"])
