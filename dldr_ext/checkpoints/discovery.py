@@ -6,12 +6,13 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import CheckpointError, reason
 from .foreign import in_folder
-from .order import in_order, named_progress, natural_key
+from .order import in_order, named_progress, natural_key, run_and_step
 from .state_dicts import is_copy
 
 SUFFIXES = (
@@ -169,6 +170,8 @@ class _Folder:
         folders = [p for p in self._folders() if _STEP_FOLDER.fullmatch(p.name)]
         steps = [p for p in folders if not _UNFINISHED.search(p.name)]
         self._pass_over("not whole, by their names", _without(folders, steps))
+        whole, steps = steps, _steps(steps) or steps
+        self._pass_over("not among the steps of the run", _without(whole, steps))
         others = [p for p in files if not _MODEL.fullmatch(p.name)]
         numbered = [p for p in others if _number(p) and not _is_apart(p)]
         if len(numbered) > 1 and "random_states_0.pkl" not in self._names:
@@ -181,6 +184,7 @@ class _Folder:
             index = [] if model is None or model in files else [model]
             self._pass_over("beside folders of steps", [*index, *files, *rest])
             paths = list(found)
+            self._check_one_run(paths)
             return [(self._only(paths[i], found[paths[i]]), paths[i]) for i in in_order(paths)[0]]
         if model is not None:
             return self._of_model(model, files)
@@ -312,13 +316,14 @@ class _Folder:
         kept = [path for path in files if path in firsts]
         steps = [p for p in kept if _stem(p).isdecimal()]
         if len(steps) < 2:
-            steps = [p for p in kept if not _is_apart(p)]
+            steps = _steps(kept)
         if sum(map(_number, steps)) > 1:
             steps = [p for p in steps if not _CURRENT.fullmatch(_stem(p))]
         if steps:
             self._pass_over("not among the steps of the run", _without(kept, steps))
         counted = steps or kept
         self._check_one_of_each_step(counted)
+        self._check_one_run(counted)
         return [(counted[i], counted[i]) for i in in_order(counted)[0]]
 
     def _check_one_of_each_step(self, files: list[Path]) -> None:
@@ -337,6 +342,21 @@ class _Folder:
                 f"expected one checkpoint of each step, found {' and '.join(twice)}: name those of "
                 f"one, as {self.path / twice[0]}, or all",
             )
+
+    def _check_one_run(self, paths: Sequence[Path]) -> None:
+        """Refuse the steps of several runs: fold0_epoch1.pt, ..., fold1_epoch1.pt, ..."""
+        runs: dict[str, dict[tuple[float, ...], Path]] = {}
+        for path in paths:
+            if told := run_and_step(_stem(path)):
+                runs.setdefault(told[0], {}).setdefault(told[1], path)
+        for (one, steps), (other, others) in combinations(runs.items(), 2):
+            if len(steps.keys() & others.keys()) > 1:
+                names = [next(iter(same.values())).name for same in (steps, others)]
+                raise CheckpointError(
+                    self.path,
+                    f"expected one run, found steps of several: {', '.join(names)}, ...: name "
+                    f"those of one, as {self.path / (one or other)}*, or all",
+                )
 
     def _of_folders(self) -> list[tuple[Path, Path]]:
         """Return the checkpoints in folders that are not named after steps."""
@@ -407,6 +427,21 @@ def _is_apart(path: Path) -> bool:
     if _LAST.search(stem):
         return not named_progress(stem)
     return is_copy(stem)
+
+
+def _steps(paths: Sequence[Path]) -> list[Path]:
+    """Return the paths that are steps of a run, each under one name: best_epoch_3 is epoch_3."""
+    steps = [path for path in paths if not _is_apart(path)]
+    plain = [path for path in steps if _number(path) and not _LAST.search(_stem(path))]
+    told = [named_progress(_stem(path)) for path in plain]
+
+    def known(path: Path) -> bool:
+        own = named_progress(_stem(path)).items()
+        alike = [of_step for of_step in told if dict(own).keys() <= of_step.keys()]
+        return not alike or any(own <= of_step.items() for of_step in alike)
+
+    again = [path for path in steps if _LAST.search(_stem(path)) and len(plain) > 1 and known(path)]
+    return _without(steps, again)
 
 
 def _is_of_torch(path: Path) -> bool:

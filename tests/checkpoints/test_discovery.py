@@ -90,6 +90,12 @@ LAYOUTS = {
     "without a suffix": (["ckpt-{}"], []),
     "pickles": (["params_{}.pkl"], ["log.txt"]),
     "final beside files": (["model_{}.safetensors"], ["model.safetensors"]),
+    "mmengine, the best": (["epoch_{}.pth"], ["best_coco_bbox_mAP_epoch_2.pth"]),
+    "the best of another epoch": (["epoch_{}.pth"], ["final_epoch_3.pth", "last_ema_epoch_3.pth"]),
+    "the best without an epoch of theirs": (["model_{}.pt"], ["best_model_epoch_2.pt"]),
+    "the best folder": (["checkpoint-{}/model.pt"], ["best-checkpoint-2/model.pt"]),
+    "a copy of each folder": (["step_{}/model.pt", "step_{}_ema/model.pt"], []),
+    "one fold": (["fold1_epoch{}.pt"], ["notes.txt"]),
 }  # fmt: skip
 
 
@@ -204,6 +210,15 @@ def test_several_of_a_folder_have_to_be_named(tmp_path):
     with pytest.raises(CheckpointError, match=message):
         find_checkpoints(tmp_path / "flat")
     assert len(find_checkpoints(sorted((tmp_path / "flat").glob("G_*0.pth")))) == 1
+    for name in ("fold{}_epoch{}.pt", "seed{}_{}.pt", "05-0{}_step{}/model.pt"):
+        for i in range(4):
+            made(tmp_path / name[:5] / name.format(i // 2, i % 2))
+        message = (
+            r"one run, found steps of several: .*0.*, .*1.*: name those of one, as .*0_?\*, or"
+        )
+        with pytest.raises(CheckpointError, match=message):
+            find_checkpoints(tmp_path / name[:5])
+        assert len(find_checkpoints(sorted((tmp_path / name[:5]).iterdir()))) == 4
     assert len(find_checkpoints(sorted((tmp_path / "pipeline").glob("*/unet")))) == 2
 
 

@@ -32,6 +32,13 @@ ORDERED = [
     ["00001.safetensors", "00010.safetensors", "00100.safetensors"],
     ["initial.pt", "model_2.pt", "model_10.pt", "trained.pt"],
     ["checkpoint_1.pth.tar", "checkpoint_12.pth.tar"],
+    ["m_0.50_1.pth", "m_0.40_2.pth", "m_0.91_10.pth"],
+    ["m-loss=0.9-1.pth", "m-loss=0.5-2.pth", "m-loss=0.7-10.pth"],
+    ["loss=1.2e-01-4.pt", "loss=9.1e-02-9.pt", "loss=8.7e-02-12.pt"],
+    ["acc60_1.pt", "acc50_2.pt", "acc70_10.pt"],
+    ["step_500.pt", "step_1,000.pt", "step_10,000.pt"],
+    ["ckpt_500M.pt", "ckpt_1B.pt", "ckpt_1.5B.pt"],
+    ["epoch=0.ckpt", "epoch=0-v1.ckpt", "epoch=0-v2.ckpt", "epoch=1.ckpt"],
 ]
 
 
@@ -76,6 +83,32 @@ def test_what_files_store_goes_before_their_names(tmp_path, counters):
     assert [p.name for p in given.paths] == ["9.pt", "1.pt"] and given.indices == [1, 0]
     torch.save({"model": W}, tmp_path / "9.pt")  # not all tell
     assert [p.name for p in Series(tmp_path).paths] == ["1.pt", "9.pt"]
+
+
+@pytest.mark.parametrize("counters", [[0, 1, 2, 0, 1, 2], [391, 390, 391, 390, 391, 390]])
+def test_counters_that_start_again_do_not_order(tmp_path, counters):
+    """Of a run that was resumed, or steps of an epoch: those of the names go on."""
+    for i, count in enumerate(counters):
+        torch.save({"model": W, "step": count}, tmp_path / f"{i + 1}00.pt")
+    series = Series(tmp_path)
+    assert [p.stem for p in series.paths] == ["100", "200", "300", "400", "500", "600"]
+    assert "of their names, which is not that of the steps in the files" in series.decisions[0]
+
+
+def test_steps_that_several_tell_are_said(tmp_path):
+    """As Lightning writes a second run into the folder of the first."""
+    for i, end in enumerate(("", "-v1", "", "-v1")):
+        state = {"epoch": i // 2, "global_step": 10 * (i // 2), "state_dict": W}
+        torch.save(state, tmp_path / f"epoch={i // 2}{end}.ckpt")
+    said = "of the same step, as if of several runs: epoch=0.ckpt, epoch=0-v1.ckpt"
+    assert Series(tmp_path).decisions == [said]
+
+
+def test_numbers_in_names_that_are_not_alike_are_said(tmp_path):
+    for name in ("m_9f3a.pt", "m_1b2c.pt"):
+        torch.save(W, tmp_path / name)
+    said = "in the order of their names, which are not alike: m_1b2c.pt, m_9f3a.pt"
+    assert Series(tmp_path).decisions == [said]
 
 
 def test_the_same_everywhere_tells_nothing(tmp_path):
