@@ -57,8 +57,7 @@ class Status(str, enum.Enum):
     )
     NO_GRADIENT = "NO_GRADIENT", "no parameter has a gradient: weights kept"
 
-    def __new__(cls, name: str, sentence: str) -> Status:
-        """Make a member whose string is its name."""
+    def __new__(cls, name: str, sentence: str) -> Status:  # noqa: D102
         status = str.__new__(cls, name)
         status._value_ = sentence
         return status
