@@ -255,10 +255,13 @@ class Series:
                 in_folder = [self.indices[t] for t in block]
                 for t, i in zip((block[i] for i in places), in_folder, strict=True):
                     self.indices[t] = i
-        self.paths = [self.paths[t] for t in order]
-        self.contents = [self.contents[t] for t in order]
-        self.indices = [self.indices[t] for t in order]
-        self._rows = [self._rows[t] for t in order]
+        self._keep(order)
+
+    def _keep(self, places: Sequence[int]) -> None:
+        """Go on with the checkpoints at some places, in their order."""
+        lists: tuple[list[Any], ...] = (self.paths, self.contents, self.indices, self._rows)
+        for of_each in lists:
+            of_each[:] = [of_each[t] for t in places]
 
     def __len__(self) -> int:
         """Return the number of checkpoints, T."""
@@ -461,8 +464,7 @@ class Series:
             raise error
         t = self.indices.index(error.index)  # type: ignore[arg-type]
         self.skipped.append(error)
-        for of_each in (self.paths, self.contents, self.indices, self._rows):
-            del of_each[t]
+        self._keep([i for i in range(len(self)) if i != t])
 
     def thin(self, last: int | None = None, every: int = 1) -> None:
         """Go on with some checkpoints alone: the last one, and those at a stride before it.
@@ -481,11 +483,7 @@ class Series:
         """
         if last is not None and last > len(self):
             raise ValueError(f"last: expected at most {len(self)}, the checkpoints, got {last}")
-        kept = range(len(self))[::-1][:last:every][::-1]
-        self.paths = [self.paths[t] for t in kept]
-        self.contents = [self.contents[t] for t in kept]
-        self.indices = [self.indices[t] for t in kept]
-        self._rows = [self._rows[t] for t in kept]
+        self._keep(range(len(self))[::-1][:last:every][::-1])
 
 
 def _without_logged(contents: Contents) -> Contents:

@@ -25,16 +25,6 @@ from .base import PER_DIRECTION
 from .exact import ReadableSubspace
 from .from_snapshots import subspace_arguments
 
-
-def read_whole(path: str | os.PathLike[str], device: Any) -> Subspace:
-    """See `Subspace.load`."""
-    if not is_dcp(path):
-        raise ValueError(
-            f"path: expected a file, or a folder of torch.distributed.checkpoint, got {path}"
-        )
-    return Subspace(**read_subspace(path, [(0, saved_shape(path, "subspace")[1])], device))
-
-
 KIND, VERSION = "subspace", 1
 
 
@@ -298,7 +288,12 @@ class Subspace(ReadableSubspace):
             The file is truncated, corrupt or something else: with the path and what was found.
         """
         if os.path.isdir(path):
-            return read_whole(path, device)
+            if not is_dcp(path):
+                raise ValueError(
+                    "path: expected a file, or a folder of torch.distributed.checkpoint, got "
+                    f"{path}"
+                )
+            return cls(**read_subspace(path, [(0, saved_shape(path, "subspace")[1])], device))
         with artifacts.Reader(path, KIND, VERSION) as file:
             tensors: dict[str, Any] = {name: file.read(name, device) for name in file.names()}
             try:

@@ -286,11 +286,7 @@ class GroupedSubspace(AffineSubspace):
 
     def _by_group(self, theta: Tensor) -> Iterator[tuple[Subspace, Tensor]]:
         """Return each group and its coordinates."""
-        if not isinstance(theta, Tensor):
-            raise TypeError(f"theta: expected a tensor, got {type_name(theta)}")
-        if theta.shape != (self.dim,):
-            raise ValueError(f"theta: expected shape ({self.dim},), got {tuple(theta.shape)}")
-        return zip(self.subspaces, theta.split(self._dims), strict=True)
+        return zip(self.subspaces, self._checked_theta(theta).split(self._dims), strict=True)
 
     def _split(self, tensors: Sequence[Any], written: bool = False) -> Iterator[list[Tensor]]:
         """Return the tensors of each group. One that spans several, as a flat vector, is split."""

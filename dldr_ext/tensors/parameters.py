@@ -92,11 +92,6 @@ def each_entry(params: Iterable[Any], argument: str) -> Iterable[tuple[str | Non
             yield None, entry
 
 
-def unique_parameters(params: Iterable[Any], argument: str = "params") -> list[Tensor]:
-    """Return the distinct trainable tensors: `named_parameters` without the names."""
-    return named_parameters(params, argument)[0]
-
-
 def gradients(params: Sequence[Tensor]) -> list[Tensor]:
     """Return each parameter's gradient; one that is None as zeros of stride 0 (no memory).
 

@@ -59,14 +59,11 @@ def open_series(
     skip_bad: bool,
 ) -> tuple[dict[str, Tensor], Series]:
     """Return the parameters to record, by name, and the checkpoints that have them."""
-    include = [include] if isinstance(include, str) else include
-    exclude = [exclude] if isinstance(exclude, str) else exclude
-    params = model_parameters(model, include, exclude)
+    series = Series(paths, model, include=include, exclude=exclude, key=key, skip_bad=skip_bad)
+    params = model_parameters(model, series.include, series.exclude)
     if any(is_dtensor(p) and p.device.type == "meta" for p in params.values()):
         raise ValueError("model: expected DTensors with memory, got some on the meta device")
-    return params, Series(
-        paths, model, include=include, exclude=exclude, key=key, skip_bad=skip_bad
-    )
+    return params, series
 
 
 def checked_options(

@@ -403,9 +403,7 @@ class Trajectory(Shown):
         options = {"dim": dim, "explained": explained, "start": start, "center": center}
         facts = {name: str(value) for name, value in options.items()}
         store.check_consistent({**facts, "dtype": dtype_name(dtype)}, "subspace")
-        components = self._components(origin, request).seen_from(start)
-        if components.warning is not None:
-            warnings.warn(components.warning, UserWarning, stacklevel=2)
+        components = self._components(origin, request, start)
         described = self.shapes, self.names
         if isinstance(store, ShardedStore):
             return principal.subspace_over_ranks(store, components, origin, dtype, *described)
@@ -457,9 +455,7 @@ class Trajectory(Shown):
             )
         request = Request(dim, explained, center)
         _, origin = self._checked(request, start, dtype)
-        components = self._components(origin, request).seen_from(start)
-        if components.warning is not None:
-            warnings.warn(components.warning, UserWarning, stacklevel=2)
+        components = self._components(origin, request, start)
 
         def consume() -> None:
             self._kept = None
@@ -683,9 +679,14 @@ class Trajectory(Shown):
         assert anchor is not None
         return dtype, principal.weights_at(self.snapshots, anchor, start).to(wide_dtype(dtype))
 
-    def _components(self, origin: Tensor, request: Request) -> principal.Decomposition:
+    def _components(
+        self, origin: Tensor, request: Request, start: str | int
+    ) -> principal.Decomposition:
         double = self._is_double()
-        return principal.principal_components(self._store, origin, request, double=double)
+        found = principal.principal_components(self._store, origin, request, double=double)
+        if found.warning is not None:
+            warnings.warn(found.warning, UserWarning, stacklevel=3)
+        return found.seen_from(start)
 
     def _view(self, at_once: bool) -> View:
         return shown.view_of(self, self._kept, at_once)

@@ -131,9 +131,9 @@ def test_bad_input() -> None:
         GroupedSubspace([one, 3])
     with pytest.raises(ValueError, match=r"subspaces\[1\]: .* float32 beside float64"):
         GroupedSubspace([one, one.to(dtype=torch.float32)])
-    with pytest.raises(ValueError, match=r"theta: expected shape \(11,\), got \(4,\)"):
+    with pytest.raises(ValueError, match=r"theta: expected shape \(11,\) on cpu, got \(4,\)"):
         space.reconstruct(torch.zeros(4))
-    with pytest.raises(TypeError, match="theta: expected a tensor, got list"):
+    with pytest.raises(TypeError, match="theta: expected a floating-point tensor, got list"):
         space.reconstruct([0.0] * 11)
     with pytest.raises(ValueError, match=r"tensors\[0\] \(0.weight\): expected shape \(8, 6\)"):
         space.project([torch.zeros(82)])

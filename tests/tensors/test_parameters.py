@@ -11,7 +11,7 @@ from dldr_ext.tensors import parameters
 
 def test_tied_parameters_count_once_in_the_order_given():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    listed = parameters.unique_parameters(iter([b, a, b]))
+    listed = parameters.named_parameters(iter([b, a, b]))[0]
     assert [id(p) for p in listed] == [id(b), id(a)]
     assert parameters.numel(listed) == 5
 
@@ -19,7 +19,7 @@ def test_tied_parameters_count_once_in_the_order_given():
 def test_groups_pairs_and_plain_tensors():
     a, b, c = (nn.Parameter(torch.ones(i + 1)) for i in range(3))
     groups = [{"params": [a, b], "lr": 1}, {"params": c}]
-    assert [id(p) for p in parameters.unique_parameters(groups)] == [id(a), id(b), id(c)]
+    assert [id(p) for p in parameters.named_parameters(groups)[0]] == [id(a), id(b), id(c)]
     listed, names = parameters.named_parameters([("x", a), ("y", b)])
     assert names == ["x", "y"] and listed[1] is b
     assert parameters.named_parameters([("x", a), b])[1] is None
@@ -28,13 +28,13 @@ def test_groups_pairs_and_plain_tensors():
 def test_frozen_parameters_are_left_out_unless_all_are():
     frozen, free = nn.Parameter(torch.ones(2), requires_grad=False), nn.Parameter(torch.ones(3))
     plain = torch.ones(4)
-    assert [id(p) for p in parameters.unique_parameters([frozen, free, plain])] == [
+    assert [id(p) for p in parameters.named_parameters([frozen, free, plain])[0]] == [
         id(free),
         id(plain),
     ]
     listed, names = parameters.named_parameters([("f", frozen), ("g", free)])
     assert len(listed) == 1 and names == ["g"]
-    assert parameters.unique_parameters([frozen])[0] is frozen
+    assert parameters.named_parameters([frozen])[0][0] is frozen
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_frozen_parameters_are_left_out_unless_all_are():
 )
 def test_refused(params, error, message):
     with pytest.raises(error, match=message):
-        parameters.unique_parameters(params)
+        parameters.named_parameters(params)
 
 
 def test_gradients():

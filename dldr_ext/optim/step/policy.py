@@ -37,15 +37,3 @@ def forgets(status: Status) -> bool:
         Status.NON_FINITE_GRADIENT,
         Status.RESTORED,
     )
-
-
-def goes_back(status: Status, loss_seen: bool, gradient_seen: bool) -> bool:
-    """Whether to return to the restore point.
-
-    That is the last iterate with finite loss and gradient. Losses of different batches do not
-    compare, so it is the best one known. A value that is not finite at a point where it has been
-    seen finite is the batch's fault: the weights stay.
-    """
-    if status is Status.NON_FINITE_LOSS:
-        return not loss_seen
-    return status is Status.NON_FINITE_GRADIENT and not gradient_seen

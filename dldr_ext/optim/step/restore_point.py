@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from ..status import Status
-from . import policy
 
 
 class RestorePoint:
@@ -28,9 +27,13 @@ class RestorePoint:
         self.see(theta, self._loss, True)
 
     def instead(self, status: Status) -> Tensor | None:
-        """Return the theta to go back to from a point that ended a step so; None: stay."""
-        back = policy.goes_back(status, self._loss, self._gradient)
-        return self._theta if back else None
+        """Return the theta to go back to from a point that ended a step so; None: stay.
+
+        Losses of different batches do not compare, so it is the best one known. A value that is not
+        finite at a point where it has been seen finite is the batch's fault: the weights stay.
+        """
+        seen = {Status.NON_FINITE_LOSS: self._loss, Status.NON_FINITE_GRADIENT: self._gradient}
+        return None if seen.get(status, True) else self._theta
 
     def forget(self) -> None:
         """Forget the way back."""

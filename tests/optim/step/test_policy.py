@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from dldr_ext import Status
 from dldr_ext.optim.step import policy
+from dldr_ext.optim.step.restore_point import RestorePoint
 
 
 def test_at_start() -> None:
@@ -37,13 +39,17 @@ def test_every_failure_forgets_and_nothing_else_does() -> None:
 
 
 def test_goes_back_only_from_what_was_never_seen_finite() -> None:
+    good = torch.ones(2)
     for status in Status:
         for loss in (True, False):
             for gradient in (True, False):
+                point = RestorePoint()
+                point.see(good, loss=True, gradient=True)
+                point.see(good, loss, gradient)
                 expected = (status is Status.NON_FINITE_LOSS and not loss) or (
                     status is Status.NON_FINITE_GRADIENT and not gradient
                 )
-                assert policy.goes_back(status, loss, gradient) is expected
+                assert (point.instead(status) is not None) is expected
 
 
 def test_moved() -> None:
