@@ -675,9 +675,8 @@ class Trajectory(Shown):
         dtype = checked_dtype(self.dtype if dtype is None else dtype)
         self._check_length()
         request.limit(len(self))
-        anchor = self._store.anchor
-        assert anchor is not None
-        return dtype, principal.weights_at(self.snapshots, anchor, start).to(wide_dtype(dtype))
+        assert self.anchor is not None
+        return dtype, principal.weights_at(self.snapshots, self.anchor, start).to(wide_dtype(dtype))
 
     def _components(
         self, origin: Tensor, request: Request, start: str | int
