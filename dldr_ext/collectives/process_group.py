@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..tensors.parameters import is_dtensor, type_name
+from ..tensors.watch import live_modules
 from .consistency import Facts, difference
 
 _log = logging.getLogger("dldr_ext")
@@ -56,6 +57,7 @@ class Ranks:
                 f"{device}, got one of backend {dist.get_backend(group)}"
             ) from None
         self._module = module
+        self._gathering: list[Any] = []
         self.checked = False
 
     def __deepcopy__(self, memo: Any) -> Ranks:
@@ -69,15 +71,27 @@ class Ranks:
 
     def evaluation(self) -> AbstractContextManager[Any]:
         """Return the context to call closures in: d numbers are reduced afterwards, not n."""
-        if self._module is None:
-            return nullcontext()
+        self.forget_gathered()
         if isinstance(self._module, nn.parallel.DistributedDataParallel):
             return self._module.no_sync()
-        for module in self._module.modules():  # unsharded copies are of the weights before
-            reshard: Any = getattr(module, "reshard", None)
-            if reshard is not None:
-                reshard()
         return nullcontext()
+
+    def find_gathering(self, params: Sequence[Tensor]) -> None:
+        """Find the modules that gather DTensors in a forward pass, and may keep them whole."""
+        wanted = {id(p) for p in params if is_dtensor(p)}
+        modules: Iterable[Any] = ()
+        if wanted:
+            modules = live_modules() if self._module is None else self._module.modules()
+        self._gathering = [
+            module
+            for module in modules
+            if hasattr(module, "reshard") and any(id(p) in wanted for p in module.parameters())
+        ]
+
+    def forget_gathered(self) -> None:
+        """Drop whole weights that modules keep after a forward pass (FSDP2): those before."""
+        for module in self._gathering:
+            module.reshard()
 
     def sum_(self, tensor: Tensor, what: str) -> Tensor:
         """Sum a tensor over the ranks, in place; bitwise the same on all of them."""
@@ -233,6 +247,12 @@ def resolve_group(owner: str, process_group: Any) -> tuple[Any, nn.Module | None
         group = process_group.process_group
     elif isinstance(process_group, nn.Module):
         meshes = [p.device_mesh for p in process_group.parameters() if is_dtensor(p)]
+        if not meshes and hasattr(process_group, "reshard"):
+            raise ValueError(
+                f"{owner}: process_group: expected a module with DTensor parameters, got one in "
+                "fully_shard that has gathered them in an evaluation: call reshard() of the "
+                "module, and take its parameters then"
+            )
         if not meshes:
             raise ValueError(
                 f"{owner}: process_group: expected a module in DistributedDataParallel or one with "

@@ -77,6 +77,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if ranks is None:
             self._evaluator.leaving_weights = self._guard.left_alone
         else:
+            ranks.find_gathering(self._leaves)
+            self._guard.forget_gathered = ranks.forget_gathered
             self._evaluator.inside = ranks.evaluation
         self._incoming: dict[str, Any] | None = None  # a state that is being loaded
         if ranks is not None:

@@ -19,6 +19,7 @@ from ..tensors.parameters import (
     check_memory,
     check_names,
     flatten,
+    forget_computed,
     named_parameters,
     numel,
     type_name,
@@ -232,7 +233,7 @@ class AffineSubspace(Shown):
         names = self.names if len(listed) == len(self.names or ()) else None
         check_memory(listed, names, plain=True)
         self.write_(listed, theta)
-        torch.clear_autocast_cache()  # it would use the weights before again
+        forget_computed()
 
     def direction(self, index: int) -> Tensor:
         """Return one basis vector, a column of P.

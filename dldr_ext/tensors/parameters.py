@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from .derivatives import in_transform
 from .names import first_other_name
@@ -259,6 +260,15 @@ def flatten(params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     for piece, p in zip(flat.split([p.numel() for p in params]), params, strict=True):
         piece.view(p.shape).copy_(p.detach())
     return flat
+
+
+def forget_computed() -> None:
+    """Drop what contexts of the caller have computed from weights that are about to be others.
+
+    These are the casts of ``torch.autocast`` and what ``parametrize.cached`` keeps.
+    """
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

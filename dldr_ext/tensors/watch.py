@@ -215,7 +215,7 @@ class Owners:
         self._look_below(None)
         if any(is_dtensor(t) or hasattr(t, "_fsdp_flattened") for t in tensors):
             return
-        modules = _live_modules()
+        modules = live_modules()
         self.places = self._found(modules)
         root = self._root_of(modules)
         self._root = None if root is None else weakref.ref(root)
@@ -238,7 +238,7 @@ class Owners:
         root = self.model
         whole = {} if root is None else {id(p): name for name, p in root.named_parameters()}
         if not same:
-            found = self._found(_live_modules())
+            found = self._found(live_modules())
             there = {i for _, _, i in found if root is None or id(tensors[i]) in whole}
             lost = [(ref(), i) for ref, _, i in self.places if i not in there]
             for module, i in sorted(lost, key=lambda pair: (pair[0] is None, pair[1])):
@@ -294,7 +294,8 @@ class Owners:
         return list(map(id, chain.from_iterable(held)))
 
 
-def _live_modules() -> list[nn.Module]:
+def live_modules() -> list[nn.Module]:
+    """Return all modules that there are, but those of torch.jit."""
     # By their types: to ask an object for its class may run its code.
     found = [x for x in gc.get_objects() if issubclass(type(x), nn.Module)]
     return [x for x in found if all(isinstance(x.__dict__.get(key), dict) for key in _HELD)]

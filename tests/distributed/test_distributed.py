@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from rank_group import RankGroup
 from rank_problem import MAKE, D, closure_of, part, problem, train
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dldr_ext import PBFGS, PSGD, InSubspace, Subspace
+from dldr_ext import PBFGS, PSGD, InSubspace, LocalSubspace, Subspace
 from dldr_ext.batch_norm import reestimated
 from dldr_ext.collectives.consistency import difference, digest
 
@@ -48,6 +49,36 @@ def test_steps_that_run_ahead_of_the_host(ranks: RankGroup, how: str) -> None:
     assert all(one == found[0] for one in found)
     assert found[0]["trials"] == plain[0]["trials"]
     torch.testing.assert_close(found[0]["weights"], plain[0]["weights"], rtol=1e-9, atol=1e-10)
+
+
+def rejected(group: str) -> list[list[float]]:
+    """What FSDP2 computes in a step whose trials are all rejected, and after it."""
+    model, subspace, (inputs, _) = problem()
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh)
+    groups = {"module": model, "world": "world", "mesh": mesh}
+    sharded = LocalSubspace.of(subspace, model.parameters())
+    options = {"curvature": "consecutive", "max_ls": 2, "process_group": groups[group]}
+    optimizer = PBFGS(model.parameters(), sharded, **options)
+    seen = []
+
+    def closure() -> torch.Tensor:
+        outputs = model(inputs)
+        seen.append(outputs[0].tolist())
+        return outputs.square().mean() + 100.0 * len(seen)
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        closure()
+    return seen
+
+
+def test_gathered_weights_are_those_of_the_evaluation(ranks: RankGroup) -> None:
+    """Without a backward pass FSDP2 keeps them, after the step too."""
+    start, first, second, end = ranks.all(rejected, "module")[0]
+    assert start == end and first != start and second not in (start, first)
+    for group in ("world", "mesh"):
+        assert ranks.all(rejected, group)[0] == [start, first, second, end]
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "ddp usual", "plain usual", "ddp averaged"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ...tensors.parameters import forget_computed
 from .write_guard import GradientWatch
 
 _log = logging.getLogger("dldr_ext")
@@ -293,8 +294,7 @@ class Evaluator:
         backward: Callable[[Tensor], Any] | None = None,
     ) -> Loss:
         self.calls += 1
-        # Under the caller's autocast casts of the weights as they were would be used again.
-        torch.clear_autocast_cache()
+        forget_computed()
         loss: Loss
         with torch.set_grad_enabled(grad_mode), self.inside(), self.leaving_weights():
             if isinstance(closure, VirtualBatch):

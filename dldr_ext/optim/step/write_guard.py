@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from ...tensors.parameters import local_shard
+from ...tensors.parameters import forget_computed, local_shard
 
 # Parameters that `GradientWatch.measuring` looks at, and how large they are at most.
 _SAMPLE, _SMALL = 8, 16384
@@ -41,6 +41,11 @@ class WriteGuard:
     expected : callable
         Makes the flat weights as they should be; called only after a write, which may have written
         the same values, as loading a checkpoint does.
+
+    Attributes
+    ----------
+    forget_gathered : callable or None
+        Drops what modules have gathered of the weights before.
     """
 
     def __init__(
@@ -51,13 +56,15 @@ class WriteGuard:
         expected: Callable[[], Tensor],
     ) -> None:
         self._owner, self._params, self._named, self._expected = owner, params, named, expected
+        self.forget_gathered: Callable[[], None] | None = None
         self._seen: list[int] = []
         self._strides: list[tuple[int, ...]] = []
 
     def remember(self) -> None:
         """Take the weights as they are for those that should be there."""
-        # Under the caller's autocast the casts of the weights before would be used again.
-        torch.clear_autocast_cache()
+        forget_computed()
+        if self.forget_gathered is not None:
+            self.forget_gathered()
         self._seen = self._now()
         if not self._same_strides():
             self._strides = list(map(Tensor.stride, self._params))
@@ -147,10 +154,10 @@ class GradientWatch:
         self.factor: float | None = None
         self._ran = False
         self._sample = _sample(params)
-        with _LOCK:
-            _WATCHES.add(self)
         self.rounding = max((8 * torch.finfo(p.dtype).eps for p in self._sample), default=0.0)
         self.remember()
+        with _LOCK:
+            _WATCHES.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_params": self._params}  # references to gradients cannot be copied

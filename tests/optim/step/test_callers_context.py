@@ -10,6 +10,7 @@ import pytest
 import torch
 from optim_problems import bits, flat
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from dldr_ext import PBFGS, PSGD, InSubspace, Subspace, virtual_batch
 
@@ -108,6 +109,22 @@ def test_weights_written_under_autocast_are_those_of_the_next_forward_pass() -> 
                     seen.append(float(loss()))
         runs.append(seen)
     assert runs[0] == runs[1] and len(set(runs[0])) == len(points)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_weights_that_are_computed_once_a_context_are_those_of_the_evaluation(make: Any) -> None:
+    """`parametrize.cached` around a step: its trials would see the weights before them."""
+    found = []
+    for context in (parametrize.cached, nullcontext):
+        model, subspace, loss = problem()
+        nn.utils.parametrizations.weight_norm(model[0])
+        subspace = Subspace.random(model.parameters(), 20)
+        optimizer = make(model.parameters(), subspace)
+        with context():
+            losses = [float(optimizer.step(loss)) for _ in range(3)]
+            losses.append(float(loss().detach()))
+        found.append(losses)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
