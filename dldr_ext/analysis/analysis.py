@@ -24,6 +24,7 @@ from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.series import Series
 from ..files import artifacts
 from ..files.partial import PartialFile
+from ..pca import metrics
 from ..pca.decomposition import Decomposition, decompose
 from ..pca.dimension import Request
 from ..pca.form_basis import formed
@@ -37,7 +38,6 @@ from ..tensors.formats import block_range, blocks, empty_scale, row_bytes, wide_
 from ..tensors.matrices import ScaledRows
 from ..tensors.parameters import dtype_name
 from ..trajectory.stores import MemoryStore, StoreSpec
-from . import metrics
 from .layers import Layers
 
 Progress = Callable[[str, int, int], None]

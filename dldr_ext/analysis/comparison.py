@@ -17,10 +17,10 @@ from ..checkpoints.errors import CheckpointError
 from ..checkpoints.reader import CheckpointReader
 from ..checkpoints.series import Series
 from ..pca.gram import column_step, exact_gram
+from ..pca.metrics import pairwise_distances
 from ..pca.spectrum import Spectrum, coefficients, exact_spectrum
 from .analysis import Chunks, described_path, described_plane
 from .layers import Layers
-from .metrics import pairwise_distances
 
 Progress = Callable[[str, int, int], None]
 

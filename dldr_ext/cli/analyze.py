@@ -15,6 +15,7 @@ from .. import build_info
 from ..analysis import comparison, plots, report, tables
 from ..analysis.analysis import Analysis
 from ..analysis.loss import Loss, on_plane
+from ..checkpoints import Series
 from ..files.partial import alone_in
 from ..reporting import html
 from ..reporting.figures import save_figures
@@ -37,7 +38,6 @@ from .options import (
     function_of,
     number,
     one_line_errors,
-    open_series,
 )
 from .requirements import missing
 from .terminal import console, fits, say
@@ -126,10 +126,10 @@ def analyze(
     options |= {"key": key, "skip_bad": skip_bad}
     bar = ByteBar(quiet or as_json)
     with one_line_errors(again), Counter(quiet or as_json) as count:
-        series = open_series(checkpoints, as_given, **options)
+        series = Series(checkpoints, as_given=as_given, **options)
         runs = [series]
         if compare:
-            runs.append(open_series(compare, as_given, **options))
+            runs.append(Series(compare, as_given=as_given, **options))
             runs[1].match(series)
         losses = [] if function is None else [function.along(run, count) for run in runs]
     with one_line_errors(again), alone_in(output), bar:

@@ -14,7 +14,7 @@ from rich.table import Table
 from .. import build_info
 from ..performance.roofline import DTYPES, fitting, roofline
 from ..performance.timing import Spread
-from .options import INTERRUPTED, Threads, count, number, usable_device
+from .options import INTERRUPTED, Threads, count, device_of, number
 from .terminal import console, fits, say
 
 # Parameters below which the rows may stay in a cache (8-bit rows of 40: 80 MB).
@@ -45,7 +45,7 @@ def bench(
       dldr bench --numel 1e6 --rounds 2
       dldr bench --device cuda --json > roofline.json
     """
-    place = usable_device(device)
+    place = device_of(device)
     numel = fitting(dim, place) if numel is None else numel
     before = torch.get_num_threads()
     if threads is not None:

@@ -25,8 +25,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ..checkpoints import Series
-from ..ops.library import device_problem
+from ..ops.library import usable_device
 from ..plan.costs import SHORT
 from .terminal import console, say
 
@@ -162,34 +161,12 @@ def check_folder(folder: Path, option: str = "--output") -> None:
         ) from None
 
 
-def usable_device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """Return the device that ``--device`` names, if the ops run there."""
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"expected cpu, cuda or cuda:N, got {name}", param_hint="--device")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter(
-            f"expected a device of this machine, got {name}: torch {torch.__version__} finds no "
-            "CUDA device",
-            param_hint="--device",
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise typer.BadParameter(
-            f"expected one of {torch.cuda.device_count()} CUDA devices, got {name}",
-            param_hint="--device",
-        )
-    problem = device_problem(device)
-    if problem:
-        raise typer.BadParameter(problem, param_hint="--device")
-    return device
-
-
-def open_series(paths: list[Path], as_given: bool, **options: Any) -> Series:
-    """Open checkpoints, in the order of their steps unless ``as_given``."""
-    return Series(paths, as_given=as_given, **options)
+        return usable_device(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
 
 
 @contextmanager

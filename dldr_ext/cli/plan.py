@@ -18,7 +18,7 @@ from ..plan.calibration import with_shares
 from ..plan.costs import Job, Plan, plan
 from ..plan.devices import TABLE, Device, measure
 from ..plan.remedies import changes, remedies
-from .options import STORED, count, dtype_of, number, one_line_errors, usable_device
+from .options import STORED, count, device_of, dtype_of, number, one_line_errors
 from .terminal import console, fits
 
 # A message that would take less takes as long as any short one: some microseconds.
@@ -127,7 +127,7 @@ def _device(name: str, job: Job) -> Device:
             f"expected one of {', '.join(TABLE)}, cpu, cuda, this; got {name}",
             param_hint="--device",
         )
-    where = usable_device(name)
+    where = device_of(name)
     return with_shares(measure(where), job, where)
 
 

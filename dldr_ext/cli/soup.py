@@ -20,6 +20,7 @@ from ..averaging.soup_files import (
     write_mean,
 )
 from ..averaging.weights import schedule_weights
+from ..checkpoints import Series
 from .options import (
     AsGiven,
     AsJson,
@@ -32,7 +33,6 @@ from .options import (
     function_of,
     number,
     one_line_errors,
-    open_series,
 )
 from .terminal import say
 
@@ -131,7 +131,8 @@ def soup(
     facts: dict[str, Any] = {"output": output}
     with one_line_errors(), ByteBar(quiet or as_json) as bar:
         patterns = {"include": include or [], "exclude": exclude or []}
-        series = open_series(paths, as_given, key=key, skip_bad=skip_bad, rows=False, **patterns)
+        options: dict[str, Any] = {"key": key, "skip_bad": skip_bad, **patterns}
+        series = Series(paths, as_given=as_given, rows=False, **options)
         series.thin(last, every)
         if typed is not None:
             factors = [typed[argument] for argument in series.arguments]

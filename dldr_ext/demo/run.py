@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import Subspace, build_info
-from ..ops.library import device_problem
+from ..ops.library import usable_device
 from ..pca.random_walk import SHORTEST
 from ..reporting import html
 from . import methods
@@ -63,7 +63,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.data not in SIZES:
             raise ValueError(f"data: expected {' or '.join(SIZES)}, got {self.data!r}")
-        _check_device(self.device)
+        try:
+            usable_device(self.device)
+        except ValueError as error:
+            raise ValueError(f"device: {error}") from None
         if self.dtype not in methods.DTYPES:
             raise ValueError(f"dtype: expected one of {list(methods.DTYPES)}, got {self.dtype!r}")
         for name, value in (
@@ -217,22 +220,6 @@ def _record(
         "validation_accuracy": outcome.curve[-1][1],
         "validation_curve": [list(point) for point in outcome.curve],
     }
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(f"device: expected one of the {count} GPUs of torch, got {name!r}")
-        problem = device_problem(device)
-        if problem is not None:
-            raise ValueError(f"device: {problem}")
 
 
 def _device_name(name: str) -> str:

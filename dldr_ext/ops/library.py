@@ -142,6 +142,31 @@ def device_problem(device: torch.device) -> str | None:
     )
 
 
+def usable_device(name: str) -> torch.device:
+    """Return the device of a name, if the ops run there.
+
+    Raises
+    ------
+    ValueError
+        Another kind of device, one that torch does not find, one without kernels.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected cpu or cuda, also as cuda:N, got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"expected one of the {count} CUDA devices that torch {torch.__version__} finds, got "
+            f"{name!r}"
+        )
+    if problem := device_problem(device):
+        raise ValueError(problem)
+    return device
+
+
 def _runs(arch: str, capability: tuple[int, int]) -> bool:
     """Return whether code for an entry of TORCH_CUDA_ARCH_LIST runs on a device.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..pca import metrics
 from ..pca.spectrum import stored_spectrum
 from ..reporting import views
 from ..reporting.figures import Drawing
@@ -48,23 +49,16 @@ def _drawings(gram: Tensor, dtype: torch.dtype, facts: dict[str, Any]) -> list[D
     if spectrum.rank == 0:
         return []
     ratio = spectrum.explained(spectrum.rank)
-    sums = ratio.cumsum(0)
-    for share in (0.9, 0.99):
-        facts[f"directions for {100 * share:g} %"] = min(int((sums < share).sum()) + 1, len(ratio))
-    points = spectrum.vectors[:2] * spectrum.values[:2, None].sqrt()
-    points[spectrum.rank :] = 0  # rounding
-    squares = gram.diagonal()
-    squared = squares[:, None] + squares - 2 * gram
-    distances = squared.clamp_min(0).sqrt()
-    drift = {"from_first": distances[0].tolist(), "steps": distances.diagonal(1).tolist()}
+    dimension = metrics.effective_dimension(ratio)
+    facts |= {f"directions for {100 * share:g} %": dimension[f"{share:g}"] for share in (0.9, 0.99)}
     labels = [
         f"direction {k}, {100 * share:.1f} % of the variance"
         for k, share in enumerate(spectrum.explained(2).tolist(), 1)
     ]
     names = [str(t) for t in range(len(gram))]
-    track = views.Track("trajectory", points.T.tolist(), views.RUNS[0], names)
+    track = views.Track("trajectory", metrics.coordinates(spectrum).tolist(), views.RUNS[0], names)
     return [
         views.plane([track], (labels[0], labels[-1])),
         views.spectrum({"trajectory": ratio.tolist()}),
-        views.distances({"trajectory": drift}, "snapshot"),
+        views.distances({"trajectory": metrics.drift(gram)}, "snapshot"),
     ]

@@ -8,8 +8,8 @@ from checkpoint_files import Tied, states, walk, write
 
 from dldr_ext import Subspace, Trajectory
 from dldr_ext.analysis.analysis import Analysis
-from dldr_ext.analysis.metrics import effective_dimension
 from dldr_ext.checkpoints import Series
+from dldr_ext.pca.metrics import effective_dimension
 
 
 @pytest.fixture

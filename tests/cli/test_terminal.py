@@ -306,7 +306,7 @@ def test_many_checkpoints(tmp_path, capsys, monkeypatch):
     """T x T matrices are in a file of their own; there may be many near-duplicates, too."""
     from safetensors.torch import load_file
 
-    from dldr_ext.analysis import metrics
+    from dldr_ext.pca import metrics
 
     monkeypatch.setattr(metrics, "_MOST_PAIRS", 50)
     folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Metrics of a run, from the Gram matrix of its checkpoints."""
+"""Metrics of a run, from the Gram matrix of its snapshots or checkpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pca.spectrum import Spectrum
+from .spectrum import Spectrum
 
 # Two checkpoints nearer than this share of the median step between neighbours are as good as one.
 _NEAR = 0.01
