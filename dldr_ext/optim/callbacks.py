@@ -55,16 +55,16 @@ def on_step(
     _check_has_history(optimizer)
     if not callable(function):
         raise TypeError(f"function: expected a callable that takes a record, got {function!r}")
-    seen = _last_step(optimizer)
+    seen = _last(optimizer)
 
     def call(optimizer: Any, args: Any, kwargs: Any) -> None:
         nonlocal seen
         new = []
         for record in reversed(optimizer.history):
-            if record.step <= seen:
+            if record is seen:  # not by its number: a state that is loaded may go back
                 break
             new.append(record)
-        seen = _last_step(optimizer)
+        seen = _last(optimizer)
         for record in reversed(new):
             function(record)
 
@@ -237,8 +237,8 @@ def _entries(record: StepRecord, prefix: str) -> tuple[dict[str, float], dict[st
     return {tag: value for tag, value in numbers.items() if not math.isnan(value)}, words
 
 
-def _last_step(optimizer: Any) -> int:
-    return optimizer.history[-1].step if optimizer.history else 0
+def _last(optimizer: Any) -> StepRecord | None:
+    return optimizer.history[-1] if optimizer.history else None
 
 
 def _check_has_history(optimizer: Any) -> None:

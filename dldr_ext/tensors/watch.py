@@ -55,6 +55,12 @@ class Watch:
     ) -> None:
         self._tensors = tensors
         self._maker, self._prefix = maker, prefix
+        for i, t in enumerate(tensors):
+            if t.is_inference():
+                raise ValueError(
+                    f"{prefix}params[{i}]: expected one that shows when it is written, got one "
+                    "made in torch.inference_mode: make or load the model outside of it"
+                )
         self._shapes = list(map(Tensor.size, tensors))
         self._device = tensors[0].device
         self._trained = [t.requires_grad for t in tensors]

@@ -58,6 +58,11 @@ def test_a_function_gets_every_record_once() -> None:
         for step in range(1, 4):
             optimizer.step(batches.forward(step))
         assert seen == list(optimizer.history)[before:] and len(seen) >= 3
+        state = optimizer.state_dict()
+        optimizer.step(batches.forward(0))
+        optimizer.load_state_dict(state)  # whose next record has the number of the last
+        optimizer.step(batches.forward(1))
+        assert seen == list(optimizer.history)[before:]
         handle.remove()
         optimizer.step(batches.forward(0))
         assert len(seen) == len(optimizer.history) - before - len(

@@ -400,3 +400,12 @@ def test_scripted_and_traced_modules_train(make: Any, how: str) -> None:
             optimizer.step(lambda one=one: one(x).square().mean())
         losses.append(one(x).square().mean())
     assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("make", MAKERS, ids=lambda m: m.__name__)
+def test_a_model_made_in_inference_mode_is_refused(make: Any) -> None:
+    with torch.inference_mode():
+        model = _model()
+    subspace = Subspace(torch.eye(2, 52), torch.zeros(52))
+    with pytest.raises(ValueError, match=r"params\[0\]: .* made in torch.inference_mode: make or"):
+        make([p for p in model.parameters() if p.requires_grad], subspace)
