@@ -9,8 +9,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -56,9 +58,27 @@ def main() -> None:
     elif arguments[0] in commands() and set(arguments) & set(_HELP):
         print(help_of(arguments[0]))
     else:
-        from dldr_ext.cli import main as whole
-
+        whole = _imported(typer and find_spec("rich") is not None)
         whole(arguments)
+
+
+def _imported(app: bool) -> Callable[[list[str]], None]:
+    """Import the whole command, which takes seconds: Ctrl-C ends them at once, in one line."""
+
+    def end(*_: object) -> None:  # an exception might be lost on the way out of an import
+        os.write(2, b"dldr: interrupted; nothing has been written\n")
+        os._exit(130)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual:
+        signal.signal(signal.SIGINT, end)
+    from dldr_ext.cli import main as whole
+
+    if app:
+        import dldr_ext.cli.app  # noqa: F401
+    if usual:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    return whole
 
 
 def version() -> str:

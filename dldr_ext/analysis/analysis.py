@@ -155,6 +155,8 @@ class Analysis:
             )
             if components.warning is not None:
                 series.notes.append(components.warning)
+            if not self.keep_basis and (self.folder / SUBSPACE).exists():
+                series.notes.append(f"{self.folder / SUBSPACE} is that of an earlier analysis")
             if self.keep_basis:
                 self._kept(lambda: self._check_space(components.dim))
                 self._kept(lambda: self._basis_pass(reader, components))

@@ -32,6 +32,7 @@ from .options import (
     Paths,
     Quiet,
     SkipBad,
+    as_typed,
     check_folder,
     directions,
     dtype_of,
@@ -81,7 +82,7 @@ def analyze(
         ),
     ] = None,
     compare: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             metavar="CKPT", help="Checkpoints of a second run, beside the first; repeat for more."
         ),
@@ -119,17 +120,17 @@ def analyze(
         typer.echo(problem, err=True)
         raise typer.Exit(2)
 
-    check_folder(output)
+    output = check_folder(output)
     function = None if loss is None else Loss(function_of(loss, "--loss"), f"--loss {loss}")
     again = "the same command goes on from here"
     options: dict[str, Any] = {"include": include or (), "exclude": exclude or ()}
     options |= {"key": key, "skip_bad": skip_bad}
     bar = ByteBar(quiet or as_json)
     with one_line_errors(again), Counter(quiet or as_json) as count:
-        series = Series(checkpoints, as_given=as_given, **options)
+        series = Series(as_typed(checkpoints), as_given=as_given, **options)
         runs = [series]
         if compare:
-            runs.append(Series(compare, as_given=as_given, **options))
+            runs.append(Series(as_typed(compare), as_given=as_given, **options))
             runs[1].match(series)
         losses = [] if function is None else [function.along(run, count) for run in runs]
     with one_line_errors(again), alone_in(output), bar:

@@ -82,7 +82,7 @@ def demo(
     except ValueError as error:
         option, _, reason = str(error).partition(": ")
         raise typer.BadParameter(reason, param_hint=f"--{option}") from None
-    check_folder(output)
+    output = check_folder(output)
 
     screen = console(quiet=quiet or as_json)
     screen.print(_introduction(config))

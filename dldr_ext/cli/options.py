@@ -92,7 +92,7 @@ Threads = Annotated[int | None, number("CPU threads.", show_default="all cores")
 
 # Of the commands that read checkpoints.
 Paths = Annotated[
-    list[Path],
+    list[str],
     typer.Argument(
         metavar="CKPT",
         help="Files (.pt, .pth, .safetensors, an index of shards) or folders of them.",
@@ -146,8 +146,14 @@ def function_of(text: str, option: str) -> Callable[[dict[str, Any]], Any]:
     return function
 
 
-def check_folder(folder: Path, option: str = "--output") -> None:
-    """Check that a folder can be made, if it is missing, and written to; leave nothing behind."""
+def at_home(text: str | os.PathLike[str]) -> str:
+    """Return a path with the home folder for its ~, which no shell sees in ``--output=~/x``."""
+    return os.fspath(text) if os.path.exists(text) else os.path.expanduser(text)
+
+
+def check_folder(folder: Path, option: str = "--output") -> Path:
+    """Return a folder that can be made, if it is missing, and written to; leave nothing behind."""
+    folder = Path(at_home(folder))
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise typer.BadParameter(f"{nearest} is not a folder", param_hint=option)
@@ -159,6 +165,7 @@ def check_folder(folder: Path, option: str = "--output") -> None:
         raise typer.BadParameter(
             f"expected a folder that can be written to, got {folder} ({reason})", param_hint=option
         ) from None
+    return folder
 
 
 def device_of(name: str) -> torch.device:
@@ -167,6 +174,13 @@ def device_of(name: str) -> torch.device:
         return usable_device(name)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from None
+
+
+def as_typed(paths: list[str]) -> list[str]:
+    """Return the paths of checkpoints, none of them empty, as `at_home` does."""
+    if "" in paths:  # which would be the current folder
+        raise ValueError("checkpoints: expected paths, got an empty one: is a variable not set?")
+    return list(map(at_home, paths))
 
 
 @contextmanager

@@ -30,6 +30,8 @@ from .options import (
     Key,
     Quiet,
     SkipBad,
+    as_typed,
+    at_home,
     function_of,
     number,
     one_line_errors,
@@ -122,6 +124,7 @@ def soup(
     except ValueError as error:
         problem = str(error).removeprefix("schedule: ")
         raise typer.BadParameter(problem, param_hint="--schedule") from None
+    output = at_home(output)
     score = None if metric is None else function_of(metric, "--metric")
     try:
         place = parse_output(output)
@@ -132,7 +135,7 @@ def soup(
     with one_line_errors(), ByteBar(quiet or as_json) as bar:
         patterns = {"include": include or [], "exclude": exclude or []}
         options: dict[str, Any] = {"key": key, "skip_bad": skip_bad, **patterns}
-        series = Series(paths, as_given=as_given, rows=False, **options)
+        series = Series(as_typed(paths), as_given=as_given, rows=False, **options)
         series.thin(last, every)
         if typed is not None:
             factors = [typed[argument] for argument in series.arguments]
@@ -170,20 +173,20 @@ def soup(
             say(f"note: {note}")
 
 
-def _weighted(arguments: list[str]) -> tuple[list[Path], list[float] | None]:
+def _weighted(arguments: list[str]) -> tuple[list[str], list[float] | None]:
     """Split paths from the weights that are joined to them."""
     paths, weights = [], []
     for argument in arguments:
         path, _, text = argument.rpartition(":")
         if (
             path
-            and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", text)
+            and re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", text)
             and not Path(argument).exists()
         ):
-            paths.append(Path(path))
+            paths.append(path)
             weights.append(float(text))
         else:
-            paths.append(Path(argument))
+            paths.append(argument)
     if weights and len(weights) < len(paths):
         raise typer.BadParameter(
             f"expected a weight for each path or for none, got {len(weights)} for {len(paths)}",

@@ -202,6 +202,12 @@ def test_a_file_that_is_written_anew_while_others_are_read(run, tmp_path):
     assert len(result["checkpoints"]) == len(paths) - 1
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="expected a file or a folder, found a device or a p"):
+        Series(tmp_path / "x.pt")
+
+
 def test_truncated_and_corrupt_safetensors(run, tmp_path):
     model, paths = run
     path = tmp_path / "x.safetensors"

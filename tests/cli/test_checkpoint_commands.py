@@ -276,6 +276,23 @@ def test_interrupted_and_called_again_for_other_weights_of_the_same_files(tmp_pa
     assert analysis("ema", "out").run()["drift"] == analysis("ema", "other").run()["drift"]
 
 
+def test_paths_as_a_shell_leaves_them(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(run[0].parent)
+    assert call(capsys, "soup", "~/run", "--output=~/x.pt")[0] == 0
+    assert call(capsys, "analyze", "~/run", "--output=~/out")[0] == 0
+    _, out, _ = call(capsys, "analyze", "~/run", "--no-subspace", "--json", "--output=~/out")
+    assert json.loads(out)["notes"][-1].endswith(
+        "subspace.safetensors is that of an earlier analysis"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "x.pt", "out"}
+    for command in ("soup", "analyze"):
+        code, _, err = call(capsys, command, "", "-o", "y.pt")
+        assert code == 1 and "expected paths, got an empty one: is a variable not set?" in err
+    code, _, err = call(capsys, "soup", "run/0.pt:1.2.3", "run/1.pt:1", "-o", "y.pt")
+    assert code == 2 and "a weight for each path" in words(err)
+
+
 def test_two_at_once(run, tmp_path, capsys):
     out = tmp_path / "out"
     with alone_in(out):

@@ -38,6 +38,29 @@ def run(*arguments: str, hidden: tuple[str, ...] = ("torch",), **environment: st
     return done.returncode, done.stdout, done.stderr
 
 
+def test_interrupted_while_it_is_imported():
+    program = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "sys.argv = ['dldr', 'soup', 'x.pt']\n"
+        "import dldr_command\n"
+        "dldr_command.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    ended = (done.returncode, done.stdout, done.stderr)
+    assert ended == (130, "", "dldr: interrupted; nothing has been written\n")
+
+
 NOTHING = ("torch", "numpy", "typer", "rich", "click")
 
 
