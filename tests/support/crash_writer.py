@@ -83,9 +83,11 @@ def main(folder, kills, seed):
             record_forever(folder, writable)
             os._exit(0)
         os.close(writable)
-        # Mostly once it records, however busy the machine is; else perhaps as it opens the folder.
-        reports = os.read(readable, 1) if chance.random() < 0.75 else b""
-        time.sleep(chance.uniform(0, 0.02))
+        # Mostly after some reports, however busy the machine is; else perhaps as it opens the folder.
+        wanted, reports = chance.randint(1, 8) if chance.random() < 0.75 else 0, b""
+        while len(reports) < wanted and not reports.endswith(b"f"):
+            reports += os.read(readable, 1)
+        time.sleep(chance.uniform(0, 0.005))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         while more := os.read(readable, 1000):
