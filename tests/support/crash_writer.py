@@ -83,7 +83,7 @@ def main(folder, kills, seed):
             record_forever(folder, writable)
             os._exit(0)
         os.close(writable)
-        # Mostly after some reports, however busy the machine is; else perhaps as it opens the folder.
+        # Mostly after some reports, however busy the machine; else perhaps as it opens the folder.
         wanted, reports = chance.randint(1, 8) if chance.random() < 0.75 else 0, b""
         while len(reports) < wanted and not reports.endswith(b"f"):
             reports += os.read(readable, 1)
