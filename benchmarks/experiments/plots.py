@@ -91,7 +91,9 @@ def _compare(runs: list[Run], figure: Figure) -> None:
             fontsize=9,
             annotation_clip=False,
         )
-    axes.annotate("passes", (1.01, 1.02), xycoords="axes fraction", fontsize=9, annotation_clip=False)
+    axes.annotate(
+        "passes", (1.01, 1.02), xycoords="axes fraction", fontsize=9, annotation_clip=False
+    )
     axes.set_xscale("log")
     worst = min(run["test_accuracy"] for run in runs)
     axes.set_xlim(min(1.1, 1.4 * (1 - worst)), 0.8 * max(1 - best, 5e-4))
