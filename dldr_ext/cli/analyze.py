@@ -133,43 +133,44 @@ def analyze(
             runs.append(Series(as_typed(compare), as_given=as_given, **options))
             runs[1].match(series)
         losses = [] if function is None else [function.along(run, count) for run in runs]
-    with one_line_errors(again), alone_in(output), bar:
-        analysis = Analysis(
-            series,
-            output,
-            dim=directions_kept,
-            explained=explained,
-            dtype=getattr(torch, dtype),
-            keep_basis=subspace,
-            chunk_bytes=chunk_mb << 20,
-            skip_bad=skip_bad,
-            progress=bar,
-        )
-        results = analysis.run()
-        if compare:
-            results["other"], results["comparison"] = comparison.compare(
+    with one_line_errors(again), alone_in(output):
+        with bar:
+            analysis = Analysis(
                 series,
-                runs[1],
-                results["kept"],
-                double=dtype == "float64",
+                output,
+                dim=directions_kept,
+                explained=explained,
+                dtype=getattr(torch, dtype),
+                keep_basis=subspace,
                 chunk_bytes=chunk_mb << 20,
                 skip_bad=skip_bad,
                 progress=bar,
             )
-    with one_line_errors(again), alone_in(output), Counter(quiet or as_json) as count:
-        if function is not None:
-            plane = results.get("comparison", results)["path"]
-            grid = on_plane(function, runs, plane["coefficients"], plane["coordinates"], count)
-            along = [
-                [of_run[path] for path in run.paths]
-                for run, of_run in zip(runs, losses, strict=True)
-            ]
-            results["loss"] = {"function": loss, "along": along, "plane": grid}
-        drawings = plots.drawings(results)
-        save_figures(drawings, output)
-        versions = html.versions(build_info()["version"])
-        page = report.write(results, drawings, versions, output)
-        written = report.write_json(results, output)
+            results = analysis.run()
+            if compare:
+                results["other"], results["comparison"] = comparison.compare(
+                    series,
+                    runs[1],
+                    results["kept"],
+                    double=dtype == "float64",
+                    chunk_bytes=chunk_mb << 20,
+                    skip_bad=skip_bad,
+                    progress=bar,
+                )
+        with Counter(quiet or as_json) as count:
+            if function is not None:
+                plane = results.get("comparison", results)["path"]
+                grid = on_plane(function, runs, plane["coefficients"], plane["coordinates"], count)
+                along = [
+                    [of_run[path] for path in run.paths]
+                    for run, of_run in zip(runs, losses, strict=True)
+                ]
+                results["loss"] = {"function": loss, "along": along, "plane": grid}
+            drawings = plots.drawings(results)
+            save_figures(drawings, output)
+            versions = html.versions(build_info()["version"])
+            page = report.write(results, drawings, versions, output)
+            written = report.write_json(results, output)
     for line in [*results["skipped"], *results.get("other", {}).get("skipped", [])]:
         say(f"dldr: left out {line}", err=True)
     if as_json:

@@ -85,8 +85,8 @@ def main(folder, kills, seed):
         os.close(writable)
         # Mostly after some reports, however busy the machine; else perhaps as it opens the folder.
         wanted, reports = chance.randint(1, 8) if chance.random() < 0.75 else 0, b""
-        while len(reports) < wanted and not reports.endswith(b"f"):
-            reports += os.read(readable, 1)
+        while len(reports) < wanted and (report := os.read(readable, 1)) not in (b"f", b""):
+            reports += report
         time.sleep(chance.uniform(0, 0.005))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
